@@ -1,0 +1,354 @@
+"""Behaviour learning in imagination. LUMOS Sec. IV-B, App. B, Eqs. 3-6, Table IV.
+
+    symbol   code      shape      meaning
+    s^E_t    s_E       (T, B, k)  expert latents of a play window                    Eq. 3
+    s^π_t    s_pi      (T, B, k)  what the policy lives through in the world model   Eq. 3
+    a_t      a         (T, B, 7)  actions, in [-1, 1]                                App. D
+    g        g         (B, g)     latent goal                                        Sec. IV-B
+    r^int_t  r         (H, B)     reward for s^π_{t+1} being where the expert is     Eq. 3
+    v_ψ      v         (T, B)     the critic's estimate at every state               Eq. 4
+    V^λ_t    v_lambda  (H, B)     λ-target, bootstrapped at H                        App. B
+
+    A window of T = 32 states has H = T - 1 = 31 steps between them:
+
+        s_0 --a_0--> s_1 --a_1--> s_2 ...  s_H-1 --a_H-1--> s_H      (s_0: the expert's own)
+             r_0          r_1                      r_H-1              r_t compares s^π_t+1, s^E_t+1
+        v_0          v_1          v_2      v_H-1            v_H       V^λ_H = v_H
+
+Copy this file together with plan.py. Needs: torch. The world model is an argument: anything with
+`imagine_step(h, z, a) -> (h, z)` will do.
+"""
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+import plan as P
+
+NO_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)  # before the first step: still, gripper open
+METHODS = ("lumos", "no_ditto", "no_latent_plan", "no_alignment")  # Table I
+
+
+@dataclass(frozen=True)
+class AgentConfig:
+    """Table IV, in its row order; below the line, what the table leaves open."""
+
+    batch_size: int = 512  # B, half play windows and half language windows [D6]
+    sequence_length: int = 32  # T
+    min_window: int = 20
+    max_window: int = 32
+    features: int = 128  # d
+    goal: int = 32  # g
+    plan_categoricals: int = 32  # C
+    plan_classes: int = 32  # K
+    alpha_1: float = 0.1  # α₁, KL loss scale
+    alpha_2: float = 3.0  # α₂, contrastive loss scale
+    delta: float = 0.8  # δ, KL balancing [D1]
+    gamma: float = 0.995  # γ
+    lam: float = 0.95  # λ
+    actor_lr: float = 2e-4  # Adam
+    critic_lr: float = 3e-4
+    slow_critic_interval: int = 100
+    # ------------------------------------------------------------------ Table I
+    method: str = "lumos"  # one of METHODS: the paper's method or one of its three ablations
+    # ------------------------------------------------------------------ App. B
+    perceptual_hidden: int = 1024
+    plan_hidden: int = 2048
+    actor_layers: int = 8
+    actor_hidden: int = 256
+    critic_layers: int = 8
+    critic_hidden: int = 1024
+    # ------------------------------------------------------------------ not in the paper
+    goal_hidden: int = 2048  # [D7]
+    transformer_hidden: int = 2048  # [D7]
+    transformer_features: int = 4096  # [D7]
+    gradient_clip: float = 100.0  # [D7]
+    critic_weight_decay: float = 0.0  # 0: Adam, as in Table IV; the authors' code: 0.01 [D6]
+    reward_on: str = "s"  # "s" as Eq. 3 says, or "h" as in the authors' code [D3]
+    critic_sees_plan: bool = False  # [D4]
+    reset_start: float = 0.5  # how often a window starts from a state without history [D8]
+    mask_padding: bool = False  # leave the held end of short windows out of reward and KL [D14]
+    clone_imagined: bool = (
+        False  # no_ditto: clone along imagined states instead of the expert's [D15]
+    )
+    replan: int = 30  # steps between two plans at run time [D7]
+
+
+PRESETS = {
+    "paper": AgentConfig(),
+    "sim": AgentConfig(
+        batch_size=128, perceptual_hidden=256, plan_hidden=256, plan_categoricals=16,
+        plan_classes=16, actor_layers=4, critic_layers=4, critic_hidden=256, goal_hidden=256,
+        transformer_hidden=256, transformer_features=256, reward_on="h", critic_sees_plan=True,
+    ),
+}  # fmt: skip
+PRESETS["tiny"] = replace(
+    PRESETS["sim"], batch_size=32, features=64, plan_categoricals=8, plan_classes=8,
+    perceptual_hidden=64, plan_hidden=64, goal_hidden=64, transformer_hidden=64,
+    transformer_features=64, actor_hidden=64, critic_hidden=64,
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------- equations
+def intrinsic_reward(s_E: Tensor, s_pi: Tensor) -> Tensor:
+    """r^int_t(s^E_t, s^π_t) = s^E_t · s^π_t / max(‖s^E_t‖, ‖s^π_t‖)²
+
+    s_E, s_pi: (..., k). Returns (...,), at most 1, and 1 only where the two are equal: unlike the
+    cosine it also falls when one is longer. Two zero vectors give 0 instead of 0/0 [D3].
+    """
+    s_E, s_pi = s_E.float(), s_pi.float()
+    longest = torch.maximum(s_E.square().sum(-1), s_pi.square().sum(-1))
+    return (s_E * s_pi).sum(-1) / longest.clamp_min(1e-8)  # Eq. 3: r^int_t
+
+
+def lambda_return(r: Tensor, v: Tensor, gamma: float, lam: float) -> Tensor:
+    """V^λ_t = r_t + γ ((1-λ) v_ψ(s_{t+1}) + λ V^λ_{t+1}),   V^λ_H = v_ψ(s_H)   (App. B).
+
+    r: (H, B) rewards of the H steps, v: (H+1, B) values of the states before, between and after
+    them. Returns (H, B). λ = 0 is one-step TD, λ = 1 Monte Carlo with a bootstrap.
+    """
+    v_lambda, out = v[-1], []
+    for t in reversed(range(len(r))):
+        v_lambda = r[t] + gamma * ((1 - lam) * v[t + 1] + lam * v_lambda)
+        out.append(v_lambda)
+    return torch.stack(out[::-1])
+
+
+def critic_loss(v: Tensor, v_lambda: Tensor, weight: Tensor) -> Tensor:
+    """L(ψ) = E[ Σ_t ½ (v_ψ(ŝ_t) - sg(V^λ_t))² ].
+
+    v, v_lambda: (H, B). weight (H, B): 1, or 0 on masked padding. Averaged over H and B [D9].
+    """
+    return (weight * 0.5 * (v - v_lambda.detach()).square()).sum() / weight.sum()  # Eq. 5: L(ψ)
+
+
+def actor_loss(
+    v_lambda: Tensor, kl: Tensor, contrast: Tensor, alpha_1: float, alpha_2: float, weight: Tensor
+) -> Tensor:
+    """L(θ) = E[ Σ_τ ( -V_λ(s_τ) + α₁ L_KL + α₂ L_contrast ) ].
+
+    v_lambda: (H, B), its gradient reaches the actor through the frozen dynamics. kl, contrast: ()
+    (contrast is 0 where no window has a sentence). Averaged over H and B [D9].
+    """
+    value = (weight * v_lambda).sum() / weight.sum()
+    return -value + alpha_1 * kl + alpha_2 * contrast  # Eq. 6: L(θ)
+
+
+# ---------------------------------------------------------------------------- modules
+def layers(n_in: int, hidden: int, count: int) -> nn.Sequential:
+    """`count` fully connected layers, each with LayerNorm (eps 1e-3) and ELU [D7]."""
+    sizes = [n_in] + [hidden] * count
+    blocks = [
+        m
+        for i, o in pairwise(sizes)
+        for m in (nn.Linear(i, o), nn.LayerNorm(o, eps=1e-3), nn.ELU())
+    ]
+    return nn.Sequential(*blocks)
+
+
+class Actor(nn.Module):
+    """Eq. 4, first line: a_t ~ π_θ(a_t | s_t, g) (and the plan): a tanh-transformed Gaussian."""
+
+    def __init__(self, n_in: int, hidden: int, count: int):
+        super().__init__()
+        self.body = layers(n_in, hidden, count)
+        self.mean = nn.Linear(hidden, 7)
+        self.log_std = nn.Linear(hidden, 7)
+
+    def forward(self, x: Tensor, sample: bool = True) -> Tensor:
+        """x: (..., k + g + C*K). Returns actions (..., 7) in (-1, 1); without `sample`, tanh(mean).
+
+        Reparameterised: the noise is an input, so the reward's gradient reaches mean and std.
+        """
+        x = self.body(x)
+        mean = self.mean(x).float()
+        if not sample:
+            return mean.tanh()
+        log_std = -5 + 0.5 * (2 + 5) * (self.log_std(x).float().tanh() + 1)  # in [-5, 2] [D7]
+        return (mean + log_std.exp() * torch.randn_like(mean)).tanh()
+
+
+class Critic(nn.Module):
+    """Eq. 4, second line: v_ψ(s_t, g) ≈ E[ Σ_t γ^t r^int_t ]. (..., n) -> (...,)."""
+
+    def __init__(self, n_in: int, hidden: int, count: int):
+        super().__init__()
+        self.net = nn.Sequential(layers(n_in, hidden, count), nn.Linear(hidden, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x).float()[..., 0]
+
+
+class Agent(nn.Module):
+    """Everything that phase two trains: plan networks, goal encoders, actor and critic."""
+
+    def __init__(self, config: AgentConfig, deterministic: int, k: int):
+        """deterministic: the world model's H, k: its latent dimensions."""
+        super().__init__()
+        if config.method not in METHODS:
+            raise ValueError(f"method must be one of {METHODS}, got {config.method!r}")
+        if config.reward_on not in ("s", "h"):
+            raise ValueError(f"reward_on must be 's' or 'h', got {config.reward_on!r}")
+        self.config, self.deterministic, c = config, deterministic, config
+        shape = (c.plan_categoricals, c.plan_classes)
+        self.perceptual = P.PerceptualEncoder(k, c.perceptual_hidden, c.features)
+        self.goal_language = P.GoalEncoder(384, c.goal_hidden, c.goal)
+        self.goal_latent = P.GoalEncoder(c.features, c.goal_hidden, c.goal)
+        self.recognition = P.PlanRecognition(
+            c.sequence_length, c.features, c.transformer_hidden, c.transformer_features, shape
+        )
+        self.proposal = P.PlanProposal(c.features, c.goal, c.plan_hidden, shape)
+        self.alignment = P.Alignment(c.transformer_features, c.goal)
+        # No latent plan: no proposal, no plan input; recognition's features still align [D16].
+        self.with_plan = c.method != "no_latent_plan"
+        n_plan = shape[0] * shape[1] * self.with_plan
+        self.actor = Actor(k + c.goal + n_plan, c.actor_hidden, c.actor_layers)
+        n_critic = k + c.goal + n_plan * c.critic_sees_plan  # [D4]
+        self.critic = Critic(n_critic, c.critic_hidden, c.critic_layers)
+        self.slow_critic = Critic(n_critic, c.critic_hidden, c.critic_layers).requires_grad_(False)
+        self.update_slow_critic()
+
+    def update_slow_critic(self) -> None:
+        """A hard copy, every `slow_critic_interval` updates [D18]."""
+        self.slow_critic.load_state_dict(self.critic.state_dict())
+
+    def actor_parameters(self) -> list[nn.Parameter]:
+        """θ: everything but the two critics."""
+        return [p for n, p in self.named_parameters() if "critic" not in n]
+
+    # ------------------------------------------------------------------ goals and plans
+    def goal(self, v_last: Tensor, emb: Tensor) -> Tensor:
+        """Play windows come first and take their own end as goal, then the M with a sentence.
+
+        v_last (B, d): perceptual features of the window's last latent; emb (M, 384). -> g (B, g).
+        """
+        n_play = len(v_last) - len(emb)
+        return torch.cat([self.goal_latent(v_last[:n_play]), self.goal_language(emb)])
+
+    def propose(self, s_0: Tensor, g: Tensor) -> Tensor:
+        """A plan (B, C*K) from the present alone, as at run time; (B, 0) without plans."""
+        if not self.with_plan:
+            return s_0[:, :0]
+        return P.sample_plan(self.proposal(self.perceptual(s_0), g))
+
+    # ------------------------------------------------------------------ practice
+    def imagine(
+        self, world, s_0: Tensor, g: Tensor, plan: Tensor, steps: int, sample: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Acts for `steps` steps inside the frozen world model, from s_0 (B, k).
+
+        Returns s_pi (steps + 1, B, k), s_0 first, and a (steps, B, 7), both differentiable.
+        """
+        context = torch.cat([g, plan], -1)
+        h, z = s_0[:, : self.deterministic], s_0[:, self.deterministic :]
+        s_pi, actions = [s_0], []
+        for _ in range(steps):
+            a = self.actor(torch.cat([s_pi[-1], context], -1), sample)
+            h, z = world.imagine_step(h, z, a)
+            actions.append(a), s_pi.append(torch.cat([h, z], -1))
+        return torch.stack(s_pi), torch.stack(actions)
+
+    def reward(self, s_E: Tensor, s_pi: Tensor) -> Tensor:
+        """Eq. 3 on the whole latent, or on its deterministic half [D3]. (..., k) -> (...,)."""
+        k = self.deterministic if self.config.reward_on == "h" else s_E.shape[-1]
+        return intrinsic_reward(s_E[..., :k], s_pi[..., :k])
+
+    def losses(self, world, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """One batch of windows, play windows first -> L(θ) (), L(ψ) (), figures.
+
+        batch: s_E (T, B, k) expert latents, s_0 (B, k) where imagination starts [D8],
+        a (T, B, 7) expert actions, length (B,), emb (M, 384) of the last M windows, align (M,)
+        bool: which of those M windows enter Eq. 8 [D11].
+        """
+        c, s_E, s_0 = self.config, batch["s_E"], batch["s_0"]
+        T, B, _ = s_E.shape
+        v = self.perceptual(torch.cat([s_0[None], s_E[1:]]))  # (T, B, d)
+        g = self.goal(v[-1], batch["emb"])
+        q, features = self.recognition(v)
+        p = self.proposal(v[0], g)
+        plan = P.sample_plan(q) if self.with_plan else s_0[:, :0]
+        kl = P.kl_balanced(q, p, c.delta).mean() if self.with_plan else q.new_zeros(())
+        contrast, accuracy = q.new_zeros(()), q.new_zeros(())
+        if c.method != "no_alignment" and batch["align"].sum() > 1:
+            language = slice(B - len(batch["emb"]), B)
+            contrast, accuracy = self.alignment(
+                features[language][batch["align"]], g[language][batch["align"]]
+            )
+
+        weight = torch.ones(T - 1, B, device=s_E.device)
+        if c.mask_padding:  # [D14]
+            steps = torch.arange(T - 1, device=s_E.device)[:, None]
+            weight = (steps < batch["length"] - 1).float()
+
+        if c.method == "no_ditto" and not c.clone_imagined:
+            context = torch.cat([g, plan], -1).expand(T - 1, -1, -1)
+            a = self.actor(torch.cat([s_E[:-1], context], -1))
+            figures = {}
+        else:
+            s_pi, a = self.imagine(world, s_0, g, plan, T - 1)
+            r = self.reward(s_E[1:], s_pi[1:])  # (H, B)
+            figures = {"reward": r.mean()}
+        error = (a - batch["a"][:-1]).square().mean(-1)  # (H, B)
+
+        if c.method == "no_ditto":
+            # Table I's first ablation: mean squared error on actions takes the place of -V_λ.
+            loss_critic = q.new_zeros(())
+            loss_actor = actor_loss(-error, kl, contrast, c.alpha_1, c.alpha_2, weight)
+        else:
+            critic_plan = plan if c.critic_sees_plan else plan[:, :0]
+            x = torch.cat([s_pi, torch.cat([g, critic_plan], -1).expand(T, -1, -1)], -1)
+            v_lambda = lambda_return(r, self.slow_critic(x), c.gamma, c.lam)
+            loss_critic = critic_loss(self.critic(x[:-1].detach()), v_lambda, weight)
+            loss_actor = actor_loss(v_lambda, kl, contrast, c.alpha_1, c.alpha_2, weight)
+            figures |= {"v_lambda": v_lambda.mean()}
+        figures |= {
+            "loss_actor": loss_actor, "loss_critic": loss_critic, "plan_kl": kl,
+            "contrast": contrast, "alignment_accuracy": accuracy, "action_mse": error.mean(),
+        }  # fmt: skip
+        return loss_actor, loss_critic, {k: x.detach() for k, x in figures.items()}
+
+
+class Policy:
+    """The trained agent in a world it can only see: `reset()` at each instruction, then `act`.
+
+    Filters observations through the world model, proposes a plan every `replan` steps [D7, D13],
+    and thresholds the gripper, before it is sent and before it is fed back [D12].
+    """
+
+    def __init__(self, world, agent: Agent, skip: int = 1, sample: bool = True):
+        """skip: simulator steps that each action is held for (30 Hz / the data's rate).
+        sample: sample actions, as the paper says, or take tanh of the mean [D17]."""
+        self.world, self.agent, self.skip, self.sample = world.eval(), agent.eval(), skip, sample
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the past: h = z = 0, and `no action` before the first step."""
+        self.state = self.world.initial(1)
+        self.a_prev = torch.tensor([[NO_ACTION]], device=self.state[0].device)  # (1, 1, 7)
+        self.steps, self.plan = 0, None
+
+    @torch.no_grad()
+    def act(self, obs: dict, embedding):
+        """obs: the environment's, with images (64, 64, 3) uint8. embedding: (384,).
+
+        Returns a numpy array of 7: the arm's six in (-1, 1), the gripper -1 (close) or 1 (open).
+        """
+
+        def tensor(x, dtype=None) -> Tensor:
+            return torch.as_tensor(x, dtype=dtype, device=self.a_prev.device)[None]
+
+        batch = {k: tensor(x)[None] for k, x in obs["rgb_obs"].items()}  # (1, 1, 64, 64, 3)
+        batch["robot_obs"] = tensor(obs["robot_obs"], torch.float32)[None]
+        batch["a_prev"], batch["reset"] = self.a_prev, torch.zeros_like(self.a_prev[..., 0]) > 0
+        h, z, _ = self.world.filter(batch, self.state)
+        self.state = (h[-1], z[-1])
+        s = torch.cat(self.state, -1)  # (1, k)
+        g = self.agent.goal_language(tensor(embedding, torch.float32))
+        if self.steps % self.agent.config.replan == 0:
+            self.plan = self.agent.propose(s, g)
+        a = self.agent.actor(torch.cat([s, g, self.plan], -1), self.sample)
+        a[:, 6] = torch.where(a[:, 6] > 0, 1.0, -1.0)
+        self.a_prev, self.steps = a[None], self.steps + 1
+        return a[0].cpu().numpy()

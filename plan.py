@@ -1,0 +1,146 @@
+"""Latent plans, goals and their alignment with language. LUMOS Sec. IV-B, App. B, Eqs. 7, 8.
+
+    symbol   code      shape        meaning
+    s_t      s         (T, B, k)    latent states of a window                      Eq. 1
+    V        v         (T, B, d)    perceptual representation of the window        App. B
+    l        emb       (M, 384)     sentence embedding (paraphrase-MiniLM-L3-v2)   App. B
+    g        g         (B, g)       latent goal, of a sentence or a last latent    Sec. IV-B
+             features  (B, F)       what the transformer says of the whole window  App. B
+             plan      (B, C*K)     latent plan: C one-hot categoricals, flat      Sec. IV-B
+    x_i, y_j x, y      (M, 32)      projections of features and of language goals  Eq. 8
+    τ        tau       ()           trainable temperature (its logarithm)          Eq. 8
+
+    training:  window s_0..s_T-1 -> V -> recognition -> plan      (hindsight: sees all of it)
+    run time:  s_0 -> v_0, goal -> g  -> proposal    -> plan      (the KL teaches it to agree)
+
+Copy this file alone. Needs: torch.
+"""
+
+import math
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributions import OneHotCategoricalStraightThrough
+
+
+# ---------------------------------------------------------------------------- equations
+def kl_balanced(q: Tensor, p: Tensor, delta: float) -> Tensor:
+    """D_KL(q ‖ p) = (1-δ) D_KL(q ‖ sg(p)) + δ D_KL(sg(q) ‖ p)   with δ on the prior's term [D1].
+
+    Here q is the recognised plan and p the proposed one: (..., C, K) logits. Returns (...,),
+    summed over the C categoricals. The same function stands in world_model.py; a test says so.
+    """
+
+    def kl(q: Tensor, p: Tensor) -> Tensor:
+        log_q, log_p = q.log_softmax(-1), p.log_softmax(-1)
+        return (log_q.exp() * (log_q - log_p)).sum((-2, -1))
+
+    q, p = q.float(), p.float()
+    # Eq. 7, again: proposal moves fast towards recognition, recognition slowly towards proposal
+    return (1 - delta) * kl(q, p.detach()) + delta * kl(q.detach(), p)
+
+
+def contrastive_loss(x: Tensor, y: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+    """½ ( mean_i CE(logits_per_latent(i), i) + mean_i CE(logits_per_text(i), i) ),
+    logit(x_i, y_j) = cos_sim(x_i, y_j) · exp(τ).
+
+    x: (M, n) latent features, y: (M, n) language features of the same M windows; only the diagonal
+    pairs are true. Means over M where the paper prints sums [D9]. Returns the loss () and the
+    accuracy () with which a window finds its own sentence.
+    """
+    logits = F.normalize(x.float(), dim=-1) @ F.normalize(y.float(), dim=-1).T * tau.exp()
+    pairs = torch.arange(len(x), device=x.device)
+    # Eq. 8: rows are latents, columns are sentences; then the transpose
+    loss = 0.5 * (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs))
+    return loss, (logits.argmax(-1) == pairs).float().mean()
+
+
+def sample_plan(logits: Tensor) -> Tensor:
+    """A sample (..., C*K) of categoricals (..., C, K), with straight-through gradient."""
+    return OneHotCategoricalStraightThrough(logits=logits.float()).rsample().flatten(-2)
+
+
+# ---------------------------------------------------------------------------- modules
+def mlp(n_in: int, hidden: int, layers: int, n_out: int) -> nn.Sequential:
+    """`layers` fully connected layers with ReLU, then a linear one to n_out."""
+    sizes = [n_in] + [hidden] * layers
+    blocks = [m for i, o in pairwise(sizes) for m in (nn.Linear(i, o), nn.ReLU())]
+    return nn.Sequential(*blocks, nn.Linear(sizes[-1], n_out))
+
+
+class PerceptualEncoder(nn.Module):
+    """Latents (..., k) -> V (..., d): two layers, hidden size 1024; ends in a LayerNorm [D7]."""
+
+    def __init__(self, k: int, hidden: int, d: int):
+        super().__init__()
+        self.net = nn.Sequential(mlp(k, hidden, 1, d), nn.LayerNorm(d))
+
+    def forward(self, s: Tensor) -> Tensor:
+        return self.net(s)
+
+
+class GoalEncoder(nn.Module):
+    """A goal (B, n) -> g (B, g). One for sentences (n = 384), one for the window's last v (n = d).
+
+    Two hidden layers of 2048 as in HULC, and a LayerNorm at the end [D7].
+    """
+
+    def __init__(self, n_in: int, hidden: int, goal: int):
+        super().__init__()
+        self.net = nn.Sequential(mlp(n_in, hidden, 2, goal), nn.LayerNorm(goal))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class PlanRecognition(nn.Module):
+    """The whole window V (T, B, d) -> plan logits (B, C, K) and features (B, F).
+
+    A transformer encoder of two blocks and eight heads over V plus a learned position; feed-forward
+    2048, dropout 0.1, a linear layer to F = 4096 and the mean over time [D7].
+    """
+
+    def __init__(self, T: int, d: int, feedforward: int, features: int, plan: tuple[int, int]):
+        super().__init__()
+        self.plan = plan
+        self.position = nn.Parameter(torch.randn(T, 1, d) * 0.02)
+        block = nn.TransformerEncoderLayer(d, 8, feedforward, dropout=0.1)
+        self.transformer = nn.TransformerEncoder(block, 2, enable_nested_tensor=False)
+        self.features = nn.Linear(d, features)
+        self.logits = nn.Linear(features, plan[0] * plan[1])
+
+    def forward(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        # The mean over time and the linear layer commute; the mean first costs T times less.
+        features = self.features(self.transformer(v + self.position[: len(v)]).mean(0))
+        return self.logits(features).float().unflatten(-1, self.plan), features
+
+
+class PlanProposal(nn.Module):
+    """Present v_0 (B, d) and goal g (B, g) -> plan logits (B, C, K): four layers of 2048."""
+
+    def __init__(self, d: int, goal: int, hidden: int, plan: tuple[int, int]):
+        super().__init__()
+        self.plan = plan
+        self.net = mlp(d + goal, hidden, 4, plan[0] * plan[1])
+
+    def forward(self, v_0: Tensor, g: Tensor) -> Tensor:
+        return self.net(torch.cat([v_0, g], -1)).float().unflatten(-1, self.plan)
+
+
+class Alignment(nn.Module):
+    """Projects window features and language goals into one space of 32 numbers and compares them.
+
+    Eq. 8's logits; projections of one hidden layer of 128, temperature starting at 1/0.07 [D7].
+    """
+
+    def __init__(self, features: int, goal: int, out: int = 32):
+        super().__init__()
+        self.latent = mlp(features, 128, 1, out)
+        self.text = mlp(goal, 128, 1, out)
+        self.tau = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def forward(self, features: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """features (M, F), g (M, g) of M annotated windows -> loss (), accuracy ()."""
+        return contrastive_loss(self.latent(features), self.text(g), self.tau)

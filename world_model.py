@@ -1,0 +1,336 @@
+"""The world model: a DreamerV2-style RSSM with two cameras. LUMOS Sec. IV-A, App. A, Eqs. 1, 2, 7.
+
+    symbol    code        shape            meaning
+    x_t       static,     (T, B, 64, 64, 3) camera images, uint8 until the encoder       Sec. IV-A
+              gripper
+    e_t       e           (T, B, E)        both images, encoded and fused                App. A
+    a_{t-1}   a_prev      (T, B, 7)        the action that led to x_t                    App. D
+    h_t       h           (T, B, H)        deterministic recurrent state                 Eq. 1
+    z_t       z           (T, B, C*K)      C one-hot categoricals of K classes, flattened Eq. 1
+    s_t       s           (T, B, k)        latent state (h_t, z_t), k = H + C*K          Eq. 1
+    q, p      q, p        (T, B, C, K)     logits of the posterior and of the prior      Eq. 1
+
+              x_0        x_1        x_2            One step: first h from the step before, then
+               |          |          |             z from h and the image (posterior) or from h
+    NO_ACTION->h_0 --a_0->h_1 --a_1->h_2 ...       alone (prior). The action a_{t-1} enters h_t.
+               z_0        z_1        z_2
+
+Copy this file alone. Needs: torch.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class WorldModelConfig:
+    """Table III, in its row order; below the line, what the table leaves open [D7]."""
+
+    batch_size: int = 50  # B
+    sequence_length: int = 50  # L
+    deterministic: int = 1024  # H
+    categoricals: int = 32  # C
+    classes: int = 32  # K; the latent has k = H + C*K = 2048 dimensions
+    beta: float = 0.3  # β, KL loss scale
+    delta: float = 0.8  # δ, KL balancing, on the prior's term [D1]
+    zeta: float = 0.01  # ζ, RSSM reset probability
+    learning_rate: float = 3e-4
+    gradient_clip: float = 100.0
+    adam_epsilon: float = 1e-5
+    weight_decay: float = 5e-2  # decoupled (AdamW)
+    # ------------------------------------------------------------------ not in Table III [D7]
+    hidden: int = 1000  # width of the RSSM's one-hidden-layer heads
+    depth: int = 48  # channels of the first convolution; the last has 8 times as many
+    proprioception: bool = False  # append the 15 numbers of robot_obs to e_t [D5]
+    carry_state: bool = True  # sequences continue, with their state, from batch to batch [D10]
+
+    @property
+    def latent(self) -> int:
+        """k of Table III."""
+        return self.deterministic + self.categoricals * self.classes
+
+
+# Two CPU cores or one small GPU need a smaller model of the same kind; Table III's other rows stay.
+PRESETS = {
+    "paper": WorldModelConfig(),
+    "sim": WorldModelConfig(
+        batch_size=16, sequence_length=32, deterministic=256, categoricals=16, classes=16,
+        learning_rate=6e-4, hidden=256, depth=16, proprioception=True,
+    ),
+    "tiny": WorldModelConfig(
+        batch_size=8, sequence_length=16, deterministic=64, categoricals=8, classes=8,
+        learning_rate=1e-3, hidden=64, depth=4, proprioception=True,
+    ),
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------- equations
+def kl_balanced(q: Tensor, p: Tensor, delta: float) -> Tensor:
+    """D_KL(q ‖ p) = (1-δ) D_KL(q ‖ sg(p)) + δ D_KL(sg(q) ‖ p)   with δ on the prior's term [D1].
+
+    q, p: (..., C, K) logits of C independent categoricals. Returns (...,): summed over the C
+    categoricals, averaged over nothing. Its value is the plain KL whatever δ is; δ only decides
+    how much of the gradient moves p (the prior, fast) and how much q (the posterior, slowly).
+    """
+
+    def kl(q: Tensor, p: Tensor) -> Tensor:
+        log_q, log_p = q.log_softmax(-1), p.log_softmax(-1)
+        return (log_q.exp() * (log_q - log_p)).sum((-2, -1))
+
+    q, p = q.float(), p.float()
+    # Eq. 7: posterior regulariser, then prior regulariser
+    return (1 - delta) * kl(q, p.detach()) + delta * kl(q.detach(), p)
+
+
+def sample_straight_through(logits: Tensor) -> Tensor:
+    """One-hot samples (..., C*K) of the logits (..., C, K), with the gradient of the probabilities.
+
+    Straight-through estimation [26]: forward the sample, backward as if it were softmax(logits).
+    """
+    logits = logits.float()
+    gumbel = -torch.empty_like(logits).exponential_().log()  # argmax(logits + gumbel) ~ softmax
+    one_hot = F.one_hot((logits + gumbel).argmax(-1), logits.shape[-1]).to(logits.dtype)
+    probabilities = logits.softmax(-1)
+    return (one_hot + probabilities - probabilities.detach()).flatten(-2)
+
+
+def elbo_loss(
+    images: dict[str, Tensor], decoded: dict[str, Tensor], q: Tensor, p: Tensor,
+    beta: float, delta: float,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """min_φ E_q[ Σ_t -log p_φ(x_t | ŝ_t) + β D_KL(q_φ(z_t | h_t, x_t) ‖ p_φ(ẑ_t | h_t)) ]
+
+    images, decoded: per camera (T, B, 3, 64, 64) in [-1, 1]. q, p: (T, B, C, K) logits.
+    The image likelihood is a Gaussian of unit variance, so -log p is half the squared error; it is
+    summed over pixels, channels and cameras, the KL over categoricals; both are averaged over T
+    and B [D9]. Returns the loss () and its terms.
+    """
+    steps = q.shape[0] * q.shape[1]  # T * B
+    error = {
+        camera: 0.5 * F.mse_loss(decoded[camera].float(), x, reduction="sum") / steps
+        for camera, x in images.items()
+    }
+    kl = kl_balanced(q, p, delta).mean()
+    loss = sum(error.values()) + beta * kl  # Eq. 2: the negative variational lower bound
+    terms = {f"image_{camera}": e.detach() for camera, e in error.items()}
+    return loss, terms | {"kl": kl.detach(), "loss": loss.detach()}
+
+
+# ---------------------------------------------------------------------------- modules
+def conv_transpose_stride2(x: Tensor, layer: nn.ConvTranspose2d) -> Tensor:
+    """layer(x) for kernels 5 and 6, stride 2, about twice as fast on a CPU. x: (N, C, n, n).
+
+    Every output pixel (2i+u, 2j+v) sees at most 3 x 3 input pixels, so the layer is an ordinary
+    3 x 3 convolution with four times the channels (one set per parity u, v), then a pixel shuffle.
+    On a 1 x 1 input it is a plain matrix product.
+    """
+    w, b, n = layer.weight, layer.bias, x.shape[-1]
+    c_in, c_out, k, _ = w.shape
+    if n == 1:
+        y = (x.flatten(1) @ w.reshape(c_in, -1)).view(-1, c_out, k, k)
+        return y.contiguous(memory_format=torch.channels_last) + b.view(1, -1, 1, 1).to(y.dtype)
+    taps = F.pad(w, (0, 6 - k, 0, 6 - k)).reshape(c_in, c_out, 3, 2, 3, 2).flip(2, 4)
+    taps = taps.permute(1, 3, 5, 0, 2, 4).reshape(c_out * 4, c_in, 3, 3)
+    taps = taps.contiguous(memory_format=torch.channels_last)
+    y = F.pixel_shuffle(F.conv2d(x, taps, b.repeat_interleave(4), padding=2), 2)
+    return y[..., : 2 * n - 2 + k, : 2 * n - 2 + k]
+
+
+class ImageEncoder(nn.Module):
+    """One camera: four convolutions (kernel 4, stride 2): (N, 3, 64, 64) -> (N, 32 * depth)."""
+
+    def __init__(self, depth: int):
+        super().__init__()
+        sizes = [3, depth, 2 * depth, 4 * depth, 8 * depth]  # 64 -> 31 -> 14 -> 6 -> 2 pixels
+        self.convolutions = nn.ModuleList(nn.Conv2d(i, o, 4, stride=2) for i, o in pairwise(sizes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for convolution in self.convolutions:
+            x = F.elu(convolution(x))
+        return x.flatten(1)
+
+
+class ImageDecoder(nn.Module):
+    """One camera: four transposed convolutions: (N, 32 * depth) -> (N, 3, 64, 64)."""
+
+    def __init__(self, depth: int):
+        super().__init__()
+        sizes = [32 * depth, 4 * depth, 2 * depth, depth, 3]  # 1 -> 5 -> 13 -> 30 -> 64 pixels
+        self.layers = nn.ModuleList(
+            nn.ConvTranspose2d(i, o, k, stride=2)
+            for i, o, k in zip(sizes, sizes[1:], (5, 5, 6, 6), strict=False)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[..., None, None]
+        for i, layer in enumerate(self.layers):
+            # On a GPU the library's own kernel is the fast one.
+            x = conv_transpose_stride2(x, layer) if x.device.type == "cpu" else layer(x)
+            x = F.elu(x) if i < 3 else x
+        return x
+
+
+class Head(nn.Module):
+    """The RSSM's building block: inputs -> (sum of linear layers) -> LayerNorm -> ELU [-> linear].
+
+    Separate linear layers whose outputs are added equal one layer on the concatenation [D7]; apart,
+    the part that does not depend on the recurrence can be computed for all steps at once.
+    """
+
+    def __init__(self, inputs: tuple[int, ...], hidden: int, out: int | None = None):
+        super().__init__()
+        self.inputs = nn.ModuleList(nn.Linear(n, hidden, bias=i == 0) for i, n in enumerate(inputs))
+        self.norm = nn.LayerNorm(hidden, eps=1e-3)
+        self.out = nn.Linear(hidden, out) if out else nn.Identity()
+
+    def forward(self, first: Tensor, rest: Tensor | float = 0.0) -> Tensor:
+        """`first` through the first linear layer; `rest`: the other ones' output, precomputed."""
+        return self.out(F.elu(self.norm(self.inputs[0](first) + rest)))
+
+
+class WorldModel(nn.Module):
+    """Eq. 1: encoder, recurrent state f, representation model q, dynamics predictor p, decoder."""
+
+    def __init__(self, config: WorldModelConfig):
+        super().__init__()
+        self.config = c = config
+        embedding, z = 32 * c.depth, c.categoricals * c.classes
+        self.encoders = nn.ModuleDict({k: ImageEncoder(c.depth) for k in ("static", "gripper")})
+        self.fuse = Head((2 * embedding,), embedding)
+        if c.proprioception:  # [D5] normalised by the training set's mean and deviation
+            self.register_buffer("robot_mean", torch.zeros(15))
+            self.register_buffer("robot_std", torch.ones(15))
+        self.recurrent_in = Head((z, 7), c.hidden)
+        self.gru = nn.GRUCell(c.hidden, c.deterministic)
+        self.prior_head = Head((c.deterministic,), c.hidden, z)
+        e = embedding + 15 * c.proprioception
+        self.posterior_head = Head((c.deterministic, e), c.hidden, z)
+        self.decoder_in = nn.Linear(c.latent, embedding)  # shared by both decoders [D7]
+        self.decoders = nn.ModuleDict({k: ImageDecoder(c.depth) for k in ("static", "gripper")})
+        self.apply(initialise)
+        self.to(memory_format=torch.channels_last)
+
+    # ------------------------------------------------------------------ the pieces of Eq. 1
+    def initial(self, batch: int) -> tuple[Tensor, Tensor]:
+        """h = z = 0: (B, H), (B, C*K)."""
+        c, device = self.config, self.decoder_in.weight.device
+        return (
+            torch.zeros(batch, c.deterministic, device=device),
+            torch.zeros(batch, c.categoricals * c.classes, device=device),
+        )
+
+    def encode(self, images: dict[str, Tensor], robot_obs: Tensor | None = None) -> Tensor:
+        """Per camera (T, B, 3, 64, 64) from `to_float`, robot_obs (T, B, 15) -> e (T, B, E)."""
+        T, B = images["static"].shape[:2]
+        parts = [encoder(images[k].flatten(0, 1)) for k, encoder in self.encoders.items()]
+        e = self.fuse(torch.cat(parts, -1)).unflatten(0, (T, B))
+        if self.config.proprioception:
+            if robot_obs is None:
+                raise ValueError("this world model was trained with proprioception: pass robot_obs")
+            robot = (robot_obs - self.robot_mean) / self.robot_std
+            e = torch.cat([e, robot.to(e.dtype)], -1)
+        return e
+
+    def recurrent(self, h: Tensor, z: Tensor, a_part: Tensor) -> Tensor:
+        """h_t = f_φ(ŝ_{t-1}, a_{t-1}); a_part: the action's linear layer, already applied."""
+        x = self.recurrent_in(z, a_part)
+        return self.gru(x, h.to(x.dtype)).float()  # Eq. 1: recurrent state
+
+    def prior(self, h: Tensor) -> Tensor:
+        """Logits (..., C, K) of ẑ_t ~ p_φ(ẑ_t | h_t): the dynamics predictor, blind to x_t."""
+        c = self.config
+        return self.prior_head(h).float().unflatten(-1, (c.categoricals, c.classes))
+
+    def posterior(self, h: Tensor, e_part: Tensor) -> Tensor:
+        """Logits (..., C, K) of z_t ~ q_φ(z_t | h_t, x_t); e_part: e through its linear layer."""
+        c = self.config
+        return self.posterior_head(h, e_part).float().unflatten(-1, (c.categoricals, c.classes))
+
+    def decode(self, s: Tensor) -> dict[str, Tensor]:
+        """x̂_t ~ p_φ(x̂_t | ŝ_t): s (T, B, k) -> per camera the mean (T, B, 3, 64, 64), [-1, 1]."""
+        x = self.decoder_in(s).flatten(0, 1)
+        return {k: d(x).unflatten(0, s.shape[:2]) for k, d in self.decoders.items()}
+
+    # ------------------------------------------------------------------ observing and imagining
+    def observe(
+        self, e: Tensor, a_prev: Tensor, reset: Tensor, state: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Filters T observations: e (T, B, E), a_prev (T, B, 7), reset (T, B) bool, state (h, z).
+
+        Where reset is true, the state before the step is forgotten (h = z = 0).
+        Returns h (T, B, H), z (T, B, C*K), q logits (T, B, C, K).
+        """
+        h, z = state
+        keep = (~reset)[..., None].float()
+        # Everything that does not depend on the recurrence, for the whole sequence at once:
+        a_part = self.recurrent_in.inputs[1](a_prev)  # (T, B, hidden)
+        e_part = self.posterior_head.inputs[1](e)  # (T, B, hidden)
+        hs, zs, qs = [], [], []
+        for t in range(e.shape[0]):
+            h = self.recurrent(h * keep[t], z * keep[t], a_part[t])
+            q = self.posterior(h, e_part[t])
+            z = sample_straight_through(q)
+            hs.append(h), zs.append(z), qs.append(q)
+        return torch.stack(hs), torch.stack(zs), torch.stack(qs)
+
+    def filter(
+        self, batch: dict[str, Tensor], state: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`observe` from uint8 images: a batch of data.Sequences, without random resets."""
+        images = {k: to_float(batch[f"rgb_{k}"]) for k in self.encoders}
+        e = self.encode(images, batch["robot_obs"])
+        return self.observe(e, batch["a_prev"], batch["reset"], state)
+
+    def imagine_step(self, h: Tensor, z: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+        """(h_t, z_t), a_t -> (h_{t+1}, ẑ_{t+1}): one step without an observation. a: (B, 7)."""
+        h = self.recurrent(h, z, self.recurrent_in.inputs[1](a))
+        return h, sample_straight_through(self.prior(h))
+
+    def loss(
+        self, batch: dict[str, Tensor], state: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, Tensor]]:
+        """One batch of data.Sequences -> Eq. 2's loss (), its terms, and the last state (detached).
+
+        In training mode single steps are reset with probability ζ, keeping the real a_{t-1}.
+        """
+        c, reset = self.config, batch["reset"]
+        if self.training:
+            reset = reset | (torch.rand(reset.shape, device=reset.device) < c.zeta)
+        images = {k: to_float(batch[f"rgb_{k}"]) for k in self.encoders}
+        e = self.encode(images, batch["robot_obs"])
+        h, z, q = self.observe(e, batch["a_prev"], reset, state)
+        decoded = self.decode(torch.cat([h, z], -1))
+        loss, terms = elbo_loss(images, decoded, q, self.prior(h), c.beta, c.delta)
+        return loss, terms, (h[-1].detach(), z[-1].detach())
+
+
+def to_float(x: Tensor) -> Tensor:
+    """uint8 (..., 64, 64, 3) in 0..255 -> float (..., 3, 64, 64) in [-1, 1], channels-last."""
+    if x.shape[-3:] != (64, 64, 3) or x.dtype != torch.uint8:
+        raise ValueError(
+            f"images must be uint8 (..., 64, 64, 3), got {x.dtype} {tuple(x.shape)}; "
+            "shrink them with data.resize_area first"
+        )
+    return x.float().mul_(1 / 127.5).sub_(1).movedim(-1, -3)
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """The inverse of to_float, clipped: (..., 3, H, W) -> (..., H, W, 3) uint8."""
+    return ((x.float() + 1) * 127.5).round().clamp(0, 255).movedim(-3, -1).to(torch.uint8)
+
+
+def initialise(module: nn.Module) -> None:
+    """Xavier weights, zero biases, orthogonal recurrence [D7]."""
+    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.GRUCell):
+        nn.init.xavier_uniform_(module.weight_ih)
+        nn.init.orthogonal_(module.weight_hh)
+        nn.init.zeros_(module.bias_ih)
+        nn.init.zeros_(module.bias_hh)
