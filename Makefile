@@ -1,0 +1,32 @@
+# make demo   the whole of LUMOS at a small size, on two CPU cores, in under 25 minutes
+# make test   the tests
+# Both set up a local virtual environment in .venv first, when it is missing or out of date.
+
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := runs/demo
+PROCS ?= 2
+
+.PHONY: demo test clean
+.DELETE_ON_ERROR:
+
+.venv/ready: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+test: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -q -rs tests
+
+# Every step resumes or is skipped when it was done, so an interrupted demo can be started again.
+demo: .venv/ready
+	test -d $(DEMO)/data || $(BIN)/python teleop.py record $(DEMO)/play --frames 12000 --val-frames 2000 --procs $(PROCS) --seed 0
+	test -d $(DEMO)/data || $(BIN)/python data.py pack $(DEMO)/play $(DEMO)/data --skip 2 --procs $(PROCS)
+	$(BIN)/python train.py --stage wm --preset sim --steps 500 --data $(DEMO)/data --out $(DEMO)
+	$(BIN)/python train.py --stage agent --preset sim --steps 400 --data $(DEMO)/data --out $(DEMO)
+	$(BIN)/python evaluate.py --env sim --checkpoint $(DEMO)/agent.pt --chains 10 --procs $(PROCS) --film 1 --out $(DEMO)/evaluation
+	@echo; echo "Look at $(DEMO)/pictures and $(DEMO)/evaluation."
+
+clean:
+	rm -rf .venv runs/demo

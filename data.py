@@ -1,0 +1,450 @@
+"""Play data: read, check, pack, sample. LUMOS Sec. III, App. A, App. B, App. D.
+
+    symbol   code       shape              meaning
+    x_t      rgb_*      (L, B, 64, 64, 3)  camera images, uint8 until the encoder    App. A
+    a_{t-1}  a_prev     (L, B, 7)          the action that led to x_t                App. D
+    a_t      a          (T, B, 7)          the action that leads to x_{t+1}          App. D
+    l        emb        (B, 384)           embedding of an annotated span's sentence App. B
+    s_g      index[-1]  (B,)               hindsight goal: the window's last frame   Sec. III
+
+    frame      0          1      2    |   3          4     |: an episode ends
+    actions    a_0 -----> a_1 -> a_2      a_3 -----> a_4   actions[t] is commanded AT frame t
+    a_prev     NO_ACTION  a_0    a_1      NO_ACTION  a_3   actions[t-1], NO_ACTION after a reset
+    reset      True       False  False    True       False
+
+A recording is in CALVIN's format, one npz per frame; `python data.py pack SRC DST [--skip N]` turns
+it once into flat memory-mapped arrays at 64 x 64, for Sequences (world model) and Windows (agent).
+CALVIN's episodes include their last frame, its spans (start, start + 64) are 64 frames: without the
+last. Once packed, both are [start, end).
+Copy this file alone. Needs: numpy, torch (tqdm to pack; sentence-transformers for new sentences).
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+import sys
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ASSETS = Path(__file__).parent / "assets"
+SIZE = 64  # pixels, App. C
+BLOCK = 256  # packed frames that a process makes at a time
+MIN_LEN, MAX_LEN = 20, 32  # Table IV: shortest and longest window
+CAMERAS, VECTORS = ("rgb_static", "rgb_gripper"), {"actions": 7, "robot_obs": 15, "scene_obs": 24}
+SHAPES = {c: (SIZE, SIZE, 3) for c in CAMERAS} | {k: (n,) for k, n in VECTORS.items()}
+DTYPES = {c: np.uint8 for c in CAMERAS} | {k: np.float32 for k in VECTORS}
+TEXT_ENCODER, EMBEDDING = "paraphrase-MiniLM-L3-v2", 384  # App. B
+NO_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)  # before the first step: the gripper is open
+# What recording.json says of our recordings. CALVIN's have no such file, and are like this:
+CALVIN = {"source": "calvin", "renderer": "egl", "hz": 30, "action_scale": [0.02, 0.05]}
+
+
+class DataError(RuntimeError):
+    """Data that cannot be used. The message names the file, what is wrong and the remedy."""
+
+
+@contextmanager
+def naming(path, remedy: str):
+    """Whatever goes wrong inside is told as a DataError that names the file and the remedy."""
+    try:
+        yield path
+    except DataError:
+        raise
+    except Exception as e:
+        raise DataError(f"{path}: {e} ({type(e).__name__}). {remedy}.") from e
+
+
+def resize_area(images: np.ndarray, size: int = SIZE) -> np.ndarray:
+    """uint8 (..., H, W, 3) -> (..., size, size, 3): area averaging, cv2.INTER_AREA's within 1."""
+    *lead, H, W, C = images.shape
+    if images.dtype != np.uint8 or C != 3 or min(H, W) < size:
+        want = f"uint8 (..., H, W, 3), {size} pixels or more"
+        raise ValueError(f"images are {images.dtype} {images.shape}, expected {want}")
+    if H == W == size:
+        return images
+
+    def weights(n: int) -> np.ndarray:  # (size, n): pixel i averages [i n/size, (i+1) n/size)
+        edge, pixel = np.arange(size + 1)[:, None] * n / size, np.arange(n)
+        overlap = np.minimum(edge[1:], pixel + 1) - np.maximum(edge[:-1], pixel)
+        return (np.maximum(overlap, 0) * size / n).astype(np.float32)
+
+    x = weights(H) @ images.reshape(*lead, H, W * C).astype(np.float32)
+    return np.rint(weights(W) @ x.reshape(*lead, size, W, C)).astype(np.uint8)
+
+
+class SafeUnpickler(pickle.Unpickler):
+    """Numpy arrays and plain containers only: a stranger's pickle could otherwise run any code."""
+
+    ALLOWED = ("numpy.ndarray", "numpy.dtype", "_codecs.encode", "numpy._core.numeric._frombuffer")
+    ALLOWED += ("numpy._core.multiarray._reconstruct", "numpy._core.multiarray.scalar")
+
+    def find_class(self, module: str, name: str):
+        module = module.replace("numpy.core.", "numpy._core.")  # numpy 1's name
+        if f"{module}.{name}" not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is refused")
+        return super().find_class(module, name)
+
+
+def load_pickled_npy(path: Path):
+    """The Python object in a .npy file, as CALVIN keeps its annotations, without running code."""
+    with open(path, "rb") as f:
+        np.lib.format.read_magic(f), np.lib.format.read_array_header_1_0(f)
+        return SafeUnpickler(f).load().item()
+
+
+def same_text_encoder(have: str | None, want: str | None, where) -> None:
+    """The encoder's name travels with data and checkpoints; vectors of two encoders never mix."""
+    if Path(have or "").name != Path(want or "").name:
+        raise DataError(f"{where}: text encoder is {have!r}, expected {want!r}. Use one for both.")
+
+
+def _key(sentence: str) -> str:
+    return " ".join(sentence.lower().split())  # the encoder is uncased: case and blanks don't count
+
+
+@lru_cache
+def embedding_table() -> dict[str, np.ndarray]:
+    """The committed sentences of the play table, embedded by TEXT_ENCODER: {sentence: (384,)}."""
+    if not (ASSETS / "embeddings.npz").exists():  # data.py was copied out alone
+        return {}
+    with np.load(ASSETS / "embeddings.npz", allow_pickle=False) as z:
+        return dict(zip(map(_key, z["sentences"].tolist()), z["embeddings"], strict=True))
+
+
+def encode(sentences: list[str], encoder: str = TEXT_ENCODER, table: bool = True) -> np.ndarray:
+    """Sentences -> (S, 384) float32: from the committed table, else by sentence-transformers.
+
+    encoder: a model of the hub, or a local folder whose last part is the model's name.
+    """
+    known = dict(embedding_table()) if table and Path(encoder).name == TEXT_ENCODER else {}
+    if new := [s for s in dict.fromkeys(sentences) if _key(s) not in known]:
+        remedy = f"pip install sentence-transformers; without a hub, a folder .../{TEXT_ENCODER}"
+        with naming(f"sentence {new[0]!r}, not among the committed ones, by {encoder}", remedy):
+            from sentence_transformers import SentenceTransformer
+
+            made = SentenceTransformer(encoder, device="cpu").encode(new)
+        known |= {_key(s): e for s, e in zip(new, made, strict=True)}
+    return np.stack([known[_key(s)] for s in sentences]).astype(np.float32)
+
+
+def embed(encoder: str = TEXT_ENCODER, assets: Path = ASSETS) -> None:
+    """Writes embeddings.npz beside sentences.json: the embedding of every sentence in that."""
+    spec = json.loads((assets / "sentences.json").read_text())
+    same_text_encoder(encoder, spec["text_encoder"], assets / "sentences.json")
+    every = {s for t in spec["tasks"].values() for kind in ("train", "validation") for s in t[kind]}
+    e = encode(every := sorted(every), encoder, table=False)
+    if e.shape != (len(every), EMBEDDING) or not np.isfinite(e).all():
+        raise DataError(f"{encoder} gave {e.shape}, not {(len(every), EMBEDDING)} finite numbers.")
+    with open(part := assets / "embeddings.part", "wb") as f:
+        np.savez(f, sentences=every, embeddings=e, text_encoder=spec["text_encoder"])
+    os.replace(part, assets / "embeddings.npz")
+
+
+def read_frame(folder: Path, i: int, scene: bool, sizes: dict[str, tuple]) -> dict:
+    """Frame i, checked. scene: it has a scene_obs. sizes: (H, W, 3) of the cameras, where known."""
+    path, frame = folder / f"episode_{i:07d}.npz", {}
+    with naming(path, "Copy or record it again"), np.load(path, allow_pickle=False) as z:
+        for k in [*SHAPES][: None if scene else -1]:
+            x = frame[k] = z[name := "rel_actions" if k == "actions" else k]
+            if k in CAMERAS:  # of any size, but images are never enlarged
+                want = sizes.get(k, (*(max(n, SIZE) for n in x.shape[:2]), 3))
+                kind, ok = "uint8", x.dtype == np.uint8
+            else:
+                want, kind = SHAPES[k], "finite floats"
+                ok = x.dtype.kind == "f" and np.isfinite(x).all()
+            if not ok or x.shape != want:
+                raise ValueError(f"{name} is {x.dtype} {x.shape}, expected {kind} {want}")
+        if np.abs(a := frame["actions"]).max() > 1.001 or abs(a[6]) < 0.999:
+            raise ValueError(f"rel_actions {a} not in [-1, 1], or their gripper not -1 or +1")
+    return frame
+
+
+def read_language(folder: Path, encoder: str) -> tuple[np.ndarray, np.ndarray, dict]:
+    """Annotations: spans of frame ids (M, 2), embeddings (M, 384), {"sentences", "tasks"}: [M]."""
+    path, there = folder / "auto_lang_ann.npy", sorted(p.name for p in folder.parent.glob("lang*"))
+    with naming(path, f"Annotate again; or --lang-folder: one of {there}, or none (no language)"):
+        d = load_pickled_npy(path)
+        lang = {"sentences": list(d["language"]["ann"]), "tasks": list(d["language"]["task"])}
+        spans = np.array(d["info"]["indx"], np.int64).reshape(len(lang["tasks"]), 2)
+        emb = np.array(d["language"]["emb"], np.float32).reshape(len(spans), EMBEDDING)
+        known = embedding_table() if encoder == TEXT_ENCODER else {}
+        rows = zip(lang["sentences"], emb, strict=True)
+        good = [np.abs(e - known.get(_key(s), e)).max() < 0.01 for s, e in rows]
+        if not good or not all(good):  # also where not finite
+            raise ValueError(f"{len(good)} annotations, of which {encoder} embedded {sum(good)}")
+    return spans, emb, lang
+
+
+def read_held_out(folder: Path) -> dict[str, np.ndarray]:
+    """One validation sentence per task: tasks (K,), sentences (K,), embeddings (K, 384)."""
+    with naming(folder / "embeddings.npy", "Annotate again, or --lang-folder none") as path:
+        d = load_pickled_npy(path)
+        emb = np.array([x["emb"] for x in d.values()], np.float32).reshape(len(d), EMBEDDING)
+        return {"tasks": [*d], "sentences": [x["ann"][0] for x in d.values()], "embeddings": emb}
+
+
+def plan_split(folder: Path, skip: int, lang_folder: str) -> dict:
+    """What is known of a split without reading its frames (but the first), checked."""
+    with naming(folder / "ep_start_end_ids.npy", "A recording in CALVIN's format has it") as path:
+        ids = np.load(path, allow_pickle=False).astype(np.int64, casting="same_kind").reshape(-1, 2)
+        ids = ids[np.argsort(ids[:, 0])] + (0, 1)  # from here on [start, end)
+        length = (ids[:, 1] - ids[:, 0]) // skip  # an episode's last, incomplete step is left out
+        if short := (ids[length < MIN_LEN] - (0, 1)).tolist():
+            raise ValueError(f"{short} are shorter than a window, {MIN_LEN} frames at skip {skip}")
+        if not len(ids) or (ids[1:, 0] < ids[:-1, 1]).any():
+            raise ValueError(f"{len(ids)} episodes; there must be one, and none may overlap")
+        names = {e.name for e in os.scandir(folder)}
+        if gone := [i for e in ids for i in range(*e) if f"episode_{i:07d}.npz" not in names]:
+            raise ValueError(f"episode_{gone[0]:07d}.npz is missing, {len(gone)} files are")
+    steps = [np.arange(i, i + n * skip) for i, n in zip(ids[:, 0], length, strict=True)]
+    frame_ids = np.concatenate(steps).reshape(-1, skip)  # packed row r is of frames frame_ids[r]
+    with naming(folder / "recording.json", "Correct it") as path:
+        about = CALVIN | (json.loads(path.read_text()) if path.exists() else {})
+        meta = {k: about[k] for k in CALVIN}
+    scene = meta["source"] != "robot"  # a real scene has no scene_obs: zeros stand for it
+    sizes = {k: x.shape for k, x in read_frame(folder, int(ids[0, 0]), scene, {}).items()}
+    spans, emb = np.zeros((0, 2), int), np.zeros((0, EMBEDDING), np.float32)
+    lang = {"sentences": [], "tasks": []}
+    encoder = None if lang_folder == "none" else lang_folder.removeprefix("lang_")
+    if encoder:
+        same_text_encoder(about.get("text_encoder", encoder), encoder, folder)
+        spans, emb, lang = read_language(folder / lang_folder, encoder)
+        e = np.searchsorted(ids[:, 0], spans[:, 0], "right") - 1  # the episode of each span
+        rows = np.searchsorted(frame_ids[:, 0], spans)  # the kept frames with ids in [start, end)
+        if (bad := (e < 0) | (spans[:, 1] > ids[e, 1]) | (rows[:, 0] >= rows[:, 1])).any():
+            what = f"{bad.sum()} spans are empty or in no episode, the first {spans[bad][0]}"
+            raise DataError(f"{folder / lang_folder}/auto_lang_ann.npy: {what}. Annotate it again.")
+        spans = rows
+    meta |= {"text_encoder": encoder, "hz": meta["hz"] / skip, "skip": skip, "format": 1}
+    ends = np.cumsum(length)
+    small = {"episodes": np.stack([ends - length, ends], 1), "spans": spans, "span_emb": emb}
+    return {"meta": meta, "small": small, "lang": lang, "ids": frame_ids, "frame": (scene, sizes)}
+
+
+def read_block(job: tuple) -> dict[str, np.ndarray]:
+    """n packed frames, checked and shrunk, from frame_ids (n, skip); runs in a worker process."""
+    folder, frame, frame_ids = job
+    block = {k: np.zeros((len(frame_ids), *s), DTYPES[k]) for k, s in SHAPES.items()}
+    for r, ids in enumerate(frame_ids.tolist()):
+        steps = [read_frame(folder, i, *frame) for i in ids]
+        a = np.stack([s["actions"] for s in steps])
+        # One step at 1/skip of the rate: the mean arm action, held for `skip` steps; last gripper.
+        for k, x in (steps[0] | {"actions": np.append(a[:, :6].mean(0), a[-1, 6])}).items():
+            block[k][r] = resize_area(x) if k in CAMERAS else x
+    return block
+
+
+def create_array(path: Path, shape: tuple, dtype) -> np.memmap:
+    """A .npy whose room is reserved at once: a full disk is an error here, not a crash later."""
+    with naming(path, "Make room on the disk"):
+        x = np.lib.format.open_memmap(path, "w+", dtype, shape)
+        if hasattr(os, "posix_fallocate"):
+            with open(path, "r+b") as f:
+                os.posix_fallocate(f.fileno(), 0, x.offset + x.nbytes)
+    return x
+
+
+def pack(src, dst, skip: int = 1, lang_folder=f"lang_{TEXT_ENCODER}", procs: int = 1) -> None:
+    """Recording `src` -> packed folder `dst`, which is `dst`.part until it is whole. Killed at any
+    moment, the same call goes on where it was. Raises DataError, see the functions above."""
+    from tqdm import tqdm
+
+    src, dst, part = Path(src).resolve(), Path(dst), Path(f"{dst}.part")
+    splits = {s: plan_split(src / s, skip, lang_folder) for s in ("training", "validation")}
+    meta, total = splits["training"]["meta"], sum(len(p["ids"]) for p in splits.values())
+    if meta != splits["validation"]["meta"]:
+        raise DataError(f"{src}: recording.json differs between training/ and validation/.")
+    told = read_held_out(src / "validation" / lang_folder) if meta["text_encoder"] else {}
+    key, old = json.dumps([str(src), meta, total]), part / "packing.json"
+    if dst.exists() or (old.exists() and old.read_text() != key):
+        raise DataError(f"{dst} exists, or {part} of another recording or options. Remove it.")
+    part.mkdir(parents=True, exist_ok=True)
+    old.write_text(key)
+    size = total * sum(int(np.prod(s)) * DTYPES[k]().itemsize for k, s in SHAPES.items()) / 1e9
+    print(f"{total} frames take {size:.2f} GB; {shutil.disk_usage(part).free / 1e9:.2f} are free")
+    with multiprocessing.Pool(procs) as pool, tqdm(total=total, unit="frame") as bar:
+        for name, p in splits.items():
+            out, ids, to = part / name, p["ids"], {}
+            dots = out / "dots"  # one for every block that is written
+            out.mkdir(exist_ok=True)
+            done = dots.stat().st_size if dots.exists() else 0
+            for k, s in SHAPES.items():
+                args = out / f"{k}.npy", (len(ids), *s), DTYPES[k]
+                to[k] = np.load(args[0], mmap_mode="r+") if done else create_array(*args)
+            bar.update(min(done * BLOCK, len(ids)))
+            rows = range(0, len(ids), BLOCK)[done:]
+            jobs = [(src / name, p["frame"], ids[r : r + BLOCK]) for r in rows]
+            for r, block in zip(rows, pool.imap(read_block, jobs), strict=True):
+                for k, x in block.items():
+                    to[k][r : r + BLOCK] = x
+                with open(dots, "a") as f:
+                    f.write(".")
+                bar.update(len(x))
+            for k, x in p["small"].items():
+                np.save(out / f"{k}.npy", x)
+            (out / "lang.json").write_text(json.dumps(p["lang"]))
+    np.savez(part / "validation" / "instructions.npz", **told)
+    (part / "meta.json").write_text(json.dumps(meta))
+    os.rename(part, dst)
+    print(f"{dst}: {total} frames, {size:.2f} GB")
+
+
+class PlayData:
+    """A packed split. Memory-mapped: rgb_static, rgb_gripper (N, 64, 64, 3) uint8; actions (N, 7),
+    robot_obs (N, 15), scene_obs (N, 24) float32. episodes (E, 2), spans (M, 2): rows [start, end);
+    span_emb (M, 384); sentences, tasks [M]; is_start (N,): first row of an episode; meta: a dict.
+    """
+
+    def __init__(self, root, split: str):
+        self.path, self.split = Path(root) / split, split
+        with naming(root, f"It is not packed, or not yet: python data.py pack SRC {root}"):
+            self.meta = json.loads((Path(root) / "meta.json").read_text())
+            lang = json.loads((self.path / "lang.json").read_text())
+            for k in (*SHAPES, "episodes", "spans", "span_emb"):
+                setattr(self, k, np.load(self.path / f"{k}.npy", mmap_mode="r"))
+        self.sentences, self.tasks = lang["sentences"], lang["tasks"]
+        self.shortest = int(np.diff(self.episodes).min())  # frames of the shortest episode
+        self.is_start = np.zeros(len(self), bool)
+        self.is_start[self.episodes[:, 0]] = True
+
+    def __len__(self) -> int:
+        return len(self.actions)
+
+    def frames(self, index: np.ndarray) -> dict[str, torch.Tensor]:
+        """Rows index (L, B) as a batch: rgb_* (L, B, 64, 64, 3) uint8, robot_obs (L, B, 15),
+        a_prev (L, B, 7) and reset (L, B), which is True where an episode starts."""
+        batch = {k: getattr(self, k)[index] for k in (*CAMERAS, "robot_obs")}
+        batch["reset"], batch["a_prev"] = self.is_start[index], self.actions[index - 1]
+        batch["a_prev"][batch["reset"]] = NO_ACTION
+        return {k: torch.from_numpy(x) for k, x in batch.items()}
+
+
+class Sequences:
+    """Batches for the world model; batch(step) is a pure function of (seed, step).
+
+    carry [D10]: B equidistant rows step through the data, L frames at a time, from an offset drawn
+    for each epoch; a row goes on where it was a step before, so the RSSM's state can be carried on.
+    Without carry: the paper's starts (App. A), drawn in the episodes and clipped to their ends.
+    """
+
+    def __init__(self, data: PlayData, B: int, L: int, seed: int, carry: bool = True):
+        self.data, self.B, self.L, self.seed, self.carry = data, B, L, seed, carry
+        if (least := len(data) if carry else data.shortest) < L or B < 1:
+            raise DataError(f"{B} sequences of {L} in {least} frames: record more or lower L.")
+        self.chunk = -(-len(data) // B)  # frames from one row's start to the next
+        self.steps_per_epoch = -(-self.chunk // L)
+
+    def batch(self, step: int) -> dict[str, torch.Tensor]:
+        """PlayData.frames of (L, B) rows; reset is also True where a row leaves its predecessor."""
+        N, ends = len(self.data), self.data.episodes[:, 1]
+        epoch, i = divmod(step, self.steps_per_epoch)
+        if self.carry:
+            offset = np.random.default_rng([self.seed, epoch]).integers(N)
+            first = offset + i * self.L + np.arange(self.B) * self.chunk
+        else:
+            first = np.random.default_rng([self.seed, step]).integers(N, size=self.B)
+            first = np.minimum(first, ends[np.searchsorted(ends, first, "right")] - self.L)
+        # After the last row of the data comes the first, an episode's start.
+        batch = self.data.frames((first + np.arange(self.L)[:, None]) % N)
+        if i == 0 or not self.carry:
+            batch["reset"][0], batch["a_prev"][0] = True, torch.tensor(NO_ACTION)
+        return batch
+
+
+class Windows:
+    """Windows of min_len to max_len frames for the agent, padded to T [D14]; batch(step) is pure.
+
+    play: starts anywhere in an episode; goal: its last frame. lang: starts anywhere in an annotated
+    span, ends in it; goal: its sentence. A span shorter than min_len is one window, the whole span.
+    """
+
+    def __init__(self, data, B, T=MAX_LEN, min_len=MIN_LEN, max_len=MAX_LEN, kind="play", seed=0):
+        self.data, self.B, self.T, self.kind, self.seed = data, B, T, kind, seed
+        bounds = {"play": data.episodes, "lang": data.spans}[kind]
+        if not len(bounds) or not 1 <= min_len <= max_len <= T:
+            what = f"{len(bounds)} {kind} spans, {min_len} to {max_len} frames of T = {T}"
+            raise DataError(f"no windows: {what}. Pack with language; let min_len <= max_len <= T.")
+        places = np.maximum(np.diff(bounds)[:, 0] - min_len + 1, 1)  # admissible starts in each
+        self.span = np.repeat(np.arange(len(bounds)), places)
+        place = np.arange(len(self.span)) - np.repeat(np.cumsum(places) - places, places)
+        self.align = place >= places[self.span] - 8  # the last 8 places of a span [D11]
+        self.start = bounds[self.span, 0] + place
+        self.most = np.minimum(max_len, bounds[self.span, 1] - self.start)  # the longest window
+        self.least = np.minimum(min_len, self.most)
+
+    def batch(self, step: int) -> dict[str, torch.Tensor]:
+        """index (T, B) rows of data, length (B,), a (T, B, 7); lang: emb (B, 384), span, align."""
+        rng = np.random.default_rng([self.seed, step, self.kind == "lang"])
+        w = rng.integers(len(self.start), size=self.B)
+        length = rng.integers(self.least[w], self.most[w] + 1)
+        t = np.arange(self.T)[:, None]
+        index = self.start[w] + np.minimum(t, length - 1)  # the end is held [D14]
+        a = self.data.actions[index]  # (T, B, 7); the held end repeats its gripper
+        a[t >= length, :6] = 0
+        batch = {"index": index, "length": length, "a": a}
+        if self.kind == "lang":
+            batch |= {"span": self.span[w], "align": self.align[w]}
+            batch["emb"] = self.data.span_emb[batch["span"]]
+        return {k: torch.from_numpy(x) for k, x in batch.items()}
+
+
+class Latents:
+    """The frozen world model's latents of a split's frames: h (N, H) float16; z (N, C) uint8, the
+    class of each categorical; z_reset (N, C): z of that frame after a reset [D8]. They are kept
+    beside the data, in a folder named after `key`, which stands for the world model's weights.
+    """
+
+    def __init__(self, path: Path, arrays: list[np.memmap]):
+        self.path, (self.h, self.z, self.z_reset) = path, arrays
+
+    @staticmethod
+    def exists(data: PlayData, key: str) -> bool:
+        return (data.path / f"latents-{key}").exists()
+
+    @classmethod
+    def create(cls, data: PlayData, key: str, H: int, C: int) -> "Latents":
+        """Arrays to write to; they count only after commit()."""
+        part = data.path / f"latents-{key}.part"
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        spec = (("h", H, np.float16), ("z", C, np.uint8), ("z_reset", C, np.uint8))
+        return cls(part, [create_array(part / f"{k}.npy", (len(data), n), t) for k, n, t in spec])
+
+    def commit(self) -> "Latents":
+        os.rename(self.path, done := self.path.with_suffix(""))
+        return Latents(done, [self.h, self.z, self.z_reset])
+
+    @classmethod
+    def open(cls, data: PlayData, key: str) -> "Latents":
+        with naming(path := data.path / f"latents-{key}", "Remove that folder, it is made again"):
+            files = [path / f"{k}.npy" for k in ("h", "z", "z_reset")]
+            return cls(path, [np.load(f, mmap_mode="r") for f in files])
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Play data.")
+    sub = parser.add_subparsers(dest="command", required=True)
+    p = sub.add_parser("pack", help="a recording -> arrays of 64 x 64 images")
+    p.add_argument("src", help="recording in CALVIN's format: a folder with training/, validation/")
+    p.add_argument("dst", help="the new folder")
+    p.add_argument("--skip", type=int, default=1, help="keep every N-th frame")
+    p.add_argument("--lang-folder", default=f"lang_{TEXT_ENCODER}", help="or: none")
+    p.add_argument("--procs", type=int, default=os.cpu_count())
+    p = sub.add_parser("embed", help="assets/sentences.json -> assets/embeddings.npz")
+    p.add_argument("--encoder", default=TEXT_ENCODER, help="name on the hub, or a local folder")
+    args = vars(parser.parse_args(argv))
+    try:
+        {"pack": pack, "embed": embed}[args.pop("command")](**args)
+    except DataError as e:
+        sys.exit(f"error: {e}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,450 @@
+"""Evaluation: instructions in a row by CALVIN's protocol. LUMOS Sec. V-A, Table I.
+
+    chain      a start state and five tasks, possible in turn: the benchmark has exactly 1000
+    attempt    one instruction: at most 360 simulator steps, the oracle asked after each of them
+    Avg. Len.  tasks solved in a row before the first failure (0 to 5), averaged over chains
+
+The simulator runs at 30 Hz; a policy trained at 15 Hz (skip = 2) looks at every second frame, and
+its actions are held:   look, act   step, judge   step, judge   look, act   step, judge   ...
+
+    python evaluate.py --checkpoint RUN/agent.pt --chains 200 --procs 2 --out DIR [--film 3]
+    python evaluate.py --checkpoint RUN/agent.pt --instruction "pull out the drawer" --out DIR
+    python evaluate.py --policy operator --chains 200 --procs 2 --out DIR
+
+DIR gets chains.jsonl (a line per finished chain: the same command goes on from there), results.json
+and films. Another environment is one more function in ENVIRONMENTS. Needs: all of the project.
+"""
+
+import argparse
+import concurrent.futures
+import functools
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import threading
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import sim
+import teleop
+
+HERE = Path(__file__).resolve().parent
+LIMIT = 360  # simulator steps per instruction: 12 s
+FILM_STEPS, FILM_FPS, FILM_FRAMES = 4, 15, 240  # a picture every 4 steps, shown twice as fast
+MARKS = {None: ("#404040", ""), True: ("#188038", ": solved"), False: ("#c5221f", ": failed")}
+BLOCKS = ("red_block", "blue_block", "pink_block")
+TABLE = ((0.0500000896, -0.120000177, 0.459990009), (0.229995412, -0.119995140, 0.459990010))  # m
+SHELF = {  # m, the two slots in the cabinet, behind the sliding door
+    "slider_left": (-0.240851662, 0.0924044687, 0.460990009),
+    "slider_right": (0.0703416330, 0.0924044687, 0.460990009),
+}
+State = namedtuple("State", ("led", "lightbulb", "slider", "drawer", *BLOCKS))
+
+
+# ------------------------------------------------------------------ the benchmark's 1000 chains
+@functools.cache
+def start_states() -> tuple[State, ...]:
+    """The 192 initial states: two blocks on the table, or one on it and one in either slot."""
+    doors = itertools.product((0, 1), (0, 1), ("right", "left"), ("closed", "open"))
+    blocks = itertools.product(("table", "slider_right", "slider_left"), repeat=3)
+    blocks = [at for at in blocks if at.count("table") == 2 or len(set(at)) == 3]
+    return tuple(State(*door, *at) for door, at in itertools.product(doors, blocks))
+
+
+@functools.cache
+def outcomes(state: State, task: str) -> tuple[State, ...]:
+    """The states that `task` can lead to: none if it is impossible, several if it is ambiguous."""
+    at = state._asdict()
+    kind, *_, last = words = task.split("_")
+    held = [b for b in BLOCKS if at[b] == "grasped"]
+    on_table = [b for b in BLOCKS if at[b] == "table"]
+    changes = []  # one {what: its new value} per way of doing it
+    if kind == "place":  # the benchmark names the slot after the side where the door is
+        where = "drawer" if last == "drawer" else f"slider_{state.slider}"
+        changes = [{b: where} for b in held if where != "drawer" or state.drawer == "open"]
+    elif kind == "stack":
+        changes = [{b: "top", under: "bottom"} for b in held for under in on_table]
+    elif held:
+        pass  # everything else needs an empty gripper
+    elif kind == "unstack":
+        tower = [b for b in BLOCKS if at[b] in ("top", "bottom")]
+        changes = [dict.fromkeys(tower, "table")] if tower else []
+    elif task == "push_into_drawer":  # with the other two blocks out of the way, in the cabinet
+        if state.drawer == "open" and sum(at[b] in SHELF for b in BLOCKS) == 2:
+            changes = [{b: "drawer"} for b in on_table]
+    elif kind in ("turn", "move", "open", "close"):
+        what = {"turn": last, "move": "slider"}.get(kind, "drawer")
+        after = {"turn": int(words[1] == "on"), "move": last, "open": "open"}.get(kind, "closed")
+        changes = [{what: after}] if at[what] != after else []
+    else:  # lift, push or rotate a block of one colour
+        block = f"{words[1]}_block"
+        far = "slider_left" if state.slider == "right" else "slider_right"  # what the door bares
+        source = {"slider": far, "drawer": "drawer"}.get(last, "table")
+        if at[block] == source and (source != "drawer" or state.drawer == "open"):
+            changes = [{block: "grasped"} if kind == "lift" else {}]
+    return tuple(state._replace(**change) for change in changes)
+
+
+def category(task: str) -> str:
+    """The five tasks of a chain are of five different categories, out of eleven."""
+    kind, *_, last = task.split("_")
+    if kind in ("rotate", "push") and last != "drawer":
+        return "turn or push a block"
+    return {"lift": f"lift from {last}", "open": "drawer", "close": "drawer"}.get(kind, kind)
+
+
+def possible(state: State, tasks) -> bool:
+    """Each task in turn has exactly one outcome, and no two are of one category."""
+    for task in tasks:
+        after = outcomes(state, task)
+        if len(after) != 1:
+            return False
+        state = after[0]
+    return len({category(task) for task in tasks}) == len(tasks)
+
+
+@functools.cache
+def chains_from(i: int, count: int) -> list[tuple[str, ...]]:
+    """The first `count` possible draws of 5 of the 34 tasks in state i, by RandomState(i)."""
+    state, rng, found = start_states()[i], np.random.RandomState(i), []
+    first = {k for k, task in enumerate(sim.TASKS) if len(outcomes(state, task)) == 1}
+    in_order, drawn = np.arange(len(sim.TASKS)), np.arange(len(sim.TASKS))
+    while len(found) < count:  # some 16,000 draws; a choice without replacement is a shuffle
+        drawn[:] = in_order
+        rng.shuffle(drawn)
+        if drawn.item(0) in first:
+            tasks = tuple(sim.TASKS[k] for k in drawn[:5].tolist())
+            found += [tasks] if possible(state, tasks) else []
+    return found
+
+
+def chain(number: int) -> tuple[State, tuple[str, ...]]:
+    """Chain `number` (0 to 999) of the benchmark: its start state and its five tasks."""
+    parts = np.array_split(np.arange(1000), len(start_states()))  # 6 chains of each of 40, then 5
+    order = np.random.RandomState(0).permutation(1000)
+    i = next(i for i, part in enumerate(parts) if order[number] in part)
+    return start_states()[i], chains_from(i, len(parts[i]))[order[number] - parts[i][0]]
+
+
+def start_pose(state: State) -> tuple[np.ndarray, np.ndarray]:
+    """robot_obs (15,) and scene_obs (24,) of a start state; the blocks' poses are drawn for it."""
+    seed = 0  # FNV-1, 32 bit, of the state as Python prints it; the last 0: nothing is grasped
+    for byte in f"dict_values({[*state, 0]})".encode("utf-16-le"):
+        seed = (seed * 0x01000193) % 2**32 ^ byte
+    rng, table, scene = np.random.RandomState(seed), list(TABLE), np.zeros(24)
+    rng.shuffle(table)
+    scene[0] = 0.28 * (state.slider == "left")  # m
+    scene[1] = 0.22 * (state.drawer == "open")  # m
+    scene[3] = 0.088 * state.lightbulb  # m, the switch
+    scene[4:6] = state.lightbulb, state.led
+    places = (0, int(state.red_block == "table"), 1)  # blue takes what red and pink leave it
+    for k, (block, place) in enumerate(zip(BLOCKS, places, strict=True)):
+        scene[6 + 6 * k : 9 + 6 * k] = SHELF.get(getattr(state, block), table[place])
+        scene[11 + 6 * k] = rng.uniform(np.pi / 2 - np.pi / 8, np.pi / 2 + np.pi / 8)  # yaw
+    return sim.ROBOT_OBS0.copy(), scene
+
+
+# ------------------------------------------------------------------ environments and policies
+def make_sim(cameras: bool):
+    """The embedded play table and its oracle."""
+    return sim.PlayTable(static_size=64, gripper_size=64, render=cameras), sim.oracle
+
+
+ENVIRONMENTS = {"sim": make_sim}  # name: function(cameras) -> (environment, oracle)
+# What a checkpoint's data must agree with, hz times skip being the simulator's rate.
+MUST_AGREE = {"sim": {"hz x skip": 30, "action_scale": [0.02, 0.05], "renderer": "tiny"}}
+
+
+def load_policy(path, device: str, sample: bool, env: str):
+    """The policy of a checkpoint and the checkpoint's other entries; ValueError: not for `env`."""
+    import torch
+
+    import train
+
+    torch.set_num_threads(1)  # the cores are for --procs
+    policy, checkpoint = train.load_agent(path, device, sample)
+    policy.seed = torch.manual_seed  # whence its samples come
+    have = checkpoint["meta"] | {"hz x skip": round(checkpoint["meta"]["hz"] * policy.skip, 6)}
+    for key, want in MUST_AGREE[env].items():
+        if have[key] != want:
+            what = f"{path} was trained on data with {key} {have[key]}, --env {env} has {want}"
+            raise ValueError(f"{what}: pack data that agrees, and train on that.")
+    return policy, checkpoint
+
+
+def attempt(env, oracle, policy, embeddings, task: str, limit: int = LIMIT) -> tuple[bool, int]:
+    """One instruction, from wherever the scene is now: (solved?, simulator steps taken)."""
+    policy.reset()
+    start, obs = env.get_info(), env.get_obs()
+    for t in range(limit):
+        if t % policy.skip == 0:
+            action = policy.act(obs, embeddings[task])
+        looks_next = (t + 1) % policy.skip == 0  # no pictures where the policy does not look
+        obs, _, _, info = env.step(action, render=looks_next)
+        if oracle(start, info, task):
+            return True, t + 1
+    return False, limit
+
+
+# ------------------------------------------------------------------ films
+class Filmed:
+    """An environment that keeps what its cameras see if `film` is a path, whoever drives it."""
+
+    def __init__(self, env, film: Path | None):
+        self.env, self.film, self.frames, self.caption, self.t = env, film, [], "", 0
+
+    def __getattr__(self, name):
+        return getattr(self.env, name)
+
+    def step(self, action, render: bool = True):
+        out, self.t = self.env.step(action, render=render), self.t + 1
+        if self.t % FILM_STEPS == 0:
+            self.snap()
+        return out
+
+    def snap(self, solved: bool | None = None):
+        """Keep a picture; where an attempt ends, for half a second."""
+        if self.film:
+            rgb = self.env.get_obs()["rgb_obs"]
+            frame = (rgb["rgb_static"], rgb["rgb_gripper"], self.caption, solved)
+            self.frames += [frame] * (1 if solved is None else FILM_FPS // 2)
+
+    def save(self):
+        """Write a GIF or MP4; a long one is thinned, but not the ends of the attempts."""
+        if self.film:
+            import imageio.v3 as imageio
+
+            thin = -(-len(self.frames) // FILM_FRAMES)
+            frames = [f for i, f in enumerate(self.frames) if i % thin == 0 or f[3] is not None]
+            rate = {".gif": {"duration": 1000 // FILM_FPS, "loop": 0}, ".mp4": {"fps": FILM_FPS}}
+            part = self.film.with_name(f"part_{self.film.name}")
+            imageio.imwrite(part, np.stack([draw(*f) for f in frames]), **rate[part.suffix])
+            os.replace(part, self.film)
+
+
+def draw(static, gripper, caption: str, solved: bool | None) -> np.ndarray:
+    """What the policy sees, four times larger, under its instruction: (304, 520, 3) uint8."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    colour, word = MARKS[solved]
+    picture = Image.new("RGB", (520, 304), colour)
+    for x, image in ((2, static), (262, gripper)):
+        large = Image.fromarray(image).resize((256, 256), Image.Resampling.NEAREST)
+        picture.paste(large, (x, 46))
+    ImageDraw.Draw(picture).text((8, 13), caption + word, "white", ImageFont.load_default(15))
+    return np.asarray(picture)
+
+
+# ------------------------------------------------------------------ figures and records
+def summarise(records: list[dict]) -> dict:
+    """Table I's figures: shares with 1..5 or more in a row, mean length, rates per task."""
+    solved, tasks = np.array([r["solved"] for r in records]), {}
+    for r in records:
+        for k, task in enumerate(r["tasks"][: r["solved"] + 1]):
+            ok, n = tasks.get(task, (0, 0))
+            tasks[task] = [ok + (k < r["solved"]), n + 1]
+    tasks = {task: tasks[task] for task in sim.TASKS if task in tasks}  # [solved, attempted]
+    success = [float((solved >= n).mean()) for n in range(1, 6)]
+    length = solved.mean().item()
+    return {"chains": len(records), "avg_len": length, "success": success, "tasks": tasks}
+
+
+def tables(result: dict) -> str:
+    """The rates of the tasks, then a row laid out like the paper's Table I."""
+    rates = [f"{t:<28}{f'{ok}/{n}':>9}{ok / n:>9.1%}" for t, (ok, n) in result["tasks"].items()]
+    head = f"{'':<16}No. Instructions in a Row ({result['chains']} chains)"
+    names = f"{'Method':<16}{'1':<9}{'2':<9}{'3':<9}{'4':<9}{'5':<9}Avg. Len."
+    row = f"{result['method']:<16}" + "".join(f"{f'{s:.1%}':<9}" for s in result["success"])
+    return "\n".join([*rates, "", head, names, f"{row}{result['avg_len']:.2f}"])
+
+
+def read_log(path: Path, identity: dict) -> dict[int, dict]:
+    """Finished chains by number; starts the file if need be, and cuts off a half-written line."""
+    text = path.read_text() if path.exists() else ""
+    whole = text[: text.rfind("\n") + 1]
+    if not whole:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(identity) + "\n")
+        return {}
+    os.truncate(path, len(whole.encode()))
+    was, *records = map(json.loads, whole.splitlines())
+    if was != json.loads(json.dumps(identity)):
+        keys = [k for k in was | identity if was.get(k) != identity.get(k)]
+        changes = ", ".join(f"{k} was {was.get(k)!r} and is {identity.get(k)!r}" for k in keys)
+        raise SystemExit(f"{path} holds another evaluation: {changes}. Give another --out.")
+    return {r["chain"]: r for r in records}
+
+
+# ------------------------------------------------------------------ running
+class Worker:
+    """What one process owns: an environment, its oracle and a policy."""
+
+    def __init__(self, args):
+        language = json.loads((HERE / "assets/sentences.json").read_text())["tasks"]
+        self.args, self.embeddings, self.info = args, {}, {}
+        self.sentences = {task: entry["validation"][0] for task, entry in language.items()}
+        self.sentences |= {args.instruction: args.instruction} if args.instruction else {}
+        if args.checkpoint:
+            import data
+
+            self.policy, c = load_policy(args.checkpoint, args.device, not args.mean, args.env)
+            encoder = args.text_encoder or c["text_encoder"]
+            data.same_text_encoder(encoder, c["text_encoder"], args.checkpoint)
+            emb = data.encode(list(self.sentences.values()), encoder)  # (34, 384)
+            self.embeddings = dict(zip(self.sentences, emb, strict=True))
+            self.info = {"method": c["config"]["method"], "seed": c["run"]["seed"]}
+            self.info["training"] = {k: c[k] for k in ("step", "seconds", "run", "meta")}
+        self.env, self.oracle = ENVIRONMENTS[args.env](bool(args.checkpoint or args.film))
+
+    def run_chain(self, number: int, film: Path | None = None) -> dict:
+        """One chain, from its start pose to the first failure: what chains.jsonl keeps of it."""
+        args, env, (state, tasks) = self.args, Filmed(self.env, film), chain(number)
+        env.reset(*start_pose(state))
+        rng = np.random.default_rng((args.seed, number))  # neither order nor process matters
+        if args.policy == "operator":
+            try_task = teleop.Operator(env, rng, oracle=self.oracle).attempt
+        else:
+            self.policy.seed(int(rng.integers(2**63)))
+            try_task = functools.partial(attempt, env, self.oracle, self.policy, self.embeddings)
+        steps = []
+        for k, task in enumerate(tasks):
+            env.caption = f"{k + 1}/5  {self.sentences[task]}"
+            env.snap()
+            ok, n = try_task(task, args.limit)
+            env.snap(solved=ok)
+            steps.append(n)
+            if not ok:
+                break
+        env.save()
+        return {"chain": number, "solved": len(steps) - (not ok), "tasks": tasks, "steps": steps}
+
+    def follow(self, sentence: str, number: int, film: Path) -> dict[str, int]:
+        """One free sentence in a chain's scene, to the limit: {task: step that it was seen at}."""
+        env, seen = Filmed(self.env, film), {}
+
+        def take_notes(start, info, _):  # of all tasks; says yes to none
+            new = [x for x in sim.TASKS if x not in seen and self.oracle(start, info, x)]
+            seen.update(dict.fromkeys(new, env.t))
+
+        self.policy.seed(self.args.seed)
+        env.reset(*start_pose(chain(number)[0]))
+        env.caption = sentence
+        attempt(env, take_notes, self.policy, self.embeddings, sentence, self.args.limit)
+        env.save()
+        return seen
+
+
+def _start(args):
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it, and so does the parent's end
+    end = lambda: (multiprocessing.parent_process().join(), os._exit(1))
+    threading.Thread(target=end, daemon=True).start()
+    _worker = Worker(args)
+
+
+def _run(job: tuple) -> dict:
+    return _worker.run_chain(*job)
+
+
+def finished(worker: Worker, jobs: list[tuple]):
+    """A record per job, in whatever order they finish; every process has its own worker."""
+    if worker.args.procs == 1:
+        yield from (worker.run_chain(*job) for job in jobs)
+        return
+    context, n = multiprocessing.get_context("spawn"), worker.args.procs
+    pool = concurrent.futures.ProcessPoolExecutor(n, context, _start, (worker.args,))
+    try:
+        for done in concurrent.futures.as_completed([pool.submit(_run, job) for job in jobs]):
+            yield done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def evaluate(worker: Worker) -> dict:
+    """Runs the chains that are not on record yet, prints the tables, writes results.json."""
+    args, log = worker.args, worker.args.out / "chains.jsonl"
+    identity = {"env": args.env, "method": args.policy, "seed": args.seed, **worker.info}
+    identity |= {k: getattr(args, k) for k in ("checkpoint", "mean", "limit")}
+    identity["evaluation_seed"] = args.seed
+    records = read_log(log, identity)
+    numbers = range(args.first, args.first + args.chains)
+    films = {n: args.out / f"chain_{n:04}.{args.format}" for n in numbers[: args.film]}
+    todo = [n for n in numbers if n not in records or not films.get(n, log).exists()]
+    try:
+        with log.open("a") as file, tqdm(total=len(todo), unit="chain") as bar:
+            for record in finished(worker, [(n, films.get(n)) for n in todo]):
+                if record["chain"] not in records:  # else only its film was missing
+                    file.write(json.dumps(record) + "\n")
+                    file.flush()
+                records[record["chain"]] = record
+                lengths = [records[n]["solved"] for n in numbers if n in records]
+                bar.set_postfix_str(f"Avg. Len. {np.mean(lengths):.2f}", refresh=False)
+                bar.update()
+    finally:  # after Ctrl-C too: the tables so far
+        if done := [records[n] for n in numbers if n in records]:
+            git = "git describe --always --dirty --abbrev=40 --exclude='*'"  # fails: no checkout
+            git = subprocess.run(git, shell=True, cwd=HERE, capture_output=True, text=True)
+            result = identity | summarise(done) | {"commit": git.stdout.strip() or None}
+            part = args.out / "part_results.json"
+            part.write_text(json.dumps(result, indent=1) + "\n")
+            os.replace(part, args.out / "results.json")
+            print(tables(result))
+        if len(done) < args.chains:
+            print(f"{len(done)} of {args.chains} chains: the same command again goes on from here.")
+    return result
+
+
+def parse(argv=None) -> argparse.Namespace:
+    """The command line, checked."""
+    parser = argparse.ArgumentParser(description="Evaluate a policy.", allow_abbrev=False)
+    add = parser.add_argument
+    add("--checkpoint", help="the agent's, by train.py --stage agent")
+    add("--policy", choices=("agent", "operator"), default="agent")
+    add("--env", choices=tuple(ENVIRONMENTS), default="sim")
+    add("--chains", type=int, default=1000, help="how many of the benchmark's 1000 chains")
+    add("--first", type=int, default=0, help="number of the first; with --instruction: its scene")
+    add("--procs", type=int, default=1, help="processes, each with an environment and a policy")
+    add("--device", default="cpu", help="where the policy runs: cpu, cuda, cuda:1, ...")
+    add("--out", type=Path, help="folder of the record, results.json and films")
+    add("--seed", type=int, default=0, help="of sampled actions and plans")
+    add("--mean", action="store_true", help="act with tanh of the mean, not with a sample [D17]")
+    add("--limit", type=int, default=LIMIT, help="simulator steps per instruction")
+    add("--film", type=int, default=0, metavar="K", help="film the first K of the chains")
+    add("--format", choices=("gif", "mp4"), default="gif", help="of films")
+    add("--text-encoder", help="its local folder, for sentences that are not in assets/")
+    add("--instruction", metavar="SENTENCE", help="follow one free sentence instead, and film it")
+    args = parser.parse_args(argv)
+    reads = bool(args.checkpoint)
+    if (args.policy == "agent") != reads or (args.instruction and not reads):
+        parser.error("give --checkpoint RUN/agent.pt, or --policy operator (for no --instruction)")
+    if not 0 <= args.first < args.first + (1 if args.instruction else args.chains) <= 1000:
+        parser.error(f"there are chains 0 to 999, not {args.chains} from {args.first} on")
+    run = Path(args.checkpoint).parent if args.checkpoint else Path("runs") / args.policy
+    args.out = args.out or run / f"evaluate_{args.env}"
+    return args
+
+
+def main(argv=None) -> dict:
+    args = parse(argv)
+    try:
+        worker = Worker(args)
+    except (ValueError, RuntimeError) as error:
+        raise SystemExit(f"evaluate.py: {error}") from error
+    if not args.instruction:
+        return evaluate(worker)
+    args.out.mkdir(parents=True, exist_ok=True)
+    film = args.out / f"instruction.{args.format}"
+    seen = worker.follow(args.instruction, args.first, film)
+    print(*[f"{task} at step {step}" for task, step in seen.items()], sep="\n")
+    print(f"{len(seen)} of the 34 tasks seen in {args.limit} steps; film: {film}")
+    return seen
+
+
+if __name__ == "__main__":
+    main()

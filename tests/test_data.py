@@ -1,0 +1,402 @@
+"""What data.py promises: recordings in, exact batches out, and errors that name the file."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data as D
+
+LANG = f"lang_{D.TEXT_ENCODER}"
+ROOT = Path(D.__file__).parent
+EPISODES = {"training": [(553_567, 553_767), (600_000, 600_063)], "validation": [(37_682, 37_781)]}
+SPANS = {"training": [(553_600, 553_664), (553_700, 553_730), (600_000, 600_064)]}
+SPANS["validation"] = [(37_700, 37_764)]
+
+
+def frame(i: int, static: int = 200, gripper: int = 84) -> dict:
+    """One frame as CALVIN stores it: float64, keys that we do not need, values that tell its id."""
+    rng = np.random.default_rng(i)
+    action = np.append(rng.uniform(-1, 1, 6), 1.0 if i // 7 % 2 else -1.0)
+    images = {"rgb_static": (static, static, 3), "rgb_gripper": (gripper, gripper, 3)}
+    images = {k: rng.integers(0, 256, s, np.uint8) for k, s in images.items()}
+    other = {"rgb_tactile": np.zeros((2, 2, 6), np.uint8), "depth_static": np.zeros((2, 2), "f4")}
+    state = {"robot_obs": np.full(15, i / 10), "scene_obs": np.full(24, i / 100)}
+    return {"rel_actions": action, "actions": action + 1} | state | images | other
+
+
+def put(path: Path, value) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, np.array(value, dtype=object), allow_pickle=True)
+
+
+def record(root: Path, static: int = 200, gripper: int = 84) -> Path:
+    """A small recording in CALVIN's format: two training episodes, one for validation."""
+    for split, episodes in EPISODES.items():
+        (root / split).mkdir(parents=True)
+        np.save(root / split / "ep_start_end_ids.npy", np.array(episodes))
+        for first, last in episodes:
+            for i in range(first, last + 1):
+                np.savez(root / split / f"episode_{i:07d}.npz", **frame(i, static, gripper))
+        n = len(SPANS[split])
+        emb = np.random.default_rng(0).normal(size=(n, 1, 384)).astype(np.float32)
+        language = {"ann": [f"do {i}" for i in range(n)], "task": ["open_drawer"] * n, "emb": emb}
+        info = {"indx": SPANS[split], "episodes": []}
+        put(root / split / LANG / "auto_lang_ann.npy", {"language": language, "info": info})
+    held_out = {"open_drawer": {"emb": np.ones((1, 1, 384), "f4"), "ann": ["open it"]}}
+    put(root / "validation" / LANG / "embeddings.npy", held_out)
+    return root
+
+
+@pytest.fixture(scope="module")
+def calvin(tmp_path_factory) -> Path:
+    return record(tmp_path_factory.mktemp("data") / "calvin")
+
+
+@pytest.fixture(scope="module")
+def packed(calvin) -> Path:
+    D.pack(calvin, calvin.parent / "packed", procs=2)
+    return calvin.parent / "packed"
+
+
+@pytest.fixture(scope="module")
+def play(packed) -> D.PlayData:
+    return D.PlayData(packed, "training")
+
+
+@pytest.fixture
+def copy(calvin, tmp_path) -> Path:
+    """A recording to damage; its frames are links, so write new files instead of changing them."""
+    return Path(shutil.copytree(calvin, tmp_path / "copy", copy_function=os.link))
+
+
+def replace(path: Path, **changes) -> None:
+    path.unlink()
+    np.savez(path, **{k: v for k, v in (frame(0) | changes).items() if v is not None})
+
+
+def ids() -> np.ndarray:
+    return np.concatenate([np.arange(a, b + 1) for a, b in EPISODES["training"]])
+
+
+# ----------------------------------------------------------------------------------------- images
+
+
+def area_average(image: np.ndarray, size: int) -> np.ndarray:
+    """The definition, slowly: every output pixel is the mean over its rectangle of the input."""
+    n, out = image.shape[0], np.zeros((size, size, 3))
+    for i in range(size):
+        for j in range(size):
+            total = np.zeros(3)
+            for y in range(i * n // size, min(n, -(-(i + 1) * n // size))):
+                for x in range(j * n // size, min(n, -(-(j + 1) * n // size))):
+                    h = min(y + 1, (i + 1) * n / size) - max(y, i * n / size)
+                    w = min(x + 1, (j + 1) * n / size) - max(x, j * n / size)
+                    total += image[y, x] * h * w
+            out[i, j] = total / (n / size) ** 2
+    return out
+
+
+@pytest.mark.parametrize("n", [84, 128, 200])
+def test_images_shrink_by_area_averaging_with_fractional_weights(n):
+    image = np.random.default_rng(n).integers(0, 256, (n, n, 3), np.uint8)
+    got = D.resize_area(image)
+    assert got.dtype == np.uint8 and got.shape == (64, 64, 3)
+    assert np.abs(got - area_average(image, 64)).max() <= 0.501
+    stack = D.resize_area(np.stack([image, 255 - image])[None])
+    assert stack.shape == (1, 2, 64, 64, 3) and (stack[0, 0] == got).all()
+
+
+@pytest.mark.parametrize("shape", [(200, 200), (84, 84), (128, 128), (200, 150)])
+def test_images_shrink_as_cv2_inter_area_does(shape):
+    cv2 = pytest.importorskip("cv2")
+    image = np.random.default_rng(1).integers(0, 256, (*shape, 3), np.uint8)
+    want = cv2.resize(image, (64, 64), interpolation=cv2.INTER_AREA)
+    assert np.abs(D.resize_area(image).astype(int) - want).max() <= 1
+
+
+def test_images_of_64_pixels_are_untouched_and_smaller_ones_refused():
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    assert D.resize_area(image) is image
+    with pytest.raises(ValueError, match="uint8"):
+        D.resize_area(image[:63])
+
+
+# ---------------------------------------------------------------------------------------- packing
+
+
+def test_packing_keeps_every_frame_and_number(play, packed):
+    assert len(play) == len(ids())
+    for row in (0, 100, 200, 201, len(play) - 1):
+        want = frame(int(ids()[row]))
+        np.testing.assert_allclose(play.actions[row], want["rel_actions"], rtol=1e-6)
+        np.testing.assert_allclose(play.robot_obs[row], want["robot_obs"], rtol=1e-6)
+        np.testing.assert_allclose(play.scene_obs[row], want["scene_obs"], rtol=1e-6)
+        for k, n in (("rgb_static", 200), ("rgb_gripper", 84)):
+            assert want[k].shape[0] == n
+            assert (getattr(play, k)[row] == D.resize_area(want[k])).all()
+    assert play.episodes.tolist() == [[0, 201], [201, 265]]  # the inclusive ends are kept
+    assert play.spans.tolist() == [[33, 97], [133, 163], [201, 265]]  # (s, s + 64) is 64 frames
+    assert play.meta["hz"] == 30 and play.meta["source"] == "calvin"
+    assert play.meta["text_encoder"] == D.TEXT_ENCODER
+    with np.load(packed / "validation" / "instructions.npz") as z:
+        assert z["tasks"].tolist() == ["open_drawer"] and z["sentences"].tolist() == ["open it"]
+        assert z["embeddings"].shape == (1, 384)
+    assert not Path(f"{packed}.part").exists()
+
+
+def test_skip_2_averages_arm_actions_takes_the_last_gripper_and_halves_spans(calvin, tmp_path):
+    D.pack(calvin, tmp_path / "slow", skip=2)
+    d = D.PlayData(tmp_path / "slow", "training")
+    assert d.episodes.tolist() == [[0, 100], [100, 132]]  # per episode; the odd 201st frame goes
+    for row, i in ((0, 553_567), (57, 553_567 + 114), (100, 600_000)):
+        a, b = (frame(j)["rel_actions"] for j in (i, i + 1))
+        np.testing.assert_allclose(d.actions[row, :6], (a[:6] + b[:6]) / 2, atol=1e-6)
+        assert d.actions[row, 6] == b[6]
+        assert d.robot_obs[row, 0] == np.float32(i / 10)
+    # Kept ids in [553600, 553664) are 553601, 553603, ...: rows 17 to 48.
+    assert d.spans.tolist() == [[17, 49], [67, 82], [100, 132]]
+    assert d.meta["hz"] == 15 and d.meta["skip"] == 2
+
+
+def test_float32_recordings_of_64_pixels_are_read_as_well_and_recording_json_travels(tmp_path):
+    src = record(tmp_path / "ours", 64, 64)
+    about = {"source": "sim", "renderer": "tiny", "hz": 30, "action_scale": [0.02, 0.05]}
+    about["text_encoder"] = D.TEXT_ENCODER
+    for split in EPISODES:
+        (src / split / "recording.json").write_text(json.dumps(about | {"frames": len(split)}))
+    f = {k: v.astype("f4") if v.dtype == "f8" else v for k, v in frame(600_003, 64, 64).items()}
+    np.savez_compressed(src / "training" / "episode_0600003.npz", **f)
+    D.pack(src, tmp_path / "packed")
+    d = D.PlayData(tmp_path / "packed", "training")
+    assert (d.rgb_static[204] == f["rgb_static"]).all()
+    assert d.meta["renderer"] == "tiny" and d.meta["source"] == "sim"
+
+
+def test_without_language_the_world_model_has_its_data_and_the_agent_is_told_why_not(
+    copy, tmp_path
+):
+    shutil.rmtree(copy / "training" / LANG)
+    D.pack(copy, tmp_path / "packed", lang_folder="none")
+    d = D.PlayData(tmp_path / "packed", "training")
+    assert len(d.spans) == 0 and d.meta["text_encoder"] is None
+    D.Sequences(d, 2, 10, 0).batch(0), D.Windows(d, 2).batch(0)
+    with pytest.raises(D.DataError, match="language"):
+        D.Windows(d, 2, kind="lang")
+
+
+def test_a_real_robot_needs_no_scene_obs(copy, tmp_path):
+    for split, episodes in EPISODES.items():
+        (copy / split / "recording.json").write_text(json.dumps({"source": "robot", "hz": 15}))
+        for first, last in episodes:
+            for i in range(first, last + 1):
+                path = copy / split / f"episode_{i:07d}.npz"
+                path.unlink()
+                f = frame(i, 64, 64)
+                f.pop("scene_obs")
+                np.savez(path, **f)
+    D.pack(copy, tmp_path / "packed")
+    d = D.PlayData(tmp_path / "packed", "training")
+    assert not d.scene_obs[:].any() and d.meta["hz"] == 15
+
+
+# ----------------------------------------------------------------------------------------- errors
+
+
+def truncate(path: Path) -> None:
+    half = path.read_bytes()[:1000]
+    path.unlink()
+    path.write_bytes(half)
+
+
+E7 = "training/episode_0600007.npz"
+IDS = "training/ep_start_end_ids.npy"
+ANN = f"training/{LANG}/auto_lang_ann.npy"
+NAN = np.full(15, np.nan)
+
+
+def annotate(path: Path, **changes) -> None:
+    d = D.load_pickled_npy(path)
+    path.unlink()
+    d["language"] |= {k: v for k, v in changes.items() if k != "indx"}
+    d["info"] |= {k: v for k, v in changes.items() if k == "indx"}
+    put(path, d)
+
+
+DAMAGE = {
+    "truncated": (E7, truncate, "truncated|not a zip|record it again"),
+    "missing": (E7, Path.unlink, "0600007.npz is missing"),
+    "no key": (E7, lambda p: replace(p, rel_actions=None), "rel_actions"),
+    "shape": (E7, lambda p: replace(p, rel_actions=np.ones(6)), r"rel_actions is float64 \(6,\)"),
+    "dtype": (E7, lambda p: replace(p, rgb_static=np.zeros((200, 200, 3))), "expected uint8"),
+    "size": (E7, lambda p: replace(p, rgb_static=np.zeros((99, 99, 3), "u1")), r"\(200, 200, 3\)"),
+    "nan": (E7, lambda p: replace(p, robot_obs=NAN), "robot_obs .* expected finite"),
+    "range": (E7, lambda p: replace(p, rel_actions=np.full(7, 2.0)), r"not in \[-1, 1\]"),
+    "gripper": (E7, lambda p: replace(p, rel_actions=np.zeros(7)), "gripper"),
+    "no ids": (IDS, Path.unlink, "ep_start_end_ids.npy"),
+    "short": (IDS, lambda p: rewrite(p, [(553_567, 553_580)]), "shorter than a window"),
+    "overlap": (IDS, lambda p: rewrite(p, [(553_567, 553_600), (553_590, 553_650)]), "overlap"),
+    "float ids": (IDS, lambda p: rewrite(p, [(0.5, 40.5)]), "ep_start_end_ids.npy"),
+    "no annotations": (ANN, Path.unlink, "--lang-folder"),
+    "outside": (ANN, lambda p: annotate(p, indx=[(553_767, 553_800)] * 3), "in no episode"),
+    "empty span": (ANN, lambda p: annotate(p, indx=[(553_600, 553_600)] * 3), "spans are empty"),
+    "uneven": (ANN, lambda p: annotate(p, task=["open_drawer"]), "auto_lang_ann.npy"),
+    "width": (ANN, lambda p: annotate(p, emb=np.zeros((3, 1, 768))), "auto_lang_ann.npy"),
+    "other model": (ANN, lambda p: annotate(p, ann=[known()] * 3), "embedded 0"),
+}  # fmt: skip
+
+
+def rewrite(path: Path, episodes: list) -> None:
+    path.unlink()
+    np.save(path, np.array(episodes))
+
+
+def known() -> str:
+    return next(iter(D.embedding_table()))
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_bad_input_names_the_file_and_leaves_nothing_half_written(case, copy, tmp_path):
+    file, damage, message = DAMAGE[case]
+    damage(copy / file)
+    with pytest.raises(D.DataError, match=message) as error:
+        D.pack(copy, tmp_path / "packed")
+    assert str(copy / file) in str(error.value) or Path(file).name in str(error.value)
+    assert not (tmp_path / "packed").exists()
+
+
+def test_a_pickle_that_asks_for_code_is_refused(copy, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'boom'}",)
+
+    (copy / ANN).unlink()
+    put(copy / ANN, {"language": Bomb()})
+    with pytest.raises(D.DataError, match=r"auto_lang_ann\.npy.*system.*refused"):
+        D.pack(copy, tmp_path / "packed")
+    assert not (tmp_path / "boom").exists()
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_annotations_of_any_numpy_are_read(protocol, tmp_path):
+    value = {"emb": np.arange(6.0).reshape(2, 3), "n": np.int64(3), "ann": ["é", np.str_("b")]}
+    value["names"] = np.array(["a", "bc"])
+    with open(tmp_path / "x.npy", "wb") as f:
+        header = {"descr": "|O", "fortran_order": False, "shape": ()}
+        np.lib.format.write_array_header_1_0(f, header)
+        text = pickle.dumps(np.array(value, dtype=object), protocol)
+        f.write(text.replace(b"numpy._core.multi", b"numpy.core.multi") if protocol == 2 else text)
+    got = D.load_pickled_npy(tmp_path / "x.npy")
+    assert (got["emb"] == value["emb"]).all() and got["n"] == 3 and got["ann"] == ["é", "b"]
+    assert got["names"].tolist() == ["a", "bc"]
+
+
+def test_another_text_encoder_is_an_error(copy, tmp_path):
+    D.same_text_encoder("sentence-transformers/" + D.TEXT_ENCODER, D.TEXT_ENCODER, "checkpoint")
+    with pytest.raises(D.DataError, match="all-MiniLM"):
+        D.same_text_encoder("all-MiniLM-L6-v2", D.TEXT_ENCODER, "checkpoint")
+    (copy / "training/recording.json").write_text('{"text_encoder": "all-MiniLM-L6-v2"}')
+    with pytest.raises(D.DataError, match="all-MiniLM"):
+        D.pack(copy, tmp_path / "packed")
+
+
+def test_a_full_disk_is_found_before_anything_is_written(calvin, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(D.DataError, match=r"rgb_static\.npy.*No space left.*Make room"):
+        D.pack(calvin, tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()
+
+
+def test_an_existing_folder_is_never_overwritten_and_an_unpacked_one_is_named(calvin, packed):
+    with pytest.raises(D.DataError, match="exists"):
+        D.pack(calvin, packed)
+    with pytest.raises(D.DataError, match="not packed"):
+        D.PlayData(calvin, "training")
+
+
+def test_a_killed_pack_leaves_no_folder_no_process_and_goes_on_where_it_was(
+    calvin, packed, tmp_path
+):
+    dst, part = tmp_path / "packed", tmp_path / "packed.part"
+    code = "import data, sys, time; data.BLOCK = 16; old = data.read_frame\n"
+    code += "data.read_frame = lambda *a: (time.sleep(0.02), old(*a))[1]\n"
+    code += f"data.pack({str(calvin)!r}, {str(dst)!r}, procs=2)"
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    child = subprocess.Popen([sys.executable, "-c", code], env=env, **quiet)
+    dots = part / "training" / "dots"
+    while not (dots.exists() and dots.stat().st_size >= 2):
+        assert child.poll() is None
+        time.sleep(0.01)
+    workers = Path(f"/proc/{child.pid}/task/{child.pid}/children")
+    workers = workers.read_text().split() if workers.exists() else []
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert not dst.exists()
+    with pytest.raises(D.DataError, match="not packed, or not yet"):
+        D.PlayData(dst, "training")
+    with pytest.raises(D.DataError, match="options"):
+        D.pack(calvin, dst, skip=2)
+    done = dots.stat().st_size
+    (part / "training" / "robot_obs.npy").stat()
+    np.load(part / "training" / "robot_obs.npy", mmap_mode="r+")[0] = -1  # seen if done twice
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(D, "BLOCK", 16)
+        D.pack(calvin, dst)
+    whole, resumed = D.PlayData(packed, "training"), D.PlayData(dst, "training")
+    assert done >= 2 and (resumed.robot_obs[0] == -1).all()
+    for k in D.SHAPES:
+        assert (getattr(resumed, k)[1:] == getattr(whole, k)[1:]).all()
+    deadline = time.time() + 10
+    while any(Path(f"/proc/{w}").exists() for w in workers) and time.time() < deadline:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{w}").exists() for w in workers)
+
+
+# ----------------------------------------------------------------------------------------- language
+
+
+def test_every_committed_sentence_has_its_embedding_and_needs_no_text_encoder():
+    tasks = json.loads((ROOT / "assets" / "sentences.json").read_text())["tasks"]
+    every = [s for t in tasks.values() for s in (*t["train"], *t["validation"])]
+    emb = D.encode(every)
+    assert emb.shape == (len(every), 384) and emb.dtype == np.float32 and np.isfinite(emb).all()
+    assert (D.encode([f"  {every[0].upper()} "]) == emb[0]).all()  # an uncased encoder
+    assert len(np.unique(emb.round(3), axis=0)) == len(set(every))
+
+
+def test_a_linear_classifier_reads_the_task_from_every_held_out_sentence():
+    tasks = json.loads((ROOT / "assets" / "sentences.json").read_text())["tasks"]
+    y = np.repeat(np.arange(34), [len(t["train"]) for t in tasks.values()])
+    x = torch.from_numpy(D.encode([s for t in tasks.values() for s in t["train"]]))
+    test = torch.from_numpy(D.encode([t["validation"][0] for t in tasks.values()]))
+    W = torch.zeros(384, 34, requires_grad=True)
+    optimizer = torch.optim.LBFGS([W], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        value = torch.nn.functional.cross_entropy((x - x.mean(0)) @ W, torch.from_numpy(y))
+        value = value + 1e-3 * W.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    assert ((test - x.mean(0)) @ W).argmax(1).tolist() == list(range(34))
+
+
+def test_an_unknown_sentence_without_sentence_transformers_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(D.DataError, match=r"whistle.*pip install sentence-transformers"):
+        D.encode(["whistle a tune"])

@@ -1,0 +1,174 @@
+"""Batches of play: sequences for the world model, windows for the agent, cached latents."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import data as D
+
+N, EPISODES, SPANS = 265, [[0, 201], [201, 265]], [[33, 97], [133, 163], [201, 265]]
+
+
+@pytest.fixture(scope="module")
+def play(tmp_path_factory) -> D.PlayData:
+    """A packed split, written by hand: robot_obs[r, 0] is r."""
+    root, rng = tmp_path_factory.mktemp("data") / "packed", np.random.default_rng(0)
+    (root / "training").mkdir(parents=True)
+    arrays = {k: rng.integers(0, 256, (N, 64, 64, 3), np.uint8) for k in D.CAMERAS}
+    arrays["actions"] = rng.uniform(-1, 1, (N, 7)).astype(np.float32)
+    arrays["robot_obs"] = np.arange(N * 15, dtype=np.float32).reshape(N, 15) / 15
+    arrays |= {"scene_obs": np.zeros((N, 24), "f4"), "span_emb": rng.normal(size=(3, 384))}
+    for k, x in (arrays | {"episodes": np.array(EPISODES), "spans": np.array(SPANS)}).items():
+        np.save(root / "training" / f"{k}.npy", x)
+    (root / "meta.json").write_text("{}")
+    (root / "training" / "lang.json").write_text(json.dumps({"sentences": [], "tasks": []}))
+    return D.PlayData(root, "training")
+
+
+def rows(batch) -> np.ndarray:
+    """Which row of the data each frame of a batch is."""
+    return np.rint(batch["robot_obs"][..., 0].numpy()).astype(int)
+
+
+@pytest.mark.parametrize("B, L", [(5, 9), (4, 7), (1, 265), (3, 100)])
+def test_d10_rows_go_on_exactly_and_an_epoch_covers_every_frame(play, B, L):
+    s = D.Sequences(play, B, L, seed=3)
+    for epoch in range(2):
+        seen, last = np.zeros(N, int), None
+        for step in range(epoch * s.steps_per_epoch, (epoch + 1) * s.steps_per_epoch):
+            batch = s.batch(step)
+            r = rows(batch)
+            assert r.shape == (L, B) and batch["rgb_static"].shape == (L, B, 64, 64, 3)
+            seen += np.bincount(r.ravel(), minlength=N)
+            before = r[:-1] if last is None else np.vstack([last, r[:-1]])
+            now = r[1:] if last is None else r
+            assert (now == (before + 1) % N).all()
+            first = np.zeros((L, B), bool)
+            first[0] = last is None
+            want = first | np.isin(r, [0, 201])  # an epoch's first step, an episode's first frame
+            assert (batch["reset"].numpy() == want).all()
+            none = torch.tensor(D.NO_ACTION)
+            for t, b in np.ndindex(L, B):
+                a = none if want[t, b] else torch.tensor(play.actions[r[t, b] - 1])
+                assert (batch["a_prev"][t, b] == a).all()
+            last = r[-1]
+        assert seen.min() >= 1 and seen.sum() == s.steps_per_epoch * B * L
+        assert seen.sum() > N or seen.max() == 1  # exactly once where it divides
+    offsets = [rows(s.batch(e * s.steps_per_epoch))[0, 0] for e in range(5)]
+    assert len(set(offsets)) > 1  # another offset for each epoch
+
+
+def test_the_images_of_a_sequence_are_those_of_its_rows(play):
+    batch = D.Sequences(play, 3, 100, seed=1).batch(0)
+    r = rows(batch)
+    for t, b in ((0, 0), (99, 1), (50, 2)):
+        assert (batch["rgb_static"][t, b].numpy() == play.rgb_static[r[t, b]]).all()
+        assert (batch["rgb_gripper"][t, b].numpy() == play.rgb_gripper[r[t, b]]).all()
+    assert batch["rgb_static"].dtype == torch.uint8 and batch["reset"].dtype == torch.bool
+
+
+def test_app_a_starts_are_drawn_in_the_episode_and_clipped_to_its_end(play):
+    s = D.Sequences(play, 200, 50, seed=0, carry=False)
+    starts = []
+    for step in range(20):
+        batch = s.batch(step)
+        r = rows(batch)
+        assert (np.diff(r, axis=0) == 1).all()
+        assert ((r[0] >= 201) | (r[-1] < 201)).all()  # never across the border of two episodes
+        assert batch["reset"][0].all() and not batch["reset"][1:].any()
+        assert (batch["a_prev"][0] == torch.tensor(D.NO_ACTION)).all()
+        assert (batch["a_prev"][1:].numpy() == play.actions[r[:-1]]).all()
+        starts += r[0].tolist()
+    # Clipping heaps the last 50 of each episode on its last admissible start: 50 of 265 draws.
+    share = {s: starts.count(s) / len(starts) for s in (0, 151, 215)}
+    assert abs(share[151] - 50 / 265) < 0.03 and abs(share[215] - 50 / 265) < 0.03
+    assert share[0] < 0.02
+    with pytest.raises(D.DataError, match="65"):
+        D.Sequences(play, 2, 65, seed=0, carry=False)  # the second episode has 64 frames
+
+
+def equal(a: dict, b: dict) -> bool:
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_batches_are_pure_functions_of_seed_and_step(play):
+    for make in (
+        lambda seed: D.Sequences(play, 3, 8, seed=seed),
+        lambda seed: D.Sequences(play, 3, 8, seed=seed, carry=False),
+        lambda seed: D.Windows(play, 5, kind="play", seed=seed),
+        lambda seed: D.Windows(play, 5, kind="lang", seed=seed),
+    ):
+        one, two = make(7), make(7)
+        wanted = [one.batch(step) for step in range(4)]
+        assert all(equal(two.batch(step), wanted[step]) for step in (3, 0, 2, 1))
+        assert not equal(make(8).batch(0), wanted[0]) and not equal(wanted[0], wanted[1])
+
+
+@pytest.mark.parametrize("kind", ["play", "lang"])
+def test_windows_have_20_to_32_frames_inside_their_episode_or_span(play, kind):
+    w = D.Windows(play, 400, kind=kind)
+    bounds = play.episodes if kind == "play" else play.spans
+    lengths, starts = [], set()
+    for step in range(10):
+        batch = w.batch(step)
+        index, length = batch["index"].numpy(), batch["length"].numpy()
+        assert index.shape == (32, 400) and batch["a"].shape == (32, 400, 7)
+        start, end = index[0], index[0] + length
+        assert ((bounds[:, :1] <= start) & (end <= bounds[:, 1:])).any(0).all()
+        assert length.min() >= 20 and length.max() <= 32
+        lengths += length.tolist()
+        starts |= set(start.tolist())
+    # Every start that leaves room for the shortest window, the last one included.
+    assert starts == {s for a, b in bounds for s in range(a, b - 20 + 1)}
+    assert set(lengths) == set(range(20, 33))
+
+
+def test_padding_holds_the_last_frame_and_its_gripper_and_moves_no_arm(play):
+    batch = D.Windows(play, 64, kind="play").batch(0)
+    for b in range(64):
+        n, index, a = (
+            int(batch["length"][b]),
+            batch["index"][:, b].numpy(),
+            batch["a"][:, b].numpy(),
+        )
+        assert (np.diff(index[:n]) == 1).all() and (index[n:] == index[n - 1]).all()
+        assert (a[:n] == play.actions[index[:n]]).all()
+        assert (a[n:, :6] == 0).all() and (a[n:, 6] == a[n - 1, 6]).all()
+        assert index[-1] == index[0] + n - 1  # the hindsight goal is the last real frame
+
+
+def test_language_windows_carry_their_sentence_and_d11_marks_the_last_8_places(play):
+    w = D.Windows(play, 300, kind="lang")
+    for step in range(5):
+        batch = w.batch(step)
+        for b in range(300):
+            span, start = int(batch["span"][b]), int(batch["index"][0, b])
+            first, end = play.spans[span]
+            assert first <= start and (batch["emb"][b].numpy() == play.span_emb[span]).all()
+            assert bool(batch["align"][b]) == (start > end - 20 - 8)
+
+
+def test_a_span_shorter_than_a_window_is_one_window_that_holds_its_end(play):
+    w = D.Windows(play, 200, T=40, min_len=32, max_len=40, kind="lang")  # span 1 has 30 frames
+    batch = w.batch(0)
+    short = batch["span"] == 1
+    assert short.any()
+    assert (batch["index"][0, short] == 133).all() and (batch["length"][short] == 30).all()
+    assert (batch["index"][30:, short] == 162).all() and batch["align"][short].all()
+    assert (batch["length"][~short] >= 32).all()
+
+
+def test_latents_count_only_when_committed_and_come_back_as_written(play):
+    cache = D.Latents.create(play, "0123abcd", 8, 4)
+    cache.h[:], cache.z[:], cache.z_reset[:] = 0.5, 3, 31
+    cache.h[-1] = 1.25
+    assert not D.Latents.exists(play, "0123abcd")
+    with pytest.raises(D.DataError, match="0123abcd"):
+        D.Latents.open(play, "0123abcd")
+    cache.commit()
+    assert D.Latents.exists(play, "0123abcd") and not D.Latents.exists(play, "another")
+    again = D.Latents.open(play, "0123abcd")
+    assert again.h.shape == (N, 8) and again.h.dtype == np.float16 and again.h[-1, 0] == 1.25
+    assert again.z.dtype == np.uint8 and (again.z[:] == 3).all() and (again.z_reset[:] == 31).all()

@@ -1,0 +1,497 @@
+"""Claims about the embedded play table (Sec. V-A): CALVIN's control, states, cameras and tasks."""
+
+import hashlib
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import sim
+
+REPO = Path(sim.__file__).parent
+TABLE_0, TABLE_1 = (0.05, -0.12, 0.45999), (0.23, -0.12, 0.45999)
+SHELF_LEFT, SHELF_RIGHT = (-0.2408, 0.0924, 0.46099), (0.0703, 0.0924, 0.46099)
+IN_DRAWER = (0.16, -0.285, 0.36234)  # when it is open
+HOLD = np.array([0, 0, 0, 0, 0, 0, 1.0])
+
+
+@pytest.fixture(scope="module")
+def env():
+    table = sim.PlayTable(render=False)
+    yield table
+    table.close()
+
+
+@pytest.fixture(scope="module")
+def seeing():
+    table = sim.PlayTable()
+    yield table
+    table.close()
+
+
+def scene(red=TABLE_0, blue=TABLE_1, pink=SHELF_RIGHT, door=0.0, drawer=0.0, bulb=0, led=0):
+    blocks = [[*xyz, 0, 0, np.pi / 2] for xyz in (red, blue, pink)]
+    return np.array([door, drawer, 0, 0.088 * bulb, bulb, led, *np.ravel(blocks)])
+
+
+def drive(env, xyz, grip, speed=0.01, wait=3):
+    """Move the target straight to xyz by actions, then wait; returns the last observation, info."""
+    for _ in range(400):
+        way = np.array(xyz) - env.target_pos
+        far = np.abs(way).max()
+        obs, _, _, info = env.step([*way / max(far / speed, 1) / 0.02, 0, 0, 0, grip], render=False)
+        if far < 1e-9:
+            break
+    for _ in range(wait):
+        obs, _, _, info = env.step([0, 0, 0, 0, 0, 0, grip], render=False)
+    return obs, info
+
+
+def turn(a, b):
+    """Angle between two euler orientations, by PyBullet."""
+    import pybullet as p
+
+    diff = p.getDifferenceQuaternion(p.getQuaternionFromEuler(a), p.getQuaternionFromEuler(b))
+    return p.getAxisAngleFromQuaternion(diff)[1]
+
+
+# ----------------------------------------------------------------------------------------- control
+def test_the_benchmarks_joints_give_the_benchmarks_tcp_pose(env):
+    obs = env.reset(sim.ROBOT_OBS0)["robot_obs"]
+    assert np.abs(obs[:3] - sim.ROBOT_OBS0[:3]).max() < 1e-3
+    assert turn(obs[3:6], sim.ROBOT_OBS0[3:6]) < 0.01
+    assert abs(obs[6] - 0.08) < 1e-3 and obs[14] == 1
+
+
+@pytest.mark.parametrize("axis", range(6))
+def test_one_unit_moves_the_target_by_its_scale_and_the_tcp_follows(env, axis):
+    env.reset()
+    before = np.concatenate([env.target_pos, env.target_euler])
+    start = env.get_obs(render=False)["robot_obs"]
+    action = np.eye(7)[axis] + np.eye(7)[6]
+    env.step(action, render=False)
+    after = np.concatenate([env.target_pos, env.target_euler])
+    expected = np.eye(6)[axis] * (0.02 if axis < 3 else 0.05)
+    assert np.allclose((after - before + np.pi) % (2 * np.pi) - np.pi, expected, atol=1e-12)
+    for _ in range(8):
+        end = env.step(HOLD, render=False)[0]["robot_obs"]
+    assert np.abs(end[:3] - start[:3] - expected[:3]).max() < 1.5e-3
+    assert turn(end[3:6], env.target_euler) < 0.01
+
+
+def test_the_tcp_lags_less_than_one_action_behind_a_moving_target(env):
+    env.reset()
+    for _ in range(15):
+        obs = env.step([0.5, 0.25, 0.25, 0, 0, 0.5, 1], render=False)[0]
+        assert np.linalg.norm(obs["robot_obs"][:3] - env.target_pos) < 0.012
+
+
+def test_the_target_euler_angles_are_wrapped(env):
+    env.reset()
+    for _ in range(70):
+        env.step([0, 0, 0, 0, 0, 1, 1], render=False)
+    assert np.all(np.abs(env.target_euler) <= np.pi) and env.target_euler[2] < -1
+
+
+def test_the_gripper_closes_to_nothing_and_opens_to_8_cm(env):
+    env.reset()
+    for _ in range(15):
+        closed = env.step([*HOLD[:6], -1], render=False)[0]["robot_obs"]
+    for _ in range(15):
+        opened = env.step(HOLD, render=False)[0]["robot_obs"]
+    assert abs(closed[6]) < 1e-3 and closed[14] == -1
+    assert abs(opened[6] - 0.08) < 1e-3 and opened[14] == 1
+
+
+# ------------------------------------------------------------------------------------------ states
+def test_reset_restores_any_state(env):
+    rng = np.random.default_rng(0)
+    for k in range(5):
+        robot = sim.ROBOT_OBS0.copy()
+        robot[7:14] += rng.uniform(-0.1, 0.1, 7)
+        robot[6], robot[14] = rng.uniform(0, 0.08), -1
+        state = scene(
+            red=(rng.uniform(0.1, 0.3), rng.uniform(-0.1, -0.05), 0.45999), blue=(0, 0.3, 1.2)
+        )
+        state[:4] = rng.uniform(0, 1, 4) * (0.28, 0.22, 0.02, 0.088)
+        state[4:6], state[11] = (k % 2, k // 2 % 2), rng.uniform(-3, 3)
+        obs = env.reset(robot, state)
+        assert np.abs(obs["robot_obs"][7:14] - robot[7:14]).max() < 1e-3
+        assert obs["robot_obs"][14] == -1
+        assert np.abs(obs["scene_obs"] - state)[3:].max() < 1e-3
+        assert np.abs(obs["scene_obs"] - state)[:3].max() < 2e-3
+        again = env.reset(obs["robot_obs"], obs["scene_obs"])
+        assert np.abs(again["scene_obs"] - obs["scene_obs"]).max() < 2e-3
+
+
+def test_a_recorded_state_in_mid_play_is_restored(env):
+    env.reset()
+    drive(env, (0.05, -0.12, 0.55), 1, speed=0.02)
+    drive(env, (0.05, -0.12, 0.464), 1)
+    drive(env, (0.05, -0.12, 0.464), -1, wait=8)
+    obs, _ = drive(env, (0.07, -0.14, 0.56), -1)
+    again = env.reset(obs["robot_obs"], obs["scene_obs"])
+    assert np.abs(again["robot_obs"] - obs["robot_obs"])[:6].max() < 2e-3
+    assert np.abs(again["scene_obs"] - obs["scene_obs"]).max() < 2e-3
+    held, info = drive(env, (0.07, -0.14, 0.60), -1)
+    assert held["scene_obs"][8] - obs["scene_obs"][8] > 0.035  # the block is still in the hand
+    touched = {c[2] for c in info["scene_info"]["movable_objects"]["block_red"]["contacts"]}
+    assert touched == {info["robot_info"]["uid"]}
+
+
+@pytest.mark.parametrize(
+    ("place", "link", "open_"),
+    [
+        (TABLE_0, "base_link", 0),
+        (TABLE_1, "base_link", 0),
+        (SHELF_LEFT, "plank_link", 0),
+        (SHELF_RIGHT, "plank_link", 0),
+        (IN_DRAWER, "drawer_link", 0.22),
+    ],
+)
+def test_a_block_rests_in_every_place_and_touches_it_from_the_first_info_on(
+    env, place, link, open_
+):
+    state = scene(pink=place, red=(0.4, -0.1, 0.45999), blue=(-0.3, -0.1, 0.45999), drawer=open_)
+    obs = env.reset(None, state)
+    for _ in range(30):
+        info = env.get_info()
+        part = (env.table, info["scene_info"]["fixed_objects"]["table"]["links"][link])
+        touched = {
+            (c[2], c[4]) for c in info["scene_info"]["movable_objects"]["block_pink"]["contacts"]
+        }
+        assert touched == {part}
+        obs = env.step(HOLD, render=False)[0]
+    assert np.abs(obs["scene_obs"][18:21] - place).max() < 1e-3
+    assert np.abs(obs["scene_obs"][21:23]).max() < 1e-2
+
+
+def test_doors_and_switch_stay_put_and_the_button_springs_back(env):
+    state = scene(door=0.13, drawer=0.1)
+    state[2:4] = 0.02, 0.05
+    env.reset(None, state)
+    for _ in range(30):
+        obs = env.step(HOLD, render=False)[0]["scene_obs"]
+    assert np.abs(obs[[0, 1, 3]] - state[[0, 1, 3]]).max() < 1e-3
+    assert abs(obs[2]) < 1e-3
+
+
+def test_a_block_in_the_drawer_goes_with_it(env):
+    env.reset(None, scene(blue=IN_DRAWER, drawer=0.22))
+    joint = env.joints["base__drawer"]
+    env.p.setJointMotorControl2(
+        env.table, joint, env.p.VELOCITY_CONTROL, targetVelocity=-0.3, force=100
+    )
+    for _ in range(40):
+        obs = env.step(HOLD, render=False)[0]["scene_obs"]
+    assert obs[1] < 0.01
+    assert abs(obs[13] - IN_DRAWER[1] - 0.22) < 0.07 and abs(obs[14] - IN_DRAWER[2]) < 5e-3
+
+
+# ------------------------------------------------------------------------------------- determinism
+def _fingerprint(env, seed):
+    """Hash of states and images along a rough trajectory that shoves blocks and drawer about."""
+    rng, out = np.random.default_rng(seed), hashlib.sha256()
+    obs = env.reset(None, scene(drawer=0.22 * (seed % 2), blue=(0.12, -0.1, 0.46)))
+    for k in range(90):
+        if k % 10 == 0:
+            move = rng.uniform(-1, 1, 6) * (1, 1, 1, 0.3, 0.3, 0.3) + (0.2, 0.3, -0.4, 0, 0, 0)
+        action = [*np.clip(move, -1, 1), 1 if k // 15 % 2 else -1]
+        obs = env.step(action, render=k % 30 == 29)[0]
+        out.update(obs["robot_obs"].tobytes() + obs["scene_obs"].tobytes())
+        for image in obs.get("rgb_obs", {}).values():
+            out.update(image.tobytes())
+    return out.hexdigest()
+
+
+def test_trajectories_repeat_bit_for_bit_after_any_history_and_in_another_process(seeing):
+    fresh = [_fingerprint(seeing, seed) for seed in (0, 1)]
+    for _ in range(3):
+        seeing.reset()
+    assert [_fingerprint(seeing, seed) for seed in (1, 0)] == fresh[::-1]
+    assert _fingerprint(seeing, 0) == fresh[0]  # straight after itself
+    code = "import sim, test_sim as t; e = sim.PlayTable()\n"
+    code += "print(*(t._fingerprint(e, seed) for seed in (1, 0)))"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONPATH": f"{REPO}:{Path(__file__).parent}", "OMP_NUM_THREADS": "1"},
+    )
+    assert run.stdout.split() == fresh[::-1]
+
+
+# ------------------------------------------------------------------------------------------ lights
+def test_each_press_of_the_button_toggles_the_led_once(env):
+    env.reset()
+    drive(env, (-0.12, -0.12, 0.53), -1, speed=0.02)
+    leds = []
+    for _ in range(2):
+        obs, _ = drive(env, (-0.12, -0.12, 0.475), -1, wait=8)  # held down for a while
+        leds.append(obs["scene_obs"][5])
+        drive(env, (-0.12, -0.12, 0.53), -1)
+    assert leds == [1, 0]
+
+
+def test_the_light_bulb_is_on_while_the_switch_is_on_its_far_side(env):
+    env.reset()
+    bulb = []
+    for position in (0.04, 0.048, 0.08, 0.04):
+        env.p.resetJointState(env.table, env.joints["base__switch"], position)
+        bulb.append(env.step(HOLD, render=False)[0]["scene_obs"][4])
+    assert bulb == [0, 1, 1, 0]
+
+
+# ----------------------------------------------------------------------------------------- cameras
+def pixels(env, camera, body, link=-1):
+    """Mask of the pixels that show a body's link."""
+    return env.camera(camera)[1] == body + ((link + 1) << 24)
+
+
+def test_blocks_and_lights_cover_at_least_16_static_pixels(seeing):
+    away = np.array(sim.ROBOT_OBS0)  # the arm turned away from the table
+    away[7] = -2.6
+    places = (
+        (TABLE_0, TABLE_1, SHELF_RIGHT),
+        (SHELF_LEFT, IN_DRAWER, TABLE_0),
+        (TABLE_1, TABLE_0, IN_DRAWER),
+    )
+    for k, (red, blue, pink) in enumerate(places):
+        seeing.reset(away, scene(red, blue, pink, door=0.28 * (k != 1), drawer=0.22))
+        for name, body in seeing.blocks.items():
+            assert pixels(seeing, "static", body).sum() >= 16, (name, k)
+        for light in ("light_link", "led_link"):
+            assert pixels(seeing, "static", seeing.table, seeing.links[light]).sum() >= 16, light
+
+
+def test_blocks_look_unlike_each_other_and_all_around_them_and_lights_on_unlike_off(seeing):
+    def colour(body, link=-1):
+        return image[pixels(seeing, "static", body, link)].mean(0)
+
+    lit = {}
+    for on in (0, 1):
+        # Blocks in the air in front of the table, where nothing hides them.
+        state = scene((0.1, -0.3, 0.7), (0.2, -0.3, 0.7), (0.3, -0.3, 0.7), bulb=on, led=on)
+        image = seeing.reset(None, state)["rgb_obs"]["rgb_static"].astype(float)
+        lit[on] = [colour(seeing.table, seeing.links[x]) for x in ("light_link", "led_link")]
+    blocks = [colour(body) for body in seeing.blocks.values()]
+    things = [colour(seeing.table, link) for link in seeing.links.values()]
+    things += [colour(seeing.panda, seeing.arm[4]), colour(seeing.panda, seeing.hand)]
+    for i, block in enumerate(blocks):
+        for other in blocks[:i] + things:
+            assert np.linalg.norm(block - other) > 75
+    assert min(np.linalg.norm(on - off) for on, off in zip(lit[1], lit[0], strict=True)) > 120
+
+
+def test_door_and_drawer_move_many_pixels(seeing):
+    shut = seeing.reset(None, scene())["rgb_obs"]["rgb_static"].astype(int)
+    for state in (scene(door=0.28), scene(drawer=0.22)):
+        moved = seeing.reset(None, state)["rgb_obs"]["rgb_static"].astype(int)
+        assert (np.abs(moved - shut).max(-1) > 40).sum() > 150
+
+
+def test_the_gripper_camera_sees_fingers_and_the_block_between_them(seeing):
+    seeing.reset()
+    drive(seeing, (0.05, -0.12, 0.464), 1, speed=0.02)
+    drive(seeing, (0.05, -0.12, 0.464), -1, wait=8)
+    drive(seeing, (0.05, -0.12, 0.6), -1)
+    for finger in seeing.fingers:
+        assert pixels(seeing, "gripper", seeing.panda, finger).sum() > 60
+    block = pixels(seeing, "gripper", seeing.blocks["block_red"])
+    assert block.sum() > 60 and 20 < np.argwhere(block)[:, 1].mean() < 44
+
+
+def test_images_are_uint8_squares_of_any_size_and_can_be_left_out():
+    table = sim.PlayTable(static_size=200, gripper_size=84)
+    images = table.get_obs()["rgb_obs"]
+    assert images["rgb_static"].shape == (200, 200, 3) and images["rgb_gripper"].shape == (
+        84,
+        84,
+        3,
+    )
+    assert all(image.dtype == np.uint8 and image.std() > 20 for image in images.values())
+    assert not any((image == 255).all(-1).any() for image in images.values())  # no blown-out white
+    assert "rgb_obs" not in table.step(HOLD, render=False)[0]
+    table.close()
+
+
+# ------------------------------------------------------------------------------------------ oracle
+ROBOT, TABLE, RED, BLUE, PINK = 0, 1, 2, 3, 4  # bodies of hand-made infos
+LINKS = {"base_link": -1, "drawer_link": 3, "plank_link": 6}
+
+
+def made(
+    robot=(), red=(), blue=(), pink=(), xyz=(0, 0, 0.46), yaw=0.0, roll=0.0, speed=0.0, **state
+):
+    """A hand-made info. robot, red, blue, pink: what each touches, as (body, link)."""
+
+    def contacts(pairs):
+        return [(0, 9, body, -1, link) for body, link in pairs]
+
+    blocks = {}
+    for uid, name, touched in ((RED, "red", red), (BLUE, "blue", blue), (PINK, "pink", pink)):
+        y, r = np.radians([yaw, roll]) / 2
+        blocks[f"block_{name}"] = {
+            "uid": uid,
+            "contacts": contacts(touched),
+            "current_pos": xyz,
+            "current_orn": (
+                np.sin(r) * np.cos(y),
+                np.sin(r) * np.sin(y),
+                np.cos(r) * np.sin(y),
+                np.cos(r) * np.cos(y),
+            ),
+            "current_lin_vel": (speed, 0, 0),
+            "current_ang_vel": (0, 0, 0),
+        }
+    doors = {"base__slide": state.get("slide", 0), "base__drawer": state.get("drawer", 0)}
+    lights = {"lightbulb": state.get("bulb", 0), "led": state.get("led", 0)}
+    return {
+        "robot_info": {"uid": ROBOT, "contacts": contacts(robot)},
+        "scene_info": {
+            "fixed_objects": {"table": {"uid": TABLE, "links": LINKS}},
+            "movable_objects": blocks,
+            "doors": {k: {"current_state": v} for k, v in doors.items()},
+            "lights": {k: {"logical_state": v} for k, v in lights.items()},
+        },
+    }
+
+
+TOP, SHELF, TRAY, HAND = (TABLE, -1), (TABLE, 6), (TABLE, 3), (ROBOT, 9)
+ON_TOP = made(red=[TOP])
+HELD = made(robot=[(RED, -1)], red=[HAND])
+UP = (0, 0, 0.52)
+CASES = [  # task, start, end, done?
+    ("rotate_red_block_left", ON_TOP, made(red=[TOP], yaw=61), True),
+    ("rotate_red_block_left", ON_TOP, made(red=[TOP], yaw=59), False),
+    ("rotate_red_block_left", ON_TOP, made(red=[TOP], yaw=-61), False),
+    ("rotate_red_block_right", ON_TOP, made(red=[TOP], yaw=-61), True),
+    (
+        "rotate_red_block_right",
+        made(yaw=150),
+        made(red=[TOP], yaw=-130, roll=0),
+        False,
+    ),  # 80° to the left
+    ("rotate_red_block_left", made(yaw=150), made(red=[TOP], yaw=-130), True),
+    ("rotate_red_block_left", ON_TOP, made(red=[TOP], yaw=90, roll=40), False),
+    ("rotate_red_block_left", ON_TOP, made(red=[HAND], yaw=90), False),  # still in the hand alone
+    ("rotate_red_block_left", ON_TOP, made(red=[HAND, TOP], yaw=90), True),
+    ("rotate_red_block_left", ON_TOP, made(red=[TOP], yaw=90, xyz=(0.11, 0, 0.46)), False),
+    ("push_red_block_right", ON_TOP, made(red=[TOP], xyz=(0.11, 0, 0.46)), True),
+    ("push_red_block_right", ON_TOP, made(red=[TOP], xyz=(0.09, 0, 0.46)), False),
+    ("push_red_block_left", ON_TOP, made(red=[TOP], xyz=(0.11, 0, 0.46)), False),
+    ("push_red_block_left", ON_TOP, made(red=[TOP, HAND], xyz=(-0.11, 0, 0.46)), True),
+    ("push_red_block_right", ON_TOP, made(red=[HAND], xyz=(0.11, 0, 0.5)), False),
+    ("push_red_block_right", ON_TOP, made(red=[SHELF], xyz=(0.11, 0, 0.46)), False),
+    ("push_red_block_right", made(red=[HAND]), made(red=[TOP], xyz=(0.11, 0, 0.46)), False),
+    ("move_slider_left", made(slide=0.0), made(slide=0.16), True),
+    ("move_slider_left", made(slide=0.0), made(slide=0.14), False),
+    ("move_slider_right", made(slide=0.28), made(slide=0.12), True),
+    ("move_slider_right", made(slide=0.0), made(slide=0.28), False),
+    ("open_drawer", made(drawer=0.0), made(drawer=0.13), True),
+    ("open_drawer", made(drawer=0.1), made(drawer=0.2), False),
+    ("close_drawer", made(drawer=0.2), made(drawer=0.05), True),
+    ("lift_red_block_table", ON_TOP, made(red=[HAND], xyz=UP), True),
+    ("lift_red_block_table", ON_TOP, made(red=[HAND, TOP], xyz=UP), False),
+    ("lift_red_block_table", ON_TOP, made(red=[HAND], xyz=(0, 0, 0.50)), False),
+    ("lift_red_block_slider", made(red=[SHELF]), made(red=[HAND], xyz=(0, 0, 0.495)), True),
+    ("lift_red_block_slider", ON_TOP, made(red=[HAND], xyz=UP), False),
+    ("lift_red_block_drawer", made(red=[TRAY], xyz=(0, 0, 0.36)), made(red=[HAND]), True),
+    ("lift_blue_block_table", ON_TOP, made(red=[HAND], xyz=UP), False),
+    ("place_in_slider", HELD, made(red=[SHELF]), True),
+    ("place_in_slider", HELD, made(robot=[(RED, -1)], red=[SHELF, HAND]), False),
+    ("place_in_slider", HELD, made(red=[TRAY]), False),
+    ("place_in_drawer", HELD, made(red=[TRAY]), True),
+    ("place_in_drawer", made(robot=[(RED, -1), TOP], red=[HAND]), made(red=[TRAY]), False),
+    ("place_in_drawer", made(robot=[(RED, -1)], red=[HAND, TOP]), made(red=[TRAY]), False),
+    ("place_in_drawer", made(robot=[(TABLE, 3)]), made(red=[TRAY]), False),
+    ("stack_block", HELD, made(red=[(BLUE, -1)], blue=[(RED, -1), TOP]), True),
+    ("stack_block", HELD, made(red=[(BLUE, -1), HAND], blue=[(RED, -1), TOP]), False),
+    ("stack_block", HELD, made(red=[(BLUE, -1)], blue=[(RED, -1), TOP], speed=1.1), False),
+    ("unstack_block", made(red=[(BLUE, -1)], blue=[(RED, -1), TOP]), HELD, True),
+    ("unstack_block", made(red=[(BLUE, -1), TOP], blue=[(RED, -1), TOP]), HELD, False),
+    ("turn_on_lightbulb", made(bulb=0), made(bulb=1), True),
+    ("turn_off_lightbulb", made(bulb=1), made(bulb=0), True),
+    ("turn_off_lightbulb", made(bulb=0), made(bulb=0), False),
+    ("turn_on_led", made(led=0), made(led=1), True),
+    ("turn_on_led", made(bulb=0), made(bulb=1), False),
+    ("turn_off_led", made(led=1), made(led=0), True),
+    ("push_into_drawer", ON_TOP, made(red=[TRAY]), True),
+    ("push_into_drawer", ON_TOP, made(red=[TRAY, HAND]), False),
+    ("push_into_drawer", made(red=[TOP, HAND]), made(red=[TRAY]), False),
+    ("push_into_drawer", made(red=[SHELF]), made(red=[TRAY]), False),
+]
+
+
+@pytest.mark.parametrize(("task", "start", "end", "done"), CASES)
+def test_each_rule_of_the_34_tasks(task, start, end, done):
+    assert sim.oracle(start, end, task) is done
+
+
+def test_the_34_tasks_come_in_the_order_of_calvins_table():
+    kinds = [re.sub("_(red|blue|pink)_block", "", task) for task in sim.TASKS]
+    assert kinds[:12] == ["rotate_right", "rotate_left"] * 3 + ["push_right", "push_left"] * 3
+    assert kinds[12:16] == ["move_slider_left", "move_slider_right", "open_drawer", "close_drawer"]
+    assert kinds[16:25] == ["lift_table", "lift_slider", "lift_drawer"] * 3
+    assert kinds[25:29] == ["place_in_slider", "place_in_drawer", "stack_block", "unstack_block"]
+    assert kinds[29:31] == ["turn_on_lightbulb", "turn_off_lightbulb"]
+    assert kinds[31:] == ["turn_on_led", "turn_off_led", "push_into_drawer"]
+    colours = [c for c in ("red", "blue", "pink") for _ in range(2)]
+    assert [task.split("_")[1] for task in sim.TASKS[:12]] == colours * 2
+    assert len(set(sim.TASKS)) == 34
+
+
+def test_lifting_a_block_by_actions_is_that_lift_and_nothing_else(env):
+    env.reset()
+    start = env.get_info()
+    drive(env, (0.05, -0.12, 0.464), 1, speed=0.02)
+    drive(env, (0.05, -0.12, 0.464), -1, wait=8)
+    _, info = drive(env, (0.05, -0.12, 0.56), -1)
+    assert [task for task in sim.TASKS if sim.oracle(start, info, task)] == ["lift_red_block_table"]
+
+
+def test_an_unknown_task_is_an_error_that_names_the_nearest():
+    with pytest.raises(ValueError, match="open_drawer"):
+        sim.oracle(ON_TOP, ON_TOP, "open_the_drawer")
+
+
+# --------------------------------------------------------------------------------------- bad input
+@pytest.mark.parametrize(
+    "action", [[0] * 6 + [0.5], [0] * 7, [0] * 6, np.full(7, np.nan), [np.inf] + [0] * 5 + [1]]
+)
+def test_a_bad_action_is_an_error_and_moves_nothing(env, action):
+    env.reset()
+    target = env.target_pos.copy()
+    with pytest.raises(ValueError, match="action"):
+        env.step(action)
+    assert np.array_equal(env.target_pos, target)
+
+
+def test_a_bad_state_is_an_error_that_names_it(env):
+    with pytest.raises(ValueError, match="robot_obs must be 15"):
+        env.reset(np.zeros(14))
+    with pytest.raises(ValueError, match=r"robot_obs\[14\]"):
+        env.reset(np.zeros(15))
+    with pytest.raises(ValueError, match="scene_obs must be 24"):
+        env.reset(None, np.full(24, np.nan))
+    with pytest.raises(ValueError, match=r"scene_obs\[4\]"):
+        env.reset(None, np.full(24, 0.5))
+
+
+def test_the_file_works_alone_in_an_empty_folder_and_without_pybullet_says_what_to_install(
+    tmp_path,
+):
+    shutil.copy(REPO / "sim.py", tmp_path)
+    alone = "import sim; print(sim.PlayTable(8, 8).get_obs()['rgb_obs']['rgb_static'].shape)"
+    without = "import sys; sys.modules['pybullet_data'] = None; import sim; sim.PlayTable()"
+    good, bad = (
+        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+        for code in (alone, without)
+    )
+    assert "(8, 8, 3)" in good.stdout
+    assert bad.returncode != 0 and "pip install pybullet" in bad.stderr

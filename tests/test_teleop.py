@@ -1,0 +1,258 @@
+"""Claims about the scripted operator and its recordings (teleop.py)."""
+
+import hashlib
+import json
+import shutil
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import numpy as np
+import pytest
+
+import sim
+import teleop
+
+SEED, FRAMES, VAL = 5, 330, 130
+
+
+@pytest.fixture(scope="module")
+def env():
+    env = sim.PlayTable(render=False)
+    yield env
+    env.close()
+
+
+def scene(slider=0.0, drawer=0.0, light=0, led=0):
+    """Red and blue on the table, pink in the cabinet's open half, everything at the benchmark's places."""
+    s = np.zeros(24)
+    s[[0, 1, 3, 4, 5]] = slider, drawer, 0.088 * light, light, led
+    s[6:9], s[12:15] = (0.05, -0.12, 0.46), (0.23, -0.12, 0.46)
+    s[18:21] = (0.0703 if slider else -0.2408, 0.0924, 0.461)
+    s[[11, 17, 23]] = np.pi / 2
+    return s
+
+
+# One task of each family: (task, scene, tasks that must come first).
+FAMILIES = [
+    ("rotate_red_block_left", scene(), []),
+    ("push_blue_block_left", scene(), []),
+    ("move_slider_left", scene(), []),
+    ("move_slider_right", scene(slider=0.28), []),
+    ("open_drawer", scene(), []),
+    ("close_drawer", scene(drawer=0.22), []),
+    ("lift_red_block_table", scene(), []),
+    ("lift_pink_block_slider", scene(), []),
+    ("lift_red_block_drawer", scene(drawer=0.22), ["lift_red_block_table", "place_in_drawer"]),
+    ("place_in_slider", scene(slider=0.28), ["lift_blue_block_table"]),
+    ("place_in_drawer", scene(drawer=0.22), ["lift_red_block_table"]),
+    ("stack_block", scene(), ["lift_red_block_table"]),
+    ("unstack_block", scene(), ["lift_red_block_table", "stack_block"]),
+    ("turn_on_lightbulb", scene(), []),
+    ("turn_off_lightbulb", scene(light=1), []),
+    ("turn_on_led", scene(), []),
+    ("push_into_drawer", scene(drawer=0.22), []),
+]
+
+
+@pytest.mark.parametrize("task, state, before", FAMILIES, ids=[f[0] for f in FAMILIES])
+def test_each_family_is_solved_within_a_span_through_the_seven_numbers(env, task, state, before):
+    env.reset(sim.ROBOT_OBS0, state)
+    actions = []
+    op = teleop.Operator(env, on_step=lambda a, obs, info: actions.append(a))
+    for first in before:
+        assert op.attempt(first)[0], f"{first} failed, which must come before {task}"
+    assert task in op.feasible()
+    del actions[:]
+    start = env.get_info()
+    success, steps = op.attempt(task)
+    assert success and steps == len(actions) <= 64
+    assert sim.oracle(start, env.get_info(), task)
+    actions = np.array(actions)
+    assert np.abs(actions).max() <= 1 and set(actions[:, 6]) <= {-1.0, 1.0}
+
+
+def test_an_unknown_task_is_an_error_that_names_the_choices(env):
+    with pytest.raises(ValueError, match=r"unknown task.*open_drawer"):
+        teleop.Operator(env.reset() and env).attempt("open_the_window")
+
+
+def test_every_task_can_be_prepared_and_is_then_called_feasible(env):
+    rng = np.random.default_rng(0)
+    for task in sim.TASKS:
+        state = teleop.random_scene(rng, task)
+        assert state.shape == (24,) and set(state[4:6]) <= {0, 1}
+        env.reset(sim.ROBOT_OBS0, state)
+        op = teleop.Operator(env, rng)
+        if task.startswith("place") or task == "stack_block":
+            assert any(t.startswith("lift") for t in op.feasible()), task
+        else:
+            assert task in op.feasible(), task
+
+
+# ------------------------------------------------------------------------------------------- recording
+def digest(folder):
+    """{relative path: hash} of all files of a recording."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): hashlib.sha1(p.read_bytes()).hexdigest() for p in files}
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("play") / "rec"
+    teleop.record(folder, FRAMES, VAL, procs=2, seed=SEED)
+    return folder
+
+
+def frames(folder, split="training"):
+    files = sorted((folder / split).glob("episode_*.npz"))
+    return [dict(np.load(f, allow_pickle=False)) for f in files]
+
+
+def language(folder, split="training"):
+    return np.load(folder / split / teleop.LANG / "auto_lang_ann.npy", allow_pickle=True).item()
+
+
+def test_a_recording_has_calvins_layout(recording):
+    about = json.loads((recording / "training" / "recording.json").read_text())
+    assert (about["hz"], about["source"], about["action_scale"]) == (30, "sim", [0.02, 0.05])
+    shapes = {
+        "actions": (7,), "rel_actions": (7,), "robot_obs": (15,), "scene_obs": (24,),
+        "rgb_static": (64, 64, 3), "rgb_gripper": (64, 64, 3),
+    }  # fmt: skip
+    for split, n in (("training", FRAMES), ("validation", VAL)):
+        all_frames = frames(recording, split)
+        assert len(all_frames) == n
+        for f in all_frames:
+            assert {k: v.shape for k, v in f.items()} == shapes
+            assert all(
+                v.dtype == (np.uint8 if k.startswith("rgb") else np.float64) for k, v in f.items()
+            )
+        bounds = np.load(
+            recording / split / "ep_start_end_ids.npy"
+        )  # inclusive, covering every frame once
+        assert np.array_equal(
+            np.concatenate([np.arange(a, b + 1) for a, b in bounds]), np.arange(n)
+        )
+        assert np.array_equal(
+            np.load(recording / split / "ep_lens.npy"), bounds[:, 1] - bounds[:, 0] + 1
+        )
+        text = (recording / split / "statistics.yaml").read_text()
+        assert all(
+            k in text
+            for k in (
+                "robot_obs:",
+                "scene_obs:",
+                "mean:",
+                "std:",
+                "act_min_bound:",
+                "act_max_bound:",
+            )
+        )
+        mean = json.loads(text.split("scene_obs:")[1].split("mean: ")[1].splitlines()[0])
+        np.testing.assert_allclose(
+            mean, np.mean([f["scene_obs"] for f in all_frames], axis=0), atol=1e-9
+        )
+
+
+def test_actions_are_the_pose_of_the_next_frame_and_the_commanded_numbers(recording):
+    f = frames(recording)
+    last = {int(b) for _, b in np.load(recording / "training" / "ep_start_end_ids.npy")}
+    for t in range(FRAMES - 1):
+        assert np.abs(f[t]["rel_actions"]).max() <= 1 and f[t]["rel_actions"][6] in (-1, 1)
+        if t not in last:
+            np.testing.assert_array_equal(f[t]["actions"][:6], f[t + 1]["robot_obs"][:6])
+            assert f[t]["actions"][6] == f[t]["rel_actions"][6] == f[t + 1]["robot_obs"][14]
+
+
+def test_replaying_the_actions_from_the_first_frame_reproduces_the_scene_and_the_oracles_spans(
+    recording, env
+):
+    f, ann = frames(recording), language(recording)
+    spans = list(zip(ann["info"]["indx"], ann["language"]["task"], strict=True))
+    assert spans, "no skill succeeded in this recording: choose another seed"
+    for a, b in np.load(recording / "training" / "ep_start_end_ids.npy"):
+        env.reset(f[a]["robot_obs"], f[a]["scene_obs"])
+        infos = {a: env.get_info()}
+        for t in range(a, b):
+            obs, _, _, infos[t + 1] = env.step(f[t]["rel_actions"], render=False)
+            np.testing.assert_array_equal(obs["scene_obs"], f[t + 1]["scene_obs"])
+            np.testing.assert_array_equal(obs["robot_obs"], f[t + 1]["robot_obs"])
+        for (start, end), task in spans:
+            if a <= start <= b:
+                assert end - 1 <= b and 0 < end - start <= 64  # as CALVIN's, without the end
+                assert sim.oracle(infos[start], infos[end - 1], task)
+                assert not sim.oracle(infos[start], infos[start], task)
+
+
+def test_sentences_are_training_phrasings_in_training_and_the_held_out_one_in_validation(recording):
+    sentences = json.loads((teleop.ASSETS / "sentences.json").read_text())["tasks"]
+    assert tuple(sorted(sentences)) == tuple(sorted(sim.TASKS))
+    for split, key in (("training", "train"), ("validation", "validation")):
+        lang = language(recording, split)["language"]
+        assert lang["emb"].shape == (len(lang["ann"]), 1, 384) and lang["emb"].dtype == np.float32
+        assert all(s in sentences[t][key] for s, t in zip(lang["ann"], lang["task"], strict=True))
+    held_out = np.load(
+        recording / "validation" / teleop.LANG / "embeddings.npy", allow_pickle=True
+    ).item()
+    assert set(held_out) == set(sim.TASKS)
+    for task, row in held_out.items():
+        assert row["ann"] == sentences[task]["validation"] and row["emb"].shape == (1, 1, 384)
+        assert not set(row["ann"]) & set(sentences[task]["train"])
+
+
+def test_resume_after_a_crash_gives_the_same_files_and_a_finished_block_is_not_redone(
+    recording, tmp_path
+):
+    broken = tmp_path / "rec"
+    shutil.copytree(recording, broken)
+    place = broken / "validation"
+    (place / "parts" / "00000.json").unlink()  # as if killed before the block was finished,
+    for i in range(40, VAL):
+        (place / f"episode_{i:07d}.npz").unlink()
+    (place / "episode_0000040.npz.tmp").write_bytes(
+        b"half a fra"
+    )  # in the middle of writing a frame
+    mark = (broken / "training" / "episode_0000000.npz").stat().st_mtime_ns
+    teleop.record(broken, FRAMES, VAL, procs=1, seed=SEED)  # and with another number of processes
+    assert digest(broken) == digest(recording)
+    assert (broken / "training" / "episode_0000000.npz").stat().st_mtime_ns == mark
+
+
+def test_another_recording_in_the_folder_is_an_error_with_a_remedy(recording, tmp_path):
+    with pytest.raises(FileExistsError, match="choose another folder"):
+        teleop.record(recording, FRAMES, VAL, seed=SEED + 1)
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training" / "thesis.txt").write_text("do not touch")
+    with pytest.raises(FileExistsError, match="choose another folder"):
+        teleop.record(tmp_path, FRAMES, VAL)
+    with pytest.raises(ValueError, match="too few"):
+        teleop.record(tmp_path / "new", 10, VAL)
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path):
+    def fill(file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match=r"x\.npz: No space left on device\. Free some space"):
+        teleop.write(tmp_path / "x.npz", fill)
+    assert not list(tmp_path.iterdir())
+
+
+def _state(seed):
+    """A short piece of play in a process of its own."""
+    env = sim.PlayTable(render=False)
+    rng = np.random.default_rng(seed)
+    env.reset(sim.ROBOT_OBS0, teleop.random_scene(rng))
+    op = teleop.Operator(env, rng)
+    op.style(vary=1.0, noise=0.3)
+    for _ in range(3):
+        op.attempt(str(rng.choice(op.feasible())), 60)
+    return env.get_obs()["scene_obs"].tolist(), op.steps
+
+
+def test_same_seed_same_play_in_any_process_and_another_seed_other_play():
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        there = pool.submit(_state, 1)
+        other = pool.submit(_state, 2)
+        assert _state(1) == there.result() != other.result()

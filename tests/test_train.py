@@ -1,0 +1,225 @@
+"""Both phases on a small packed set made here: resume, errors, caches, checkpoints."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import train
+
+WM = ["--stage", "wm", "--preset", "tiny", "--precision", "fp32", "--log_every", "2"]
+AGENT = ["--stage", "agent", "--preset", "tiny", "--precision", "fp32", "--log_every", "2"]
+OFTEN = ["--validate_every", "100", "--checkpoint_every", "2"]
+
+
+def write_packed(root, frames=160, seed=0):
+    """A packed set whose picture is a dot moved by the first two action numbers."""
+    for split in ("training", "validation"):
+        rng = np.random.default_rng([seed, split == "training"])
+        folder = root / split
+        folder.mkdir(parents=True)
+        a = rng.uniform(-1, 1, (frames, 7)).astype(np.float32)
+        a[:, 6] = np.sign(a[:, 6])
+        at = np.clip(np.cumsum(a[:, :2] * 3, 0) + 32, 4, 60)
+        images = np.zeros((frames, 64, 64, 3), np.uint8)
+        for i, (x, y) in enumerate(at.astype(int)):
+            images[i, y - 4 : y + 4, x - 4 : x + 4] = 255
+        robot = np.zeros((frames, 15), np.float32)
+        robot[:, :2], robot[1:, 14] = at / 64, a[:-1, 6]
+        scene = rng.normal(size=(frames, 24)).astype(np.float32)
+        arrays = {
+            "rgb_static": images, "rgb_gripper": images[:, ::-1], "actions": a,
+            "robot_obs": robot, "scene_obs": scene,
+            "episodes": np.array([[0, frames // 2], [frames // 2, frames]]),
+            "spans": np.array([[10, 42], [90, 122], [30, 62]]),
+            "span_emb": rng.normal(size=(3, 384)).astype(np.float32),
+        }  # fmt: skip
+        for name, x in arrays.items():
+            np.save(folder / f"{name}.npy", x)
+        lang = {"sentences": ["go left", "go right", "go up"], "tasks": ["a", "b", "c"]}
+        (folder / "lang.json").write_text(json.dumps(lang))
+    meta = {
+        "format": 1, "source": "sim", "renderer": "tiny", "hz": 15, "skip": 2,
+        "action_scale": [0.02, 0.05], "text_encoder": data.TEXT_ENCODER,
+    }  # fmt: skip
+    (root / "meta.json").write_text(json.dumps(meta))
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    root = tmp_path_factory.mktemp("packed") / "play"
+    write_packed(root)
+    return str(root)
+
+
+@pytest.fixture(scope="module")
+def trained(packed, tmp_path_factory):
+    """A run with both stages done: four steps of each."""
+    out = str(tmp_path_factory.mktemp("run"))
+    common = ["--data", packed, "--out", out, "--steps", "4"]
+    train.main([*WM, *OFTEN, *common])
+    train.main([*AGENT, *OFTEN, *common])
+    return out
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+def records(path):
+    return [json.loads(line) for line in open(path)]
+
+
+@pytest.mark.parametrize("stage", [WM, AGENT])
+def test_resume_equals_the_uninterrupted_run(stage, packed, trained, tmp_path):
+    name = stage[1]
+    if name == "agent":
+        os.link(f"{trained}/wm.pt", tmp_path / "wm.pt")
+    common = [*stage, *OFTEN, "--data", packed, "--out", str(tmp_path)]
+    train.main([*common, "--steps", "2"])
+    train.main([*common, "--steps", "4"])
+    once, twice = weights(f"{trained}/{name}.pt"), weights(tmp_path / f"{name}.pt")
+    assert all(torch.equal(once[k], twice[k]) for k in once)
+    a, b = records(f"{trained}/{name}.jsonl"), records(tmp_path / f"{name}.jsonl")
+    pick = lambda rows: {r["step"]: r["loss" if name == "wm" else "loss_actor"]
+                         for r in rows if r["kind"] == "train"}  # fmt: skip
+    assert pick(a) == pick(b)
+
+
+def test_records_after_the_checkpoint_are_dropped_on_resume(packed, tmp_path):
+    common = [*WM, "--validate_every", "100", "--data", packed, "--out", str(tmp_path)]
+    train.main([*common, "--checkpoint_every", "2", "--steps", "2"])
+    with open(tmp_path / "wm.jsonl", "a") as f:  # as a killed run leaves it
+        f.write('{"step": 3, "kind": "train"}\n{"step": 4, "ki')
+    train.main([*common, "--checkpoint_every", "2", "--steps", "4"])
+    assert [r["step"] for r in records(tmp_path / "wm.jsonl") if r["kind"] == "train"] == [2, 4]
+
+
+def test_another_configuration_is_refused_and_named(packed, trained):
+    with pytest.raises(SystemExit) as e:
+        train.main([*WM, "--data", packed, "--out", trained, "--steps", "4", "--beta", "1.0"])
+    assert "--beta: 0.3 there, 1.0 here" in str(e.value)
+
+
+def test_a_typo_on_the_command_line_is_an_error(capsys):
+    with pytest.raises(SystemExit):
+        train.parse([*WM, "--learningrate", "1"])
+    assert "--learningrate" in capsys.readouterr().err
+
+
+def test_every_field_of_the_configuration_is_an_option():
+    run, model = train.parse([*WM, "--batch_size", "3", "--carry_state", "false", "--seed", "7"])
+    assert (run.seed, model.batch_size, model.carry_state) == (7, 3, False)
+    _, model = train.parse([*AGENT, "--alpha_2", "0.5", "--method", "no_ditto"])
+    assert (model.alpha_2, model.method) == (0.5, "no_ditto")
+    assert train.parse(["--stage", "wm"])[1] == train.W.WorldModelConfig()  # the paper's
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_by_name(packed, tmp_path, monkeypatch):
+    real = train.W.elbo_loss
+
+    def broken(*args):
+        loss, terms = real(*args)
+        return loss, terms | {"kl": terms["kl"] * float("nan")}
+
+    monkeypatch.setattr(train.W, "elbo_loss", broken)
+    with pytest.raises(SystemExit, match="kl is nan at step 0"):
+        train.main([*WM, "--data", packed, "--out", str(tmp_path), "--steps", "1"])
+    assert not (tmp_path / "wm.pt").exists()
+
+
+def test_checkpoints_of_the_other_stage_or_damaged_ones_are_refused(trained, tmp_path):
+    with pytest.raises(ValueError, match=r"wm\.pt holds stage 'wm'"):
+        train.load_agent(f"{trained}/wm.pt")
+    whole = open(f"{trained}/agent.pt", "rb").read()
+    (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"half\.pt is no checkpoint"):
+        train.load_agent(tmp_path / "half.pt")
+    with pytest.raises(ValueError, match=r"--stage agent"):
+        train.load_agent(tmp_path / "none.pt")
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "wm.pt"
+    train.save_checkpoint(path, {"step": 1})
+
+    def full(_, part):
+        part.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train.torch, "save", full)
+    with pytest.raises(SystemExit, match="No space left"):
+        train.save_checkpoint(path, {"step": 2})
+    assert torch.load(path, weights_only=True) == {"step": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_missing_data_says_how_to_make_it(tmp_path):
+    with pytest.raises(SystemExit, match=r"data\.py pack"):
+        train.main([*WM, "--data", str(tmp_path / "none"), "--out", str(tmp_path / "run")])
+
+
+def test_the_agent_refuses_a_world_model_of_another_rate(packed, trained, tmp_path):
+    other = tmp_path / "other"
+    write_packed(other)
+    meta = json.loads((other / "meta.json").read_text()) | {"hz": 30, "skip": 1}
+    (other / "meta.json").write_text(json.dumps(meta))
+    os.link(f"{trained}/wm.pt", tmp_path / "wm.pt")
+    with pytest.raises(SystemExit, match="hz"):
+        train.main([*AGENT, "--data", str(other), "--out", str(tmp_path), "--steps", "1"])
+
+
+def test_latents_are_those_of_the_whole_episode(packed, trained):
+    """The cache, made in parallel stretches, against one pass through each episode."""
+    play = data.PlayData(packed, "training")
+    checkpoint = train.load_checkpoint(f"{trained}/wm.pt", "wm", "cpu")
+    world = train.load_world_model(checkpoint, "cpu")
+    latents = data.Latents.open(play, train.identity(world))
+    for start, end in play.episodes:
+        batch = play.frames(np.arange(start, end)[:, None])
+        # z is sampled: feed the cached one back, so that h must follow from it.
+        h, z = world.initial(1)
+        for t in range(end - start):
+            keep = (~batch["reset"][t])[:, None].float()
+            part = world.recurrent_in.inputs[1](batch["a_prev"][t])
+            h = world.recurrent(h * keep, z * keep, part)
+            assert torch.allclose(h, torch.tensor(latents.h[start + t]).float(), atol=2e-3)
+            z = train.one_hot(latents.z[None, start + t], world.config.classes, "cpu")
+
+
+def test_a_language_window_brings_its_sentence_and_a_reset_start_its_constant_h(packed, trained):
+    play = data.PlayData(packed, "training")
+    world = train.load_world_model(train.load_checkpoint(f"{trained}/wm.pt", "wm", "cpu"), "cpu")
+    latents = data.Latents.open(play, train.identity(world))
+    config = train.A.PRESETS["tiny"]
+    batches = train.WindowBatches(play, latents, config, world, 0, "cpu")
+    batch = batches.batch(3, reset_start=1.0)
+    T, B = config.sequence_length, config.batch_size
+    assert batch["s_E"].shape == (T, B, world.config.latent) and batch["emb"].shape == (B // 2, 384)
+    assert (batch["s_0"][:, :64] == batch["s_0"][0, :64]).all()
+    assert torch.equal(batches.batch(3, reset_start=0.0)["s_0"], batch["s_E"][0])
+    language = batches.language.batch(3)
+    spans = language["index"][0][:, None] >= torch.tensor(play.spans)[language["span"], :1]
+    assert spans.all()
+
+
+def test_kill_9_loses_only_the_steps_since_the_last_checkpoint(packed, tmp_path):
+    """A run killed without warning goes on, and ends where an undisturbed one ends."""
+    command = [sys.executable, str(train.__file__), *WM, "--validate_every", "1000",
+               "--checkpoint_every", "2", "--data", packed, "--out", str(tmp_path)]  # fmt: skip
+    run = subprocess.Popen([*command, "--steps", "100000"], stdout=subprocess.DEVNULL,
+                           stderr=subprocess.DEVNULL)  # fmt: skip
+    for _ in range(1200):
+        if (tmp_path / "wm.pt").exists() or run.poll() is not None:
+            break
+        __import__("time").sleep(0.05)
+    run.kill()
+    run.wait()
+    step = torch.load(tmp_path / "wm.pt", weights_only=True)["step"]
+    train.main([*WM, *OFTEN, "--data", packed, "--out", str(tmp_path), "--steps", str(step + 2)])
+    assert torch.load(tmp_path / "wm.pt", weights_only=True)["step"] == step + 2

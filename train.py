@@ -1,0 +1,602 @@
+"""Both phases of LUMOS: `--stage wm` learns the world model, `--stage agent` practises inside it.
+
+    python data.py pack RECORDING data/play --skip 2
+    python train.py --stage wm    --preset sim --data data/play --out runs/sim
+    python train.py --stage agent --preset sim --data data/play --out runs/sim
+
+The only file where data, models, losses and optimisers meet. Phase one (Sec. IV-A) minimises Eq. 2
+over sequences of play, then caches the latents of every frame and probes what they know. Phase two
+(Sec. IV-B) minimises Eqs. 5 and 6 over imagined windows while the world model stays frozen.
+Every field of the configuration is an option (`--batch_size 16`); a run that was stopped at any
+moment goes on from its last checkpoint when the same command is given again.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import imageio.v3 as imageio
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+import agent as A
+import data as D
+import world_model as W
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """How a stage is run. The model's own numbers are Table III (wm) and Table IV (agent)."""
+
+    stage: str  # wm | agent
+    preset: str = "paper"  # paper | sim | tiny
+    data: str = "data/play"  # packed by data.py
+    out: str = "runs/lumos"  # checkpoints, log, pictures; holds wm.pt when the agent is trained
+    steps: int = 0  # 0: the preset's
+    seed: int = 0
+    device: str = "auto"  # auto | cpu | cuda
+    precision: str = "auto"  # auto | fp32 | bf16 (matrix products only; losses stay fp32)
+    log_every: int = 50
+    validate_every: int = 500
+    checkpoint_every: int = 250
+
+
+# Steps of each stage; the paper does not say [D7].
+STEPS = {
+    "paper": {"wm": 2_000_000, "agent": 100_000},
+    "sim": {"wm": 5000, "agent": 6000},
+    "tiny": {"wm": 300, "agent": 200},
+}
+RESUMABLE = ("steps", "log_every", "validate_every", "checkpoint_every", "device", "out", "data")
+
+
+# ---------------------------------------------------------------------------- checkpoints
+def save_checkpoint(path: Path, checkpoint: dict) -> None:
+    """Written beside, then renamed: the file is the old one or the new one, never half of one."""
+    part = path.with_suffix(".part")
+    try:
+        torch.save(checkpoint, part)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:
+        part.unlink(missing_ok=True)
+        sys.exit(f"could not write {path}: {error}. Is the disk full? The last checkpoint is kept.")
+
+
+def load_checkpoint(path: Path, stage: str, device: str) -> dict:
+    """A plain dict of one of the two stages. Raises ValueError naming the file and the remedy."""
+    if not Path(path).exists():
+        raise ValueError(f"{path} does not exist; make it with: python train.py --stage {stage}")
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} is no checkpoint of train.py, or damaged: {error}") from error
+    if not isinstance(checkpoint, dict) or checkpoint.get("stage") != stage:
+        got = checkpoint.get("stage") if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        raise ValueError(f"{path} holds stage {got!r}; this needs one of --stage {stage}")
+    return checkpoint
+
+
+def load_world_model(checkpoint: dict, device: str) -> W.WorldModel:
+    """The frozen world model of a checkpoint of either stage."""
+    part = checkpoint if checkpoint["stage"] == "wm" else checkpoint["world_model"]
+    world = W.WorldModel(W.WorldModelConfig(**part["config"])).to(device)
+    world.load_state_dict(part["model"])
+    return world.eval().requires_grad_(False)
+
+
+def load_agent(path, device: str = "cpu", sample: bool = True) -> tuple[A.Policy, dict]:
+    """runs/.../agent.pt -> the policy that acts, and the checkpoint's other entries."""
+    checkpoint = load_checkpoint(Path(path), "agent", device)
+    world = load_world_model(checkpoint, device)
+    agent = A.Agent(
+        A.AgentConfig(**checkpoint["config"]), world.config.deterministic, world.config.latent
+    ).to(device)
+    agent.load_state_dict(checkpoint.pop("model"))
+    checkpoint.pop("world_model"), checkpoint.pop("optimizer")
+    return A.Policy(world, agent, skip=checkpoint["meta"]["skip"], sample=sample), checkpoint
+
+
+def identity(world: W.WorldModel) -> str:
+    """A short name of exactly these weights, for the cache of their latents."""
+    digest = hashlib.sha256(repr(world.config).encode())
+    for name, tensor in world.state_dict().items():
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------- a run
+class Run:
+    """Device, folder, log and checkpoint of one stage: what both loops need around their losses."""
+
+    def __init__(self, config: RunConfig, model_config, data: D.PlayData):
+        self.config, self.model_config, self.data = config, model_config, data
+        self.device = config.device
+        if self.device == "auto":
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        bf16 = config.precision == "bf16" or (config.precision == "auto" and has_bf16(self.device))
+        self.autocast = lambda: torch.autocast(self.device, torch.bfloat16, enabled=bf16)
+        self.out = Path(config.out)
+        (self.out / "pictures").mkdir(parents=True, exist_ok=True)
+        self.checkpoint_path = self.out / f"{config.stage}.pt"
+        self.log_path = self.out / f"{config.stage}.jsonl"
+        self.steps = config.steps or STEPS[config.preset][config.stage]
+        self.sums, self.count, self.seconds = {}, 0, 0.0
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(self.out / "tensorboard" / config.stage)
+        except ImportError:  # an optional extra
+            self.board = None
+        torch.manual_seed(config.seed)
+        settings = dataclasses.asdict(config) | dataclasses.asdict(model_config)
+        print(json.dumps(settings, indent=1, ensure_ascii=False))
+        print(f"device {self.device}, {'bf16' if bf16 else 'fp32'} products, {self.steps} steps")
+
+    def resume(self, modules: dict, optimizers: dict) -> tuple[int, dict]:
+        """Loads the last checkpoint if there is one. Returns the step to go on from, and it."""
+        if not self.checkpoint_path.exists():
+            self.log_path.unlink(missing_ok=True)
+            return 0, {}
+        c = load_checkpoint(self.checkpoint_path, self.config.stage, self.device)
+        now = dataclasses.asdict(self.config) | dataclasses.asdict(self.model_config)
+        then = c["run"] | c["config"]
+        changed = [k for k in now if k not in RESUMABLE and now[k] != then.get(k)]
+        if changed:
+            lines = "\n".join(f"  --{k}: {then.get(k)!r} there, {now[k]!r} here" for k in changed)
+            sys.exit(
+                f"{self.checkpoint_path} was trained with another configuration:\n{lines}\n"
+                "Give the same options to go on with it, or another --out to begin anew."
+            )
+        for name, module in modules.items():
+            module.load_state_dict(c[name])
+        for name, optimizer in optimizers.items():
+            optimizer.load_state_dict(c["optimizer"][name])
+        torch.set_rng_state(c["random"]["cpu"].cpu())
+        if self.device == "cuda" and "cuda" in c["random"]:
+            torch.cuda.set_rng_state(c["random"]["cuda"].cpu())
+        self.seconds = c["seconds"]
+        # Records after the checkpoint belong to steps that will be done again.
+        if self.log_path.exists():
+            lines = self.log_path.read_text().splitlines(keepends=True)
+            kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= c["step"]]
+            self.log_path.write_text("".join(kept))
+        print(f"going on from step {c['step']} of {self.checkpoint_path}")
+        return c["step"], c
+
+    def save(self, step: int, modules: dict, optimizers: dict, **more) -> None:
+        random = {"cpu": torch.get_rng_state()}
+        if self.device == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state()
+        checkpoint = {
+            "stage": self.config.stage, "step": step, "seconds": self.seconds,
+            "config": dataclasses.asdict(self.model_config), "run": dataclasses.asdict(self.config),
+            "meta": self.data.meta, "text_encoder": self.data.meta["text_encoder"],
+            "optimizer": {k: o.state_dict() for k, o in optimizers.items()}, "random": random,
+        }  # fmt: skip
+        checkpoint |= {k: m.state_dict() for k, m in modules.items()} | more
+        save_checkpoint(self.checkpoint_path, checkpoint)
+
+    def add(self, step: int, figures: dict[str, Tensor]) -> None:
+        """Collects one step's figures; a figure that is not finite ends the run by name."""
+        for name, value in figures.items():
+            value = float(value)
+            if not math.isfinite(value):
+                sys.exit(
+                    f"{name} is {value} at step {step}. The last checkpoint is kept; "
+                    "try a lower learning rate, or --precision fp32."
+                )
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.count += 1
+
+    def log(self, step: int, figures: dict | None = None) -> None:
+        """Without `figures`: the means since the last call. One line, one JSONL record."""
+        kind = "validate" if figures is not None else "train"
+        if figures is None:
+            figures = {k: v / self.count for k, v in self.sums.items()}
+            self.sums, self.count = {}, 0
+        record = {"step": step, "kind": kind, "hours": round(self.seconds / 3600, 4)}
+        record |= {k: float(f"{float(v):.5g}") for k, v in figures.items()}
+        with self.log_path.open("a") as f:
+            f.write(json.dumps(record) + "\n")
+        tqdm.write("  ".join(f"{k} {v}" for k, v in record.items()), file=sys.stdout)
+        for k, v in figures.items() if self.board else ():
+            self.board.add_scalar(f"{kind}/{k}", v, step)
+
+    def picture(self, name: str, step: int, image: np.ndarray) -> None:
+        """(H, W, 3) uint8, kept as pictures/name_step.png and shown in TensorBoard."""
+        imageio.imwrite(self.out / "pictures" / f"{name}_{step:07d}.png", image)
+        if self.board:
+            self.board.add_image(name, image, step, dataformats="HWC")
+
+    def loop(self, start: int, update, validate, save) -> None:
+        """update(step) -> figures, for every step; validation and checkpoints in between."""
+        for step in tqdm(range(start, self.steps), initial=start, total=self.steps, unit="step"):
+            begun = time.monotonic()
+            self.add(step, update(step))
+            self.seconds += time.monotonic() - begun
+            done, last = step + 1, step + 1 == self.steps
+            if done % self.config.log_every == 0 or last:
+                self.log(done)
+            if done % self.config.validate_every == 0 or last:
+                # Fixed random numbers, and the training's own ones left where they were.
+                with torch.random.fork_rng(), torch.no_grad():
+                    torch.manual_seed(0)
+                    validate(done)
+            if done % self.config.checkpoint_every == 0 or last:
+                save(done)
+
+
+def has_bf16(device: str) -> bool:
+    """Whether bf16 matrix products are faster than fp32 here."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+# ---------------------------------------------------------------------------- stage wm
+def train_world_model(run: Run) -> None:
+    """Phase one, Sec. IV-A: Eq. 2 by AdamW (Table III) over sequences of play."""
+    c, data, device = run.model_config, run.data, run.device
+    held_out = D.PlayData(run.config.data, "validation")
+    world = W.WorldModel(c).to(device)
+    if c.proprioception:
+        world.robot_mean.copy_(torch.from_numpy(data.robot_obs.mean(0)))
+        world.robot_std.copy_(torch.from_numpy(data.robot_obs.std(0)).clamp_min(1e-3))
+    optimizer = torch.optim.AdamW(
+        world.parameters(), c.learning_rate, eps=c.adam_epsilon, weight_decay=c.weight_decay,
+        fused=True,
+    )  # fmt: skip
+    modules, optimizers = {"model": world}, {"world": optimizer}
+    start, checkpoint = run.resume(modules, optimizers)
+    B, L = c.batch_size, c.sequence_length
+    sequences = D.Sequences(data, B, L, run.config.seed, carry=c.carry_state)
+    validation = D.Sequences(held_out, min(B, len(held_out) // L), L, 0, carry=False)
+    state = checkpoint.get("state") or world.initial(B)
+
+    def update(step: int) -> dict:
+        nonlocal state
+        batch = to_device(sequences.batch(step), device)
+        world.train()
+        with run.autocast():
+            loss, terms, state = world.loss(batch, state)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(world.parameters(), c.gradient_clip)
+        optimizer.step()
+        return terms | {"gradient": norm}
+
+    def validate(step: int) -> None:
+        world.eval()
+        figures = []
+        for i in range(4):
+            batch = to_device(validation.batch(i), device)
+            with run.autocast():
+                figures.append(world.loss(batch, world.initial(batch["reset"].shape[1]))[1])
+        run.log(step, {k: sum(float(f[k]) for f in figures) / len(figures) for k in figures[0]})
+        clip = D.Sequences(held_out, 4, min(55, held_out.shortest), 0, carry=False).batch(0)
+        run.picture("prediction", step, prediction_picture(world, to_device(clip, device)))
+
+    def save(step: int) -> None:
+        run.save(step, modules, optimizers, state=[x.clone() for x in state])
+
+    run.loop(start, update, validate, save)
+    world.eval().requires_grad_(False)
+    latents = [cache_latents(world, x, run) for x in (data, held_out)]
+    probe(run, *zip(latents, (data, held_out), strict=True))
+    print(
+        f"\nworld model: {run.checkpoint_path}\nnext: python train.py --stage agent --preset "
+        f"{run.config.preset} --data {run.config.data} --out {run.config.out}"
+    )
+
+
+def predict(world: W.WorldModel, batch: dict[str, Tensor], context: int) -> tuple[dict, dict]:
+    """Open-loop prediction, Fig. 3: filters `context` frames, then sees nothing but the actions.
+
+    batch: data.Sequences' (T, B, ...). Returns per camera uint8 (T, B, 64, 64, 3): the posterior's
+    reconstruction of every frame, and the prediction (equal to it during the context).
+    """
+    T, B = batch["reset"].shape
+    h, z, _ = world.filter(batch, world.initial(B))
+    seen = torch.cat([h, z], -1)
+    s = [(h[context - 1], z[context - 1])]
+    for t in range(context, T):
+        s.append(world.imagine_step(*s[-1], batch["a_prev"][t]))
+    unseen = torch.stack([torch.cat(x, -1) for x in s[1:]])
+    to_images = lambda s: {k: W.to_uint8(x) for k, x in world.decode(s).items()}
+    return to_images(seen), to_images(torch.cat([seen[:context], unseen]))
+
+
+def prediction_picture(world: W.WorldModel, batch: dict[str, Tensor], context: int = 5):
+    """Rows: for the first two sequences and both cameras, the truth, the reconstruction from the
+    posterior, the prediction from `context` frames on. Columns: moments, context first."""
+    seen, unseen = predict(world, batch, context)
+    T = batch["reset"].shape[0]
+    moments = np.unique(np.linspace(context - 1, T - 1, 12).astype(int))
+    rows = [
+        torch.cat([images[k][t, b] for t in moments], 1)
+        for b in range(min(2, batch["reset"].shape[1]))
+        for k in ("static", "gripper")
+        for images in ({k: batch[f"rgb_{k}"]}, seen, unseen)
+    ]
+    picture = torch.cat(rows).cpu().numpy()
+    return picture.repeat(2, 0).repeat(2, 1)
+
+
+# ---------------------------------------------------------------------------- between the stages
+@torch.no_grad()
+def cache_latents(world: W.WorldModel, data: D.PlayData, run: Run) -> D.Latents:
+    """(h, z) of every frame of a split, made once per world model and kept beside the data.
+
+    The set is cut into stretches that are filtered side by side; each begins `warm` frames early,
+    so that its first kept latent has a history too. Also z after a reset, per frame [D8].
+    """
+    c, key, device = world.config, identity(world), run.device
+    if D.Latents.exists(data, key):
+        return D.Latents.open(data, key)
+    out = D.Latents.create(data, key, c.deterministic, c.categoricals)
+    rows, warm, L = min(64, -(-len(data) // 256)), 64, 64
+    length = -(-len(data) // rows)  # frames per stretch, rounded up
+    starts = np.arange(rows) * length
+    state = world.initial(rows)
+    for t in tqdm(range(-warm, length, L), desc=f"latents of {data.split}", unit="block"):
+        frames = (starts + t) % len(data) + np.arange(min(L, length - t))[:, None]
+        batch = to_device(data.frames(frames % len(data)), device)
+        if t == -warm:
+            batch["reset"][0] = True
+        with run.autocast():
+            images = {k: W.to_float(batch[f"rgb_{k}"]) for k in world.encoders}
+            e = world.encode(images, batch["robot_obs"])
+            h, z, _ = world.observe(e, batch["a_prev"], batch["reset"], state)
+            state = (h[-1], z[-1])
+            nothing = torch.tensor(D.NO_ACTION, device=device).expand(*e.shape[:2], 7)
+            z_reset = world.observe(
+                e.flatten(0, 1)[None], nothing.flatten(0, 1)[None],
+                torch.ones_like(batch["reset"]).flatten()[None], world.initial(h[..., 0].numel()),
+            )[1].view_as(z)  # fmt: skip
+        if t >= 0:
+            keep = (np.arange(len(frames)) + t)[:, None] < np.minimum(len(data) - starts, length)
+            to_class = lambda z: z.unflatten(-1, (c.categoricals, -1)).argmax(-1)
+            for name, x in (("h", h), ("z", to_class(z)), ("z_reset", to_class(z_reset))):
+                getattr(out, name)[frames[keep]] = x.cpu().numpy()[keep]
+    return out.commit()
+
+
+def one_hot(z: np.ndarray, classes: int, device: str) -> Tensor:
+    """(..., C) classes -> (..., C*K) float."""
+    return F.one_hot(torch.from_numpy(z.astype(np.int64)).to(device), classes).flatten(-2).float()
+
+
+def probe(run: Run, train: tuple, held_out: tuple) -> None:
+    """What do the latents know? A small network reads scene_obs from s, trained on the training
+    split's latents, judged on the held-out split's; written to probe.json."""
+    c, device = run.model_config, run.device
+
+    def pairs(latents, data) -> tuple[Tensor, Tensor]:
+        s = torch.cat(
+            [torch.tensor(latents.h[:]).float(), one_hot(latents.z[:], c.classes, "cpu")], -1
+        )
+        return s.to(device), torch.tensor(data.scene_obs[:]).to(device)
+
+    # Doors, drawer, button, switch, lights, and the blocks' xyz (not their angles).
+    columns = [0, 1, 4, 5, *(6 + 6 * b + i for b in range(3) for i in range(3))]
+    (x, y), (x_test, y_test) = pairs(*train), pairs(*held_out)
+    y, y_test = y[:, columns], y_test[:, columns]
+    mean, std = y.mean(0), y.std(0).clamp_min(1e-3)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(
+            torch.nn.Linear(x.shape[-1], 256), torch.nn.ELU(), torch.nn.Linear(256, len(columns))
+        ).to(device)
+        optimizer = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=1e-2)
+        for _ in tqdm(range(3000), desc="probe", unit="step"):
+            i = torch.randint(len(x), (256,), device=device)
+            loss = F.smooth_l1_loss(net(x[i]), (y[i] - mean) / std, beta=0.1)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    with torch.no_grad():
+        error = (net(x_test) * std + mean - y_test).abs().cpu()
+    xy = torch.stack([error[:, 4 + 3 * b : 6 + 3 * b].norm(dim=-1) for b in range(3)])
+    result = {
+        "step": run.steps,
+        "door_cm": round(100 * float(error[:, 0].median()), 2),
+        "drawer_cm": round(100 * float(error[:, 1].median()), 2),
+        "lights_right": round(float((error[:, 2:4] < 0.5).float().mean()), 4),
+        "block_xy_cm": {
+            n: round(100 * float(e.median()), 2)
+            for n, e in zip(("red", "blue", "pink"), xy, strict=True)
+        },
+    }
+    (run.out / "probe.json").write_text(json.dumps(result, indent=1) + "\n")
+    print("probe of held-out latents (median errors):", json.dumps(result))
+
+
+# ---------------------------------------------------------------------------- stage agent
+class WindowBatches:
+    """Batches of Agent.losses: cached latents of play windows first, then of language windows."""
+
+    def __init__(self, data, latents, c: A.AgentConfig, world, seed: int, device: str):
+        self.latents, self.classes, self.device = latents, world.config.classes, device
+        self.reset_start, self.data = c.reset_start, data
+        lengths = (c.sequence_length, c.min_window, c.max_window)
+        n = c.batch_size // 2  # half and half [D6]
+        self.play = D.Windows(data, c.batch_size - n, *lengths, "play", seed)
+        self.language = D.Windows(data, n, *lengths, "lang", seed)
+        with torch.no_grad():  # after a reset h is one constant vector [D8]
+            nothing = torch.tensor([D.NO_ACTION], device=device)
+            part = world.recurrent_in.inputs[1](nothing)
+            self.h_reset = world.recurrent(*world.initial(1), part)[0]
+
+    def batch(self, step: int, reset_start: float | None = None) -> dict[str, Tensor]:
+        """Table IV's batch for a step; reset_start overrides [D8]'s probability."""
+        play, language = self.play.batch(step), self.language.batch(step)
+        index = torch.cat([play["index"], language["index"]], 1).numpy()  # (T, B)
+        h = torch.from_numpy(self.latents.h[index]).to(self.device).float()
+        s_E = torch.cat([h, one_hot(self.latents.z[index], self.classes, self.device)], -1)
+        z_0 = one_hot(self.latents.z_reset[index[0]], self.classes, self.device)
+        fresh = torch.cat([self.h_reset.expand(len(z_0), -1), z_0], -1)
+        chance = self.reset_start if reset_start is None else reset_start
+        forget = torch.rand(len(fresh), 1, device=self.device) < chance
+        both = {k: torch.cat([play[k], language[k]], -1 if k == "length" else 1)
+                for k in ("a", "length")}  # fmt: skip
+        return to_device(both | {k: language[k] for k in ("emb", "align")}, self.device) | {
+            "s_E": s_E, "s_0": torch.where(forget, fresh, s_E[0]),
+            "gripper": torch.from_numpy(self.data.robot_obs[index[0], 14]).to(self.device),
+        }  # fmt: skip
+
+
+def train_agent(run: Run) -> None:
+    """Phase two, Sec. IV-B: Eqs. 5 and 6 by Adam (Table IV) inside the frozen world model."""
+    c, data, device = run.model_config, run.data, run.device
+    held_out = D.PlayData(run.config.data, "validation")
+    world_checkpoint = load_checkpoint(run.out / "wm.pt", "wm", device)
+    for key in ("text_encoder", "hz", "action_scale"):
+        if world_checkpoint["meta"][key] != data.meta[key]:
+            sys.exit(
+                f"{run.out / 'wm.pt'} was trained on data with {key} "
+                f"{world_checkpoint['meta'][key]}, {run.config.data} has {data.meta[key]}"
+            )
+    world = load_world_model(world_checkpoint, device)
+    batches, validation = (
+        WindowBatches(x, cache_latents(world, x, run), c, world, seed, device)
+        for x, seed in ((data, run.config.seed), (held_out, 0))
+    )
+    torch.manual_seed(run.config.seed)
+    agent = A.Agent(c, world.config.deterministic, world.config.latent).to(device)
+    actor_optimizer = torch.optim.Adam(agent.actor_parameters(), c.actor_lr)
+    critic_optimizer = torch.optim.AdamW(
+        agent.critic.parameters(), c.critic_lr, weight_decay=c.critic_weight_decay
+    )
+    modules = {"model": agent}
+    optimizers = {"actor": actor_optimizer, "critic": critic_optimizer}
+    start, _ = run.resume(modules, optimizers)
+
+    def update(step: int) -> dict:
+        agent.train()
+        if step % c.slow_critic_interval == 0:
+            agent.update_slow_critic()  # [D18]
+        with run.autocast():
+            loss_actor, loss_critic, figures = agent.losses(world, batches.batch(step))
+        actor_optimizer.zero_grad(), critic_optimizer.zero_grad()
+        (loss_actor + loss_critic).backward()  # they share no parameter: see test_eq5, test_eq6
+        for optimizer, name in ((actor_optimizer, "actor"), (critic_optimizer, "critic")):
+            group = optimizer.param_groups[0]["params"]
+            figures[f"gradient_{name}"] = torch.nn.utils.clip_grad_norm_(group, c.gradient_clip)
+            optimizer.step()
+        return figures
+
+    def validate(step: int) -> None:
+        agent.eval()
+        figures = [practise(agent, world, validation.batch(i, reset_start=1.0)) for i in range(4)]
+        mean = {k: sum(float(f[k]) for f in figures) / len(figures) for k in figures[0]}
+        for plan in ("proposed", "recognised"):
+            mean[f"tracking_{plan}"] = (mean[f"reward_{plan}"] - mean["reward_hold"]) / (
+                mean["reward_expert"] - mean["reward_hold"]
+            )
+        run.log(step, mean)
+
+    def save(step: int) -> None:
+        world_part = {k: world_checkpoint[k] for k in ("config", "model", "step", "seconds")}
+        run.save(step, modules, optimizers, world_model=world_part)
+
+    run.loop(start, update, validate, save)
+    print(
+        f"\nagent: {run.checkpoint_path}\n"
+        f"next: python evaluate.py --env sim --checkpoint {run.checkpoint_path}"
+    )
+
+
+def practise(agent: A.Agent, world, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Mean reward on windows: the agent's with either plan, and its two yardsticks, holding still
+    and replaying the expert's actions from the same start in the same world model."""
+    s_E, s_0 = batch["s_E"], batch["s_0"]
+    T = len(s_E)
+    v = agent.perceptual(torch.cat([s_0[None], s_E[1:]]))
+    g = agent.goal(v[-1], batch["emb"])
+    q, features = agent.recognition(v)
+    plans = {"proposed": agent.propose(s_0, g), "recognised": s_0[:, :0]}
+    if agent.with_plan:
+        plans["recognised"] = A.P.sample_plan(q)
+    figures = {}
+    for name, plan in plans.items():
+        s_pi, a = agent.imagine(world, s_0, g, plan, T - 1)
+        r = agent.reward(s_E[1:], s_pi[1:])
+        figures |= {
+            f"reward_{name}": r.mean(),
+            f"mse_{name}": (a - batch["a"][:-1]).square().mean(),
+        }
+        if name == "proposed":
+            n = r.shape[1] - len(batch["emb"])
+            figures |= {"reward_play": r[:, :n].mean(), "reward_language": r[:, n:].mean()}
+    hold = torch.zeros_like(batch["a"])
+    hold[..., 6] = batch["gripper"]
+    for name, actions in (("hold", hold), ("expert", batch["a"])):
+        h, z = s_0[:, : agent.deterministic], s_0[:, agent.deterministic :]
+        states = []
+        for t in range(T - 1):
+            h, z = world.imagine_step(h, z, actions[t])
+            states.append(torch.cat([h, z], -1))
+        figures[f"reward_{name}"] = agent.reward(s_E[1:], torch.stack(states)).mean()
+    if agent.with_plan:
+        p = agent.proposal(v[0], g)
+        figures["plan_kl"] = A.P.kl_balanced(q, p, agent.config.delta).mean()
+    if batch["align"].sum() > 1:
+        language = slice(s_0.shape[0] - len(batch["emb"]), None)
+        figures["alignment_accuracy"] = agent.alignment(
+            features[language][batch["align"]], g[language][batch["align"]]
+        )[1]
+    return figures
+
+
+# ---------------------------------------------------------------------------- command line
+def to_device(batch: dict[str, Tensor], device: str) -> dict[str, Tensor]:
+    return {k: x.to(device, non_blocking=True) for k, x in batch.items()}
+
+
+def boolean(text: str) -> bool:
+    return {"true": True, "false": False}[text.lower()]
+
+
+def parse(arguments: list[str] | None = None) -> tuple[RunConfig, object]:
+    """The command line, made from the dataclasses' fields. A typo is an error."""
+    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    known.add_argument("--stage", choices=("wm", "agent"), required=True)
+    known.add_argument("--preset", choices=tuple(STEPS), default="paper")
+    first, _ = known.parse_known_args(arguments)
+    presets = W.PRESETS if first.stage == "wm" else A.PRESETS
+    parser = argparse.ArgumentParser(parents=[known], allow_abbrev=False)
+    model = presets[first.preset]
+    fields = [(f, f.default) for f in dataclasses.fields(RunConfig)[2:]]
+    fields += [(f, getattr(model, f.name)) for f in dataclasses.fields(model)]
+    for field, default in fields:
+        kind = (
+            (lambda x: {"true": True, "false": False}[x.lower()])
+            if field.type is bool
+            else field.type
+        )
+        parser.add_argument(f"--{field.name}", type=kind, default=default, metavar=str(default))
+    options = vars(parser.parse_args(arguments))
+    pick = lambda cls: cls(**{f.name: options[f.name] for f in dataclasses.fields(cls)})
+    return pick(RunConfig), pick(type(model))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    config, model_config = parse(arguments)
+    try:
+        run = Run(config, model_config, D.PlayData(config.data, "training"))
+        (train_world_model if config.stage == "wm" else train_agent)(run)
+    except (ValueError, D.DataError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
