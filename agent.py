@@ -272,10 +272,8 @@ class Agent(nn.Module):
         kl = P.kl_balanced(q, p, c.delta).mean() if self.with_plan else q.new_zeros(())
         contrast, accuracy = q.new_zeros(()), q.new_zeros(())
         if c.method != "no_alignment" and batch["align"].sum() > 1:
-            language = slice(B - len(batch["emb"]), B)
-            contrast, accuracy = self.alignment(
-                features[language][batch["align"]], g[language][batch["align"]]
-            )
+            pairs = [x[-len(batch["emb"]) :][batch["align"]] for x in (features, g)]
+            contrast, accuracy = self.alignment(*pairs)
 
         weight = torch.ones(T - 1, B, device=s_E.device)
         if c.mask_padding:  # [D14]
@@ -308,6 +306,42 @@ class Agent(nn.Module):
             "contrast": contrast, "alignment_accuracy": accuracy, "action_mse": error.mean(),
         }  # fmt: skip
         return loss_actor, loss_critic, {k: x.detach() for k, x in figures.items()}
+
+    def track(self, world, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """How well windows are followed: mean rewards () with either plan, and of two yardsticks
+        in the same world model from the same start, holding still and replaying the expert.
+
+        batch: as `losses` takes it, and gripper (B,), the gripper's command before the window.
+        """
+        s_E, s_0, actions = batch["s_E"], batch["s_0"], batch["a"][:-1]
+        v = self.perceptual(torch.cat([s_0[None], s_E[1:]]))
+        g = self.goal(v[-1], batch["emb"])
+        q, features = self.recognition(v)
+        plans = {"proposed": self.propose(s_0, g)}
+        figures = {}
+        if self.with_plan:
+            plans["recognised"] = P.sample_plan(q)
+            kl = P.kl_balanced(q, self.proposal(v[0], g), self.config.delta)
+            figures["plan_kl"] = kl.mean()
+        for name, plan in plans.items():
+            s_pi, a = self.imagine(world, s_0, g, plan, len(actions))
+            r = self.reward(s_E[1:], s_pi[1:])
+            figures[f"reward_{name}"] = r.mean()
+            figures[f"reward_{name}_language"] = r[:, -len(batch["emb"]) :].mean()
+            figures[f"mse_{name}"] = (a - actions).square().mean()
+        hold = torch.zeros_like(actions)
+        hold[..., 6] = batch["gripper"]
+        for name, a in (("hold", hold), ("expert", actions)):
+            h, z = s_0[:, : self.deterministic], s_0[:, self.deterministic :]
+            s_pi = []
+            for t in range(len(a)):
+                h, z = world.imagine_step(h, z, a[t])
+                s_pi.append(torch.cat([h, z], -1))
+            figures[f"reward_{name}"] = self.reward(s_E[1:], torch.stack(s_pi)).mean()
+        if batch["align"].sum() > 1:
+            pairs = [x[-len(batch["emb"]) :][batch["align"]] for x in (features, g)]
+            figures["alignment_accuracy"] = self.alignment(*pairs)[1]
+        return figures
 
 
 class Policy:

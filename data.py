@@ -361,20 +361,20 @@ class Sequences:
 class Windows:
     """Windows of min_len to max_len frames for the agent, padded to T [D14]; batch(step) is pure.
 
-    play: starts anywhere in an episode; goal: its last frame. lang: starts anywhere in an annotated
-    span, ends in it; goal: its sentence. A span shorter than min_len is one window, the whole span.
+    play: any start in an episode; goal: the window's last frame. lang: any annotated span, then any
+    start in it; it ends in it; goal: its sentence. A span shorter than min_len is a window, whole.
     """
 
     def __init__(self, data, B, T=MAX_LEN, min_len=MIN_LEN, max_len=MAX_LEN, kind="play", seed=0):
         self.data, self.B, self.T, self.kind, self.seed = data, B, T, kind, seed
         bounds = {"play": data.episodes, "lang": data.spans}[kind]
         if not len(bounds) or not 1 <= min_len <= max_len <= T:
-            what = f"{len(bounds)} {kind} spans, {min_len} to {max_len} frames of T = {T}"
-            raise DataError(f"no windows: {what}. Pack with language; let min_len <= max_len <= T.")
+            raise DataError(f"no {kind} windows of {min_len}..{max_len} in {T}: pack language too.")
         places = np.maximum(np.diff(bounds)[:, 0] - min_len + 1, 1)  # admissible starts in each
         self.span = np.repeat(np.arange(len(bounds)), places)
         place = np.arange(len(self.span)) - np.repeat(np.cumsum(places) - places, places)
         self.align = place >= places[self.span] - 8  # the last 8 places of a span [D11]
+        self.cdf = np.cumsum(1 / places[self.span] if kind == "lang" else place >= 0)
         self.start = bounds[self.span, 0] + place
         self.most = np.minimum(max_len, bounds[self.span, 1] - self.start)  # the longest window
         self.least = np.minimum(min_len, self.most)
@@ -382,7 +382,7 @@ class Windows:
     def batch(self, step: int) -> dict[str, torch.Tensor]:
         """index (T, B) rows of data, length (B,), a (T, B, 7); lang: emb (B, 384), span, align."""
         rng = np.random.default_rng([self.seed, step, self.kind == "lang"])
-        w = rng.integers(len(self.start), size=self.B)
+        w = np.searchsorted(self.cdf, rng.random(self.B) * self.cdf[-1], "right")
         length = rng.integers(self.least[w], self.most[w] + 1)
         t = np.arange(self.T)[:, None]
         index = self.start[w] + np.minimum(t, length - 1)  # the end is held [D14]
@@ -390,8 +390,8 @@ class Windows:
         a[t >= length, :6] = 0
         batch = {"index": index, "length": length, "a": a}
         if self.kind == "lang":
-            batch |= {"span": self.span[w], "align": self.align[w]}
-            batch["emb"] = self.data.span_emb[batch["span"]]
+            span, align = self.span[w], self.align[w]
+            batch |= {"span": span, "align": align, "emb": self.data.span_emb[span]}
         return {k: torch.from_numpy(x) for k, x in batch.items()}
 
 

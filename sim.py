@@ -59,7 +59,7 @@ ARM, HAND, FINGER = (0.88, 0.90, 0.92), (0.30, 0.32, 0.36), (0.10, 0.85, 0.85)
 RED, BLUE, PINK, SKY = (0.85, 0.08, 0.05), (0.08, 0.2, 0.9), (1, 0.35, 0.85), (120, 126, 132)
 # Name: colour, length in x; width and height are 0.04 m.
 BLOCKS = {"block_red": (RED, 0.056), "block_blue": (BLUE, 0.04), "block_pink": (PINK, 0.08)}
-# CALVIN's static camera, turned by 3° and 1° wider to see the open drawer whole. The gripper's is
+# CALVIN's static camera, 1° wider to see the open drawer whole. The gripper's is
 # mounted on the hand; it looks along its own +y, with -z up.
 STATIC_EYE, STATIC_AT = (2.871459, -2.166602, 2.555160), (0.03, -0.076, 0.432)
 STATIC_UP, STATIC_FOV = (0.404140, 0.226298, 0.886262), 11

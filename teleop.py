@@ -5,8 +5,8 @@ record     python teleop.py record DIR --frames N --val-frames M --procs P --see
            long unsegmented play in CALVIN's on-disk format, with language from the oracle
 
 Operator moves the *target pose* along way-points that it passes without stopping, so that a skill
-fits into one span of 64 frames. Skills are generators of way-points: what has gone wrong is seen
-and answered between two of them, and aborting one, or going on after its success, is trivial. It knows
+fits into one span of 64 frames. Skills are generators of way-points: what went wrong is seen and
+answered between two of them, and aborting one, or going on after its success, is trivial. It knows
 the environment by reset, step, get_obs, get_info and the target pose alone.
 
 frame      t                t+1              rel_actions[t]: commanded at t, noise included
@@ -17,9 +17,11 @@ Copy this file together with sim.py. Needs: numpy, tqdm.
 import argparse
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import sys
+import threading
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from itertools import pairwise
 from pathlib import Path
@@ -37,14 +39,11 @@ SIZES = dict(
 DOWN = np.array([np.pi, 0.0, 1.5])  # neutral orientation: fingers down, opening along the world's x
 # In the cabinet the hand, 0.2 m wide, must stay clear of the door: it leans out, and grasps high.
 CABINET_PITCH, CABINET_DOWN = -0.9, np.array([0.0, -0.008, 0.010])
-NEUTRAL = np.array([0.026, -0.231, 0.571])  # the benchmark's start (CALVIN.md)
+NEUTRAL = np.array([0.026, -0.231, 0.571])  # the benchmark's start
 OPEN, CLOSE = 1, -1
 UP = np.array([0.0, 0.0, 1.0])
 TABLE_X, TABLE_Y = (0.02, 0.30), (-0.14, -0.07)  # where a block may be put down on the table
 SHELVES = {"left": (-0.28, -0.20), "right": (-0.02, 0.09)}  # x ranges of the cabinet's two halves
-CABINET_PITCH = (
-    -0.9
-)  # keeps the hand, 0.2 m wide, clear of the door while it reaches into the cabinet
 PLACES = (0.44, 0.15, 0.15, 0.14, 0.12)  # a block on the table, left, right, in the drawer, on top
 LANG = "lang_paraphrase-MiniLM-L3-v2"
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -674,7 +673,14 @@ _worker = {}  # of a worker process: its environment and the counter of frames
 
 def _start_worker(render, counter):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which ends its workers
-    _worker.update(env=sim.PlayTable(render=render), counter=counter, parent=os.getppid())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _worker.update(env=sim.PlayTable(render=render), counter=counter)
+
+
+def _end_with_parent():
+    """Who repeats the command of a killed parent must not meet its workers at the same files."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
 
 
 def _parallel(function, jobs, procs, render, total, done=0, what=""):
@@ -701,8 +707,6 @@ def _parallel(function, jobs, procs, render, total, done=0, what=""):
 
 
 def _count():
-    if os.getppid() != _worker["parent"]:
-        os._exit(1)  # it was killed; who repeats its command must not meet us at the same files
     with _worker["counter"].get_lock():
         _worker["counter"].value += 1
 

@@ -298,27 +298,10 @@ def train_world_model(run: Run) -> None:
     )
 
 
-def predict(world: W.WorldModel, batch: dict[str, Tensor], context: int) -> tuple[dict, dict]:
-    """Open-loop prediction, Fig. 3: filters `context` frames, then sees nothing but the actions.
-
-    batch: data.Sequences' (T, B, ...). Returns per camera uint8 (T, B, 64, 64, 3): the posterior's
-    reconstruction of every frame, and the prediction (equal to it during the context).
-    """
-    T, B = batch["reset"].shape
-    h, z, _ = world.filter(batch, world.initial(B))
-    seen = torch.cat([h, z], -1)
-    s = [(h[context - 1], z[context - 1])]
-    for t in range(context, T):
-        s.append(world.imagine_step(*s[-1], batch["a_prev"][t]))
-    unseen = torch.stack([torch.cat(x, -1) for x in s[1:]])
-    to_images = lambda s: {k: W.to_uint8(x) for k, x in world.decode(s).items()}
-    return to_images(seen), to_images(torch.cat([seen[:context], unseen]))
-
-
 def prediction_picture(world: W.WorldModel, batch: dict[str, Tensor], context: int = 5):
     """Rows: for the first two sequences and both cameras, the truth, the reconstruction from the
     posterior, the prediction from `context` frames on. Columns: moments, context first."""
-    seen, unseen = predict(world, batch, context)
+    seen, unseen = world.predict(batch, context)
     T = batch["reset"].shape[0]
     moments = np.unique(np.linspace(context - 1, T - 1, 12).astype(int))
     rows = [
@@ -496,12 +479,11 @@ def train_agent(run: Run) -> None:
 
     def validate(step: int) -> None:
         agent.eval()
-        figures = [practise(agent, world, validation.batch(i, reset_start=1.0)) for i in range(4)]
+        figures = [agent.track(world, validation.batch(i, reset_start=1.0)) for i in range(4)]
         mean = {k: sum(float(f[k]) for f in figures) / len(figures) for k in figures[0]}
-        for plan in ("proposed", "recognised"):
-            mean[f"tracking_{plan}"] = (mean[f"reward_{plan}"] - mean["reward_hold"]) / (
-                mean["reward_expert"] - mean["reward_hold"]
-            )
+        span = mean["reward_expert"] - mean["reward_hold"]
+        for plan in ("proposed", "recognised") if agent.with_plan else ("proposed",):
+            mean[f"tracking_{plan}"] = (mean[f"reward_{plan}"] - mean["reward_hold"]) / span
         run.log(step, mean)
 
     def save(step: int) -> None:
@@ -513,48 +495,6 @@ def train_agent(run: Run) -> None:
         f"\nagent: {run.checkpoint_path}\n"
         f"next: python evaluate.py --env sim --checkpoint {run.checkpoint_path}"
     )
-
-
-def practise(agent: A.Agent, world, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Mean reward on windows: the agent's with either plan, and its two yardsticks, holding still
-    and replaying the expert's actions from the same start in the same world model."""
-    s_E, s_0 = batch["s_E"], batch["s_0"]
-    T = len(s_E)
-    v = agent.perceptual(torch.cat([s_0[None], s_E[1:]]))
-    g = agent.goal(v[-1], batch["emb"])
-    q, features = agent.recognition(v)
-    plans = {"proposed": agent.propose(s_0, g), "recognised": s_0[:, :0]}
-    if agent.with_plan:
-        plans["recognised"] = A.P.sample_plan(q)
-    figures = {}
-    for name, plan in plans.items():
-        s_pi, a = agent.imagine(world, s_0, g, plan, T - 1)
-        r = agent.reward(s_E[1:], s_pi[1:])
-        figures |= {
-            f"reward_{name}": r.mean(),
-            f"mse_{name}": (a - batch["a"][:-1]).square().mean(),
-        }
-        if name == "proposed":
-            n = r.shape[1] - len(batch["emb"])
-            figures |= {"reward_play": r[:, :n].mean(), "reward_language": r[:, n:].mean()}
-    hold = torch.zeros_like(batch["a"])
-    hold[..., 6] = batch["gripper"]
-    for name, actions in (("hold", hold), ("expert", batch["a"])):
-        h, z = s_0[:, : agent.deterministic], s_0[:, agent.deterministic :]
-        states = []
-        for t in range(T - 1):
-            h, z = world.imagine_step(h, z, actions[t])
-            states.append(torch.cat([h, z], -1))
-        figures[f"reward_{name}"] = agent.reward(s_E[1:], torch.stack(states)).mean()
-    if agent.with_plan:
-        p = agent.proposal(v[0], g)
-        figures["plan_kl"] = A.P.kl_balanced(q, p, agent.config.delta).mean()
-    if batch["align"].sum() > 1:
-        language = slice(s_0.shape[0] - len(batch["emb"]), None)
-        figures["alignment_accuracy"] = agent.alignment(
-            features[language][batch["align"]], g[language][batch["align"]]
-        )[1]
-    return figures
 
 
 # ---------------------------------------------------------------------------- command line

@@ -290,6 +290,21 @@ class WorldModel(nn.Module):
         h = self.recurrent(h, z, self.recurrent_in.inputs[1](a))
         return h, sample_straight_through(self.prior(h))
 
+    def predict(self, batch: dict[str, Tensor], context: int) -> tuple[dict, dict]:
+        """Open-loop prediction (Fig. 3): filters `context` frames, then sees only the actions.
+
+        batch: data.Sequences' (T, B, ...). Returns per camera uint8 (T, B, 64, 64, 3): every frame
+        reconstructed from the posterior, and predicted (the same during the context).
+        """
+        h, z, _ = self.filter(batch, self.initial(batch["reset"].shape[1]))
+        s = torch.cat([h, z], -1)
+        h, z, predicted = h[context - 1], z[context - 1], list(s[:context])
+        for a in batch["a_prev"][context:]:
+            h, z = self.imagine_step(h, z, a)
+            predicted.append(torch.cat([h, z], -1))
+        seen, unseen = self.decode(s), self.decode(torch.stack(predicted))
+        return tuple({k: to_uint8(x) for k, x in images.items()} for images in (seen, unseen))
+
     def loss(
         self, batch: dict[str, Tensor], state: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, Tensor]]:

@@ -297,3 +297,27 @@ def test_policy_in_the_world_model_sees_what_training_saw(world):
         hs, zs, _ = real(batch, (h, z))
         h, z = hs[-1], zs[-1]
         assert torch.allclose(states[t], h, atol=1e-5)
+
+
+def test_tracking_has_its_yardsticks(world):
+    """In a world that stands still whatever is done, nobody can do better than holding."""
+
+    class Still:
+        def imagine_step(self, h, z, a):
+            return h, z
+
+    figures = make_agent().eval().track(Still(), windows() | {"gripper": torch.ones(8)})
+    for name in ("proposed", "recognised", "expert"):
+        assert torch.allclose(figures[f"reward_{name}"], figures["reward_hold"], atol=1e-6)
+
+    class Replay:  # a world whose h is the sum of the actions so far
+        def imagine_step(self, h, z, a):
+            return h + a.repeat(1, 10)[:, :64], z
+
+    batch = windows() | {"gripper": torch.ones(8)}
+    steps = torch.cat([torch.zeros(1, 8, 7), batch["a"][:-1]]).cumsum(0).repeat(1, 1, 10)[..., :64]
+    batch["s_E"][..., :64] = batch["s_E"][0, :, :64] + steps
+    batch["s_0"] = batch["s_E"][0]
+    figures = make_agent().eval().track(Replay(), batch)
+    assert torch.allclose(figures["reward_expert"], torch.tensor(1.0), atol=1e-5)
+    assert figures["reward_hold"] < 0.9

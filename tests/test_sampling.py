@@ -72,7 +72,7 @@ def test_the_images_of_a_sequence_are_those_of_its_rows(play):
 def test_app_a_starts_are_drawn_in_the_episode_and_clipped_to_its_end(play):
     s = D.Sequences(play, 200, 50, seed=0, carry=False)
     starts = []
-    for step in range(20):
+    for step in range(8):
         batch = s.batch(step)
         r = rows(batch)
         assert (np.diff(r, axis=0) == 1).all()
@@ -148,6 +148,14 @@ def test_language_windows_carry_their_sentence_and_d11_marks_the_last_8_places(p
             first, end = play.spans[span]
             assert first <= start and (batch["emb"][b].numpy() == play.span_emb[span]).all()
             assert bool(batch["align"][b]) == (start > end - 20 - 8)
+
+
+def test_every_span_is_as_likely_however_short_and_every_start_of_a_play_window(play):
+    lang, drawn = D.Windows(play, 3000, kind="lang").batch(0), D.Windows(play, 3000).batch(0)
+    share = np.bincount(lang["span"].numpy(), minlength=3) / 3000
+    np.testing.assert_allclose(share, 1 / 3, atol=0.03)
+    share = (drawn["index"][0] >= 201).float().mean()  # 182 and 45 admissible starts
+    assert abs(share - 45 / 227) < 0.03
 
 
 def test_a_span_shorter_than_a_window_is_one_window_that_holds_its_end(play):

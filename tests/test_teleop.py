@@ -23,7 +23,7 @@ def env():
 
 
 def scene(slider=0.0, drawer=0.0, light=0, led=0):
-    """Red and blue on the table, pink in the cabinet's open half, everything at the benchmark's places."""
+    """Red and blue on the table, pink in the cabinet's open half, at the benchmark's places."""
     s = np.zeros(24)
     s[[0, 1, 3, 4, 5]] = slider, drawer, 0.088 * light, light, led
     s[6:9], s[12:15] = (0.05, -0.12, 0.46), (0.23, -0.12, 0.46)
@@ -89,7 +89,7 @@ def test_every_task_can_be_prepared_and_is_then_called_feasible(env):
             assert task in op.feasible(), task
 
 
-# ------------------------------------------------------------------------------------------- recording
+# ------------------------------------------------------------------------------------ recording
 def digest(folder):
     """{relative path: hash} of all files of a recording."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())

@@ -212,3 +212,26 @@ def test_it_learns_one_batch():
         optimizer.zero_grad(), loss.backward(), optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.3 * losses[0]
+
+
+def test_prediction_sees_only_the_context_and_the_actions(world):
+    a, b = sequences(T=8), sequences(T=8)
+    for k in ("rgb_static", "rgb_gripper"):
+        b[k][4:] = 255 - b[k][4:]
+    outs = []
+    for batch in (a, b):
+        torch.manual_seed(0)
+        outs.append(world.predict(batch, context=4))
+    (seen, unseen), (seen_b, _) = outs
+    for k in ("static", "gripper"):
+        assert unseen[k].shape == (8, 3, 64, 64, 3) and unseen[k].dtype == torch.uint8
+        assert torch.equal(unseen[k][:4], seen[k][:4])
+        assert not torch.equal(seen[k][4:], seen_b[k][4:])
+    # The same random numbers, other images after the context: h is the same, so are its samples.
+    torch.manual_seed(0)
+    h, z, _ = world.filter({k: x[:4] for k, x in a.items()}, world.initial(3))
+    torch.manual_seed(1)
+    one = world.imagine_step(h[-1], z[-1], a["a_prev"][4])
+    torch.manual_seed(1)
+    two = world.imagine_step(h[-1], z[-1], b["a_prev"][4])
+    assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
