@@ -310,7 +310,7 @@ class PlayData:
             for k in (*SHAPES, "episodes", "spans", "span_emb"):
                 setattr(self, k, np.load(self.path / f"{k}.npy", mmap_mode="r"))
         self.sentences, self.tasks = lang["sentences"], lang["tasks"]
-        self.shortest = int(np.diff(self.episodes).min())  # frames of the shortest episode
+        self.longest = int(np.diff(self.episodes).max())  # frames of the longest episode
         self.is_start = np.zeros(len(self), bool)
         self.is_start[self.episodes[:, 0]] = True
 
@@ -331,12 +331,15 @@ class Sequences:
 
     carry [D10]: B equidistant rows step through the data, L frames at a time, from an offset drawn
     for each epoch; a row goes on where it was a step before, so the RSSM's state can be carried on.
-    Without carry: the paper's starts (App. A), drawn in the episodes and clipped to their ends.
+    Without carry: the paper's starts (App. A), drawn in the episodes and clipped to their ends;
+    episodes shorter than L are left out.
     """
 
     def __init__(self, data: PlayData, B: int, L: int, seed: int, carry: bool = True):
         self.data, self.B, self.L, self.seed, self.carry = data, B, L, seed, carry
-        if (least := len(data) if carry else data.shortest) < L or B < 1:
+        long = data.episodes[np.diff(data.episodes)[:, 0] >= L]  # the others cannot hold a sequence
+        self.pool = np.concatenate([np.arange(0), *(np.arange(*bounds) for bounds in long)])
+        if (least := len(data) if carry else len(self.pool)) < L or B < 1:
             raise DataError(f"{B} sequences of {L} in {least} frames: record more or lower L.")
         self.chunk = -(-len(data) // B)  # frames from one row's start to the next
         self.steps_per_epoch = -(-self.chunk // L)
@@ -349,7 +352,7 @@ class Sequences:
             offset = np.random.default_rng([self.seed, epoch]).integers(N)
             first = offset + i * self.L + np.arange(self.B) * self.chunk
         else:
-            first = np.random.default_rng([self.seed, step]).integers(N, size=self.B)
+            first = np.random.default_rng([self.seed, step]).choice(self.pool, self.B)
             first = np.minimum(first, ends[np.searchsorted(ends, first, "right")] - self.L)
         # After the last row of the data comes the first, an episode's start.
         batch = self.data.frames((first + np.arange(self.L)[:, None]) % N)

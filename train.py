@@ -282,7 +282,7 @@ def train_world_model(run: Run) -> None:
             with run.autocast():
                 figures.append(world.loss(batch, world.initial(batch["reset"].shape[1]))[1])
         run.log(step, {k: sum(float(f[k]) for f in figures) / len(figures) for k in figures[0]})
-        clip = D.Sequences(held_out, 4, min(55, held_out.shortest), 0, carry=False).batch(0)
+        clip = D.Sequences(held_out, 4, min(55, held_out.longest), 0, carry=False).batch(0)
         run.picture("prediction", step, prediction_picture(world, to_device(clip, device)))
 
     def save(step: int) -> None:
@@ -534,7 +534,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         run = Run(config, model_config, D.PlayData(config.data, "training"))
         (train_world_model if config.stage == "wm" else train_agent)(run)
-    except (ValueError, D.DataError) as error:
+    except (ValueError, OSError, D.DataError) as error:
         sys.exit(f"error: {error}")
 
 
