@@ -331,8 +331,8 @@ def cache_latents(world: W.WorldModel, data: D.PlayData, run: Run) -> D.Latents:
     starts = np.arange(rows) * length
     state = world.initial(rows)
     for t in tqdm(range(-warm, length, L), desc=f"latents of {data.split}", unit="block"):
-        frames = (starts + t) % len(data) + np.arange(min(L, length - t))[:, None]
-        batch = to_device(data.frames(frames % len(data)), device)
+        frames = (starts + t + np.arange(min(L, length - t))[:, None]) % len(data)  # (L, rows)
+        batch = to_device(data.frames(frames), device)
         if t == -warm:
             batch["reset"][0] = True
         with run.autocast():
@@ -429,8 +429,10 @@ class WindowBatches:
         fresh = torch.cat([self.h_reset.expand(len(z_0), -1), z_0], -1)
         chance = self.reset_start if reset_start is None else reset_start
         forget = torch.rand(len(fresh), 1, device=self.device) < chance
-        both = {k: torch.cat([play[k], language[k]], -1 if k == "length" else 1)
-                for k in ("a", "length")}  # fmt: skip
+        both = {
+            "a": torch.cat([play["a"], language["a"]], 1),
+            "length": torch.cat([play["length"], language["length"]]),
+        }
         return to_device(both | {k: language[k] for k in ("emb", "align")}, self.device) | {
             "s_E": s_E, "s_0": torch.where(forget, fresh, s_E[0]),
             "gripper": torch.from_numpy(self.data.robot_obs[index[0], 14]).to(self.device),

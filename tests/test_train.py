@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -217,7 +218,7 @@ def test_kill_9_loses_only_the_steps_since_the_last_checkpoint(packed, tmp_path)
     for _ in range(1200):
         if (tmp_path / "wm.pt").exists() or run.poll() is not None:
             break
-        __import__("time").sleep(0.05)
+        time.sleep(0.05)
     run.kill()
     run.wait()
     step = torch.load(tmp_path / "wm.pt", weights_only=True)["step"]
