@@ -802,7 +802,7 @@ class Recorder:
         _count()
         self.t, self.obs = self.t + 1, obs
         self.infos[self.t] = info
-        self.infos.pop(self.t - 80, None)
+        self.infos.pop(self.t - 128, None)  # longer than a span and the rest after it
         if self.t == self.end:
             raise _Full
 

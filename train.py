@@ -53,7 +53,7 @@ class RunConfig:
 # Steps of each stage; the paper does not say [D7].
 STEPS = {
     "paper": {"wm": 2_000_000, "agent": 100_000},
-    "sim": {"wm": 5000, "agent": 6000},
+    "sim": {"wm": 14000, "agent": 6000},
     "tiny": {"wm": 300, "agent": 200},
 }
 RESUMABLE = ("steps", "log_every", "validate_every", "checkpoint_every", "device", "out", "data")
@@ -264,6 +264,8 @@ def train_world_model(run: Run) -> None:
 
     def update(step: int) -> dict:
         nonlocal state
+        left = (run.steps - step) / max(1.0, c.anneal * run.steps)
+        optimizer.param_groups[0]["lr"] = c.learning_rate * min(1.0, left)  # [D7]
         batch = to_device(sequences.batch(step), device)
         world.train()
         with run.autocast():

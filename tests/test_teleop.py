@@ -256,3 +256,12 @@ def test_same_seed_same_play_in_any_process_and_another_seed_other_play():
         there = pool.submit(_state, 1)
         other = pool.submit(_state, 2)
         assert _state(1) == there.result() != other.result()
+
+
+def test_the_start_of_a_span_is_remembered_until_the_rest_is_over(env, tmp_path, monkeypatch):
+    monkeypatch.setattr(teleop, "_count", lambda: None)
+    recorder = teleop.Recorder(env, tmp_path, 0, 1000, np.random.default_rng(0))
+    recorder.obs = obs = {"robot_obs": np.zeros(15), "scene_obs": np.zeros(24), "rgb_obs": {}}
+    for _ in range(1 + 63 + 40):  # a span of 64 frames, then a rest of 40
+        recorder.on_step(np.zeros(7), obs, {})
+    assert 1 in recorder.infos

@@ -121,6 +121,17 @@ def test_eq2_is_half_squared_error_summed_plus_beta_times_kl():
     assert set(terms) == {"image_static", "image_gripper", "kl", "loss"}
 
 
+def test_every_nth_frame_estimates_the_reconstruction_without_bias():
+    """[D19]: the n equally likely choices of decoded frames average to Eq. 2 over all of them."""
+    T, B, n = 6, 2, 3
+    x, y = ({"static": torch.randn(T, B, 3, 64, 64)} for _ in range(2))
+    q, p = torch.randn(T, B, 4, 5), torch.randn(T, B, 4, 5)
+    loss = lambda x, y: W.elbo_loss(x, y, q, p, beta=0.3, delta=0.8)[0]
+    some = lambda x, start: {k: v[start::n] for k, v in x.items()}
+    mean = sum(loss(some(x, i), some(y, i)) for i in range(n)) / n
+    assert torch.allclose(mean, loss(x, y), rtol=1e-5)
+
+
 @pytest.mark.parametrize("kl_balanced", [W.kl_balanced, plan.kl_balanced])
 def test_eq7_equals_plain_kl_with_gradients_scaled_by_delta(kl_balanced):
     q = torch.randn(5, 4, 6, requires_grad=True)
