@@ -10,6 +10,7 @@ its actions are held:   look, act   step, judge   step, judge   look, act   step
     python evaluate.py --checkpoint RUN/agent.pt --chains 200 --procs 2 --out DIR [--film 3]
     python evaluate.py --checkpoint RUN/agent.pt --instruction "pull out the drawer" --out DIR
     python evaluate.py --policy operator --chains 200 --procs 2 --out DIR
+    python evaluate.py --checkpoint RUN/wm.pt --predict data/play --out DIR             (Fig. 3)
 
 DIR gets chains.jsonl (a line per finished chain: the same command goes on from there), results.json
 and films. Another environment is one more function in ENVIRONMENTS. Needs: all of the project.
@@ -400,6 +401,62 @@ def evaluate(worker: Worker) -> dict:
     return result
 
 
+# ------------------------------------------------------------------ Fig. 3
+def predict(args, context: int = 5, frames: int = 200, clips: int = 8) -> dict:
+    """Fig. 3: `context` frames of held-out play, then 195 steps from the recorded actions alone.
+
+    Writes prediction.png and .gif (truth above prediction), and prediction.json with PSNR (dB)
+    and SSIM of each step after the context, means over clips: of the prediction, of the
+    reconstruction from the posterior, which sees every frame, and of the last context frame, held.
+    """
+    import imageio.v3 as imageio
+    import torch
+    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+    import data
+    import train
+
+    stage = "agent" if Path(args.checkpoint).name.startswith("agent") else "wm"
+    checkpoint = train.load_checkpoint(Path(args.checkpoint), stage, args.device)
+    world = train.load_world_model(checkpoint, args.device)
+    play = data.PlayData(args.predict, "validation")
+    frames = min(frames, play.longest)
+    batch = data.Sequences(play, clips, frames, args.seed, carry=False).batch(0)
+    with torch.no_grad():
+        torch.manual_seed(args.seed)
+        seen, unseen = world.predict(train.to_device(batch, args.device), context)
+    psnr = functools.partial(peak_signal_noise_ratio, data_range=255)
+    ssim = functools.partial(structural_similarity, data_range=255, channel_axis=-1)
+    result = {"checkpoint": args.checkpoint, "step": checkpoint["step"], "hz": play.meta["hz"]}
+    result |= {"context": context, "frames": frames, "clips": clips, "seed": args.seed}
+    strip, film = [], []
+    for k in tqdm(world.encoders, desc="prediction", unit="camera"):
+        truth = batch[f"rgb_{k}"].numpy()  # (T, B, 64, 64, 3)
+        copied = torch.tensor(truth[context - 1]).expand(*truth.shape)
+        for name, x in {"prediction": unseen[k], "reconstruction": seen[k], "copy": copied}.items():
+            pairs = list(zip(truth[context:], x[context:].cpu().numpy(), strict=True))
+            for measure, f in (("psnr", psnr), ("ssim", ssim)):
+                curve = [np.mean(list(map(f, *at_t))) for at_t in pairs]
+                result[f"{measure}_{k}_{name}"] = np.round(curve, 3).tolist()
+        both = np.concatenate([truth, unseen[k].cpu().numpy()], 2)  # (T, B, 128, 64, 3)
+        moments = np.linspace(context - 1, frames - 1, 14).astype(int)
+        strip += [np.concatenate(both[moments, b], 1) for b in (0, 1)]
+        film.append(np.concatenate(both[:, :4].swapaxes(0, 1), 2))  # (T, 128, 4 * 64, 3)
+    double = lambda x: x.repeat(2, -3).repeat(2, -2)
+    args.out.mkdir(parents=True, exist_ok=True)
+    imageio.imwrite(args.out / "prediction.png", double(np.concatenate(strip)))
+    film = double(np.concatenate(film, 1))
+    imageio.imwrite(args.out / "prediction.gif", film, duration=1000 / play.meta["hz"], loop=0)
+    (args.out / "prediction.json").write_text(json.dumps(result) + "\n")
+    last = frames - context
+    print(f"{'PSNR (dB), SSIM in steps':<34}{'1-10':>14}{'11-50':>14}{f'51-{last}':>14}")
+    for key in [k[5:] for k in result if k.startswith("psnr")]:
+        curves = [np.array(result[f"{measure}_{key}"]) for measure in ("psnr", "ssim")]
+        parts = [[c[a:b].mean() for c in curves] for a, b in ((0, 10), (10, 50), (50, last))]
+        print(f"{key:<34}" + "".join(f"{p:>9.1f}{s:>5.2f}" for p, s in parts))
+    return result
+
+
 def parse(argv=None) -> argparse.Namespace:
     """The command line, checked."""
     parser = argparse.ArgumentParser(description="Evaluate a policy.", allow_abbrev=False)
@@ -419,6 +476,7 @@ def parse(argv=None) -> argparse.Namespace:
     add("--format", choices=("gif", "mp4"), default="gif", help="of films")
     add("--text-encoder", help="its local folder, for sentences that are not in assets/")
     add("--instruction", metavar="SENTENCE", help="follow one free sentence instead, and film it")
+    add("--predict", metavar="DATA", help="no policy: Fig. 3's long predictions of packed play")
     args = parser.parse_args(argv)
     reads = bool(args.checkpoint)
     if (args.policy == "agent") != reads or (args.instruction and not reads):
@@ -426,13 +484,15 @@ def parse(argv=None) -> argparse.Namespace:
     if not 0 <= args.first < args.first + (1 if args.instruction else args.chains) <= 1000:
         parser.error(f"there are chains 0 to 999, not {args.chains} from {args.first} on")
     run = Path(args.checkpoint).parent if args.checkpoint else Path("runs") / args.policy
-    args.out = args.out or run / f"evaluate_{args.env}"
+    args.out = args.out or run / ("predict" if args.predict else f"evaluate_{args.env}")
     return args
 
 
 def main(argv=None) -> dict:
     args = parse(argv)
     try:
+        if args.predict:
+            return predict(args)
         worker = Worker(args)
     except (ValueError, RuntimeError) as error:
         raise SystemExit(f"evaluate.py: {error}") from error

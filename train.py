@@ -53,7 +53,7 @@ class RunConfig:
 # Steps of each stage; the paper does not say [D7].
 STEPS = {
     "paper": {"wm": 2_000_000, "agent": 100_000},
-    "sim": {"wm": 14000, "agent": 6000},
+    "sim": {"wm": 9000, "agent": 2000},
     "tiny": {"wm": 300, "agent": 200},
 }
 RESUMABLE = ("steps", "log_every", "validate_every", "checkpoint_every", "device", "out", "data")

@@ -6,11 +6,13 @@ import subprocess
 import sys
 import time
 
+import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
 
 import data
+import evaluate
 import train
 
 WM = ["--stage", "wm", "--preset", "tiny", "--precision", "fp32", "--log_every", "2"]
@@ -224,3 +226,14 @@ def test_kill_9_loses_only_the_steps_since_the_last_checkpoint(packed, tmp_path)
     step = torch.load(tmp_path / "wm.pt", weights_only=True)["step"]
     train.main([*WM, *OFTEN, "--data", packed, "--out", str(tmp_path), "--steps", str(step + 2)])
     assert torch.load(tmp_path / "wm.pt", weights_only=True)["step"] == step + 2
+
+
+def test_predictions_of_figure_3_are_judged_after_the_context(packed, trained, tmp_path):
+    argv = ["--checkpoint", f"{trained}/wm.pt", "--predict", packed, "--out", str(tmp_path / "out")]
+    result = evaluate.main(argv)
+    assert result == json.loads((tmp_path / "out" / "prediction.json").read_text())
+    assert (result["frames"], result["context"]) == (80, 5)  # the longest episode's
+    assert len(result["psnr_static_prediction"]) == len(result["ssim_gripper_copy"]) == 75
+    # Held still, the picture with the dot moving is off from the first step on; exact: infinite dB.
+    assert 5 < min(result["psnr_static_copy"]) <= max(result["psnr_static_copy"]) < 40
+    assert imageio.imread(tmp_path / "out" / "prediction.gif").shape[1:3] == (512, 512)
