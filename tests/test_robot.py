@@ -1,0 +1,398 @@
+"""What robot.py promises: no command out of bounds, no fault unanswered, recordings that train.
+
+The end-to-end tests drive franky-sim on loopback: the real client library, the real network
+protocol. They are paced by the arm's own clock, so a slow machine changes nothing but their length.
+"""
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import data as D
+import robot as R
+
+HERE = Path(__file__).resolve().parent
+C = R.RobotConfig()
+HOME = np.array(C.neutral[0])
+HAND = np.eye(4)  # the hand's tool in the flange's frame
+HAND[:3, :3], HAND[2, 3] = R.turn([0, 0, -np.pi / 4]), 0.1034
+
+
+def pose(x=0.5, y=0.0, z=0.3, euler=(np.pi, 0, 0)) -> np.ndarray:
+    T = np.eye(4)
+    T[:3, :3], T[:3, 3] = R.from_euler(euler), (x, y, z)
+    return T
+
+
+def act(*a) -> np.ndarray:
+    return np.array([*a, *[0.0] * (6 - len(a)), 1.0])
+
+
+# ------------------------------------------------------------------ geometry, by other means
+def test_euler_angles_are_pybullets():
+    pybullet = pytest.importorskip("pybullet", reason="the oracle is PyBullet")
+    for e in np.random.default_rng(0).uniform(-1.5, 1.5, (50, 3)):
+        want = pybullet.getMatrixFromQuaternion(pybullet.getQuaternionFromEuler(e.tolist()))
+        np.testing.assert_allclose(R.from_euler(e).ravel(), want, atol=1e-9)
+        np.testing.assert_allclose(R.to_euler(R.from_euler(e)), e, atol=1e-9)
+
+
+def test_a_turn_is_the_exponential_series_and_the_vector_undoes_it():
+    for w in [*np.random.default_rng(1).normal(0, 1, (50, 3)), np.zeros(3), np.array([0, 0, 3.14])]:
+        x, y, z = w
+        K, power, total = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]]), np.eye(3), np.eye(3)
+        for k in range(1, 60):
+            power = power @ K / k
+            total = total + power
+        np.testing.assert_allclose(R.turn(w), total, atol=1e-9)
+        if np.linalg.norm(w) < np.pi:
+            np.testing.assert_allclose(R.rotation_vector(R.turn(w)), w, atol=1e-6)
+    half = R.rotation_vector(np.diag([1.0, -1, -1]))  # half a turn has no unique direction
+    np.testing.assert_allclose(np.abs(half), [np.pi, 0, 0])
+
+
+def test_the_flange_is_where_pybullets_panda_has_it():
+    pybullet = pytest.importorskip("pybullet", reason="the oracle is PyBullet")
+    import pybullet_data
+
+    client = pybullet.connect(pybullet.DIRECT)
+    try:
+        urdf = pybullet_data.getDataPath() + "/franka_panda/panda.urdf"
+        arm = pybullet.loadURDF(urdf, useFixedBase=True, physicsClientId=client)
+        for q in [*C.neutral, *np.random.default_rng(2).uniform(R.Q_LOW, R.Q_HIGH, (20, 7))]:
+            for i in range(7):
+                pybullet.resetJointState(arm, i, q[i], physicsClientId=client)
+            link = pybullet.getLinkState(arm, 7, 0, 1, physicsClientId=client)  # panda_link8
+            T = R.flange(q)
+            np.testing.assert_allclose(T[:3, 3], link[4], atol=1e-4)
+            rot = np.reshape(pybullet.getMatrixFromQuaternion(link[5]), (3, 3))
+            np.testing.assert_allclose(T[:3, :3], rot, atol=1e-4)
+    finally:
+        pybullet.disconnect(client)
+
+
+def test_every_neutral_pose_is_safe_and_reachable_from_every_other():
+    for q in C.neutral:
+        for goal in C.neutral:
+            R.check_homing(C, np.array(q), goal, HAND)
+
+
+# ------------------------------------------------------------------ the safety part
+def test_an_action_of_one_is_the_papers_step_in_the_base_frame():
+    T = pose(euler=(np.pi, 0, 1.0))
+    out, notes = R.safe_target(C, T, act(1.0), T, HOME)
+    np.testing.assert_allclose(out[:3, 3] - T[:3, 3], [0.02, 0, 0], atol=1e-12)
+    out, _ = R.safe_target(C, T, act(0, 0, 0, 0, 0, 1.0), T, HOME)
+    np.testing.assert_allclose(R.to_euler(out[:3, :3])[2] - 1.0, 0.05, atol=1e-9)
+    assert notes == []
+
+
+def test_in_the_tools_frame_the_same_action_goes_another_way():
+    T = pose(euler=(np.pi, 0, np.pi / 2))  # the tool's x is the base's y
+    out, _ = R.safe_target(dataclasses.replace(C, frame="tool"), T, act(1.0), T, HOME)
+    np.testing.assert_allclose(out[:3, 3] - T[:3, 3], [0, 0.02, 0], atol=1e-12)
+
+
+def test_rotations_are_composed_which_near_straight_down_is_almost_adding_angles():
+    down, tilted, a = pose(), pose(euler=(np.pi, 0.9, 0.4)), act(0, 0, 0, 0.6, -0.8, 0.5)
+    differences = []
+    for T in (down, tilted):
+        out, _ = R.safe_target(C, T, a, T, HOME)
+        added = R.from_euler(R.to_euler(T[:3, :3]) + a[3:6] * 0.05)
+        differences.append(np.linalg.norm(R.rotation_vector(out[:3, :3] @ added.T)))
+    assert differences[0] < 0.003 and differences[1] > 0.01
+
+
+def test_actions_are_integrated_on_the_commanded_pose_not_the_measured_one():
+    T, M = pose(), pose(z=0.29)  # the arm sags by a centimetre
+    for _ in range(5):
+        T, _ = R.safe_target(C, T, act(), M, HOME)
+    np.testing.assert_allclose(T[:3, 3], [0.5, 0, 0.3])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_number_that_is_not_finite_is_refused_wherever_it_is(bad):
+    for k in range(7):
+        a = act()
+        a[k] = bad
+        with pytest.raises(R.Unsafe, match="finite"):
+            R.safe_target(C, pose(), a, pose(), HOME)
+    M, q = pose(), HOME.copy()
+    M[0, 3] = q[2] = bad
+    for args in ((M, HOME), (pose(), q)):
+        with pytest.raises(R.Unsafe, match="finite"):
+            R.safe_target(C, pose(), act(), *args)
+    with pytest.raises(R.Unsafe, match="seven"):
+        R.safe_target(C, pose(), np.zeros(6), pose(), HOME)
+
+
+@pytest.mark.parametrize("joint", range(7))
+def test_a_joint_close_to_its_limit_is_named(joint):
+    for limit, sign in ((R.Q_LOW, 1), (R.Q_HIGH, -1)):
+        q = HOME.copy()
+        q[joint] = limit[joint] + sign * 0.09
+        with pytest.raises(R.Unsafe, match=f"joint {joint + 1} "):
+            R.safe_target(C, pose(), act(), pose(), q)
+        q[joint] = limit[joint] + sign * 0.11
+        R.safe_target(C, pose(), act(), pose(), q)
+
+
+def test_a_tool_outside_the_box_is_refused_and_one_that_just_overshot_is_not():
+    with pytest.raises(R.Unsafe, match="outside the box"):
+        R.safe_target(C, pose(x=0.75), act(), pose(x=0.75), HOME)
+    out, _ = R.safe_target(C, pose(x=0.70), act(), pose(x=0.72), HOME)
+    assert out[0, 3] == 0.70
+
+
+def test_at_a_wall_of_the_box_the_target_slides_along():
+    T = pose(x=0.695)
+    out, notes = R.safe_target(C, T, act(0.5, 0.5), T, HOME)
+    np.testing.assert_allclose(out[:3, 3], [0.70, 0.01, 0.3], atol=1e-12)
+    assert notes == ["box"]
+
+
+def test_the_leash_stops_a_target_that_runs_ahead_and_pulls_back_one_that_is_left_behind():
+    T = M = pose()
+    for _ in range(9):  # a blocked arm
+        T, notes = R.safe_target(C, T, act(1.0), M, HOME)
+    assert notes == ["leash"] and abs(T[0, 3] - 0.55) < 1e-9
+    pushed = pose(x=0.45)
+    T, notes = R.safe_target(C, T, act(), pushed, HOME)
+    assert notes == ["pulled back"] and abs(T[0, 3] - 0.50) < 1e-9
+
+
+def hostile(rng, c):
+    """An action and a measured state that nobody would send on purpose."""
+    kind = rng.integers(6)
+    a = [rng.normal(0, 1, 7), rng.normal(0, 1e9, 7), rng.choice([-1.0, 1.0], 7), np.zeros(7),
+         rng.normal(0, 1, 7), np.full(7, np.nan)][kind]  # fmt: skip
+    if kind == 4:
+        a[rng.integers(7)] = rng.choice([np.inf, -np.inf, np.nan, 1e300, -1e300])
+    M = np.eye(4)
+    M[:3, 3] = rng.uniform(np.array(c.box_low) - 0.05, np.array(c.box_high) + 0.05)
+    M[:3, :3] = R.from_euler([np.pi + rng.normal(0, 0.4), rng.normal(0, 0.4), rng.uniform(-3, 3)])
+    return a, M, rng.uniform(R.Q_LOW + 0.05, R.Q_HIGH - 0.05)
+
+
+@pytest.mark.parametrize("frame", ["base", "tool"])
+@pytest.mark.parametrize("jumpy", [False, True])
+def test_10000_random_and_hostile_actions_never_exceed_a_bound(frame, jumpy):
+    """jumpy: the measured pose is anywhere each time; else it follows the target with a lag."""
+    rng, c = np.random.default_rng(7), dataclasses.replace(C, frame=frame)
+    T, M, sent, refused, limited = pose(), pose(), 0, 0, set()
+    for _ in range(10_000):
+        a, far, q = hostile(rng, c)
+        if jumpy:
+            M = far
+        else:
+            M = T.copy()
+            M[:3, 3] += rng.normal(0, 0.01, 3)
+            M[:3, :3] = R.turn(rng.normal(0, 0.05, 3)) @ M[:3, :3]
+            q = HOME
+        before = T.copy()
+        try:
+            T, notes = R.safe_target(c, T, a, M, q)
+        except R.Unsafe:
+            refused += 1
+            np.testing.assert_array_equal(T, before)  # what is refused leaves no trace
+            continue
+        sent, limited = sent + 1, limited | set(notes)
+        p, m, RT, RM = T[:3, 3], M[:3, 3], T[:3, :3], M[:3, :3]
+        assert np.isfinite(T).all()
+        assert (p >= c.box_low).all() and (p <= c.box_high).all()
+        assert np.linalg.norm(p - m) <= 0.05 + 1e-9
+        lead = np.arccos(np.clip((np.trace(RT @ RM.T) - 1) / 2, -1, 1))
+        assert lead <= 0.3 + 1e-6
+        assert np.arccos(np.clip(-RT[2, 2], -1, 1)) <= 1.0 + 1e-9
+        np.testing.assert_allclose(RT @ RT.T, np.eye(3), atol=1e-9)
+        if "pulled back" not in notes:  # that is no step but a retreat towards the arm
+            step = p - before[:3, 3]
+            assert np.linalg.norm(step) <= 0.4 / 15 + 1e-9
+            assert frame == "tool" or (np.abs(step) <= 0.02 + 1e-9).all()
+        if "turned back" not in notes:
+            angle = np.arccos(np.clip((np.trace(RT @ before[:3, :3].T) - 1) / 2, -1, 1))
+            assert angle <= 1.2 / 15 + 1e-6
+    assert refused > 1000 and sent > 1000  # both happened, or this shows nothing
+    assert limited >= {"clamped", "speed", "box", "leash", "turn", "tilt"} - (
+        set() if jumpy else {"leash"}
+    )
+
+
+def test_the_largest_share_of_a_way_on_the_leash_is_found_by_bisection_too():
+    rng = np.random.default_rng(3)
+    for _ in range(300):
+        start, end, centre = rng.normal(0, 1, (3, 3))
+        radius = np.linalg.norm(start - centre) + rng.uniform(0, 1)
+        ok = lambda s, a=start, b=end, c=centre, r=radius: np.linalg.norm(a + s * (b - a) - c) <= r
+        low, high = 0.0, 1.0
+        for _ in range(50):
+            middle = (low + high) / 2
+            low, high = (middle, high) if ok(middle) else (low, middle)
+        want = 1.0 if ok(1.0) else low
+        assert abs(R.reach(start, end, centre, radius) - want) < 1e-6
+
+
+def test_homing_does_not_sink_through_the_table():
+    low = dataclasses.replace(C, box_low=(0.3, -0.4, 0.45))
+    with pytest.raises(R.Unsafe, match="outside the box"):
+        R.check_homing(low, HOME, HOME, HAND)
+    folded = np.array([0, 0.9, 0, -1.6, 0, 2.5, 0.785])  # the tool is lower than the table
+    with pytest.raises(R.Unsafe, match="sink"):
+        R.check_homing(dataclasses.replace(C, box_low=(0.3, -0.4, 0.3)), folded, HOME, HAND)
+
+
+def test_the_hand_has_a_dead_band_and_above_zero_opens():
+    states = [R.gripper_command(C, a, last) for a, last in
+              ((1, -1), (-1, 1), (0.01, -1), (-0.01, 1), (0.06, -1), (0.0, 1))]  # fmt: skip
+    assert states == [1, -1, -1, 1, 1, 1]
+
+
+def test_a_recorded_action_replayed_gives_the_same_commanded_poses():
+    rng, T = np.random.default_rng(4), pose()
+    for frame in ("base", "tool"):
+        c = dataclasses.replace(C, frame=frame)
+        for _ in range(100):
+            a = np.append(rng.uniform(-0.6, 0.6, 6), 1.0)
+            out, _ = R.safe_target(c, T, a, T, HOME)
+            np.testing.assert_allclose(R.relative_action(c, T, out, 1.0), a, atol=1e-6)
+
+
+# ------------------------------------------------------------------ configuration
+def test_config_has_the_papers_values():
+    c = R.RobotConfig()
+    assert (c.hz, c.record_hz, c.policy_size, c.recorded_size) == (15, 30, 64, 200)  # App. E
+    assert c.action_scale == (0.02, 0.05) and c.frame == "base"  # App. D
+    assert len(c.neutral) > 1  # Sec. V-B
+    fast = R.recording(c)
+    assert fast.hz * fast.action_scale[0] == pytest.approx(c.hz * c.action_scale[0])
+
+
+def test_a_wrong_setup_names_the_field(tmp_path):
+    for text, match in (
+        ('{"hosst": "1"}', "hosst"),
+        ('{"hz": "fast"}', "hz"),
+        ("{", "JSON"),
+        ('{"frame": "world"}', "frame"),
+        ('{"box_low": [0.9, 0, 0]}', "box_low"),
+    ):
+        (tmp_path / "setup.json").write_text(text)
+        with pytest.raises(R.RobotError, match=match):
+            R.load_config(tmp_path / "setup.json")
+    (tmp_path / "setup.json").write_text('{"host": "1.2.3.4", "leash": [0.04, 0.2], "dynamics": 1}')
+    c = R.load_config(tmp_path / "setup.json")
+    assert (c.host, c.leash, c.dynamics) == ("1.2.3.4", (0.04, 0.2), 1)
+
+
+# ------------------------------------------------------------------ cameras, from recorded files
+def film(path, frames=30, size=(320, 240)):
+    cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed")
+    out = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 30, size)
+    for i in range(frames):
+        image = np.full((size[1], size[0], 3), (255, 0, 0), np.uint8)  # OpenCV's blue
+        image[:, 8 * i : 8 * i + 20] = 255
+        out.write(image)
+    out.release()
+    return path
+
+
+def test_images_shrink_exactly_as_data_py_does():
+    for n, size in ((480, 200), (200, 64), (64, 64)):
+        x = np.random.default_rng(n).integers(0, 256, (n, n, 3), np.uint8)
+        np.testing.assert_array_equal(R.resize_area(x, size), D.resize_area(x, size))
+
+
+def test_a_film_plays_as_a_camera_in_rgb_cropped_and_again_from_its_start(tmp_path):
+    camera = R.Camera(f"opencv:{film(tmp_path / 'film.avi')}", None, 200)
+    try:
+        seen = set()
+        began = time.monotonic()
+        while time.monotonic() - began < 2.2:  # the film has one second
+            image, stamp = camera.read()
+            seen.add(stamp)
+            time.sleep(0.01)
+        assert camera.shape == (240, 320, 3) and image.shape == (200, 200, 3)
+        assert image[..., 2].mean() > 200  # blue in OpenCV's order is the last channel in RGB
+        assert 30 < len(seen) < 90 and max(seen) - began > 1.5
+    finally:
+        camera.close()
+
+
+def test_a_camera_that_repeats_one_picture_grows_old(tmp_path):
+    camera = R.Camera(f"opencv:{film(tmp_path / 'film.avi')}", None, 200)
+    try:
+        still = camera.grab()
+        camera.grab = lambda: time.sleep(0.03) or still
+        time.sleep(0.6)
+        _, stamp = camera.read()
+        assert time.monotonic() - stamp > 0.4
+    finally:
+        camera.close()
+
+
+def test_a_missing_camera_or_a_wrong_crop_is_an_error_that_names_it(tmp_path):
+    pytest.importorskip("cv2", reason="OpenCV is not installed")
+    with pytest.raises(R.RobotError, match="no_such"):
+        R.Camera(f"opencv:{tmp_path / 'no_such.mp4'}", None, 200)
+    with pytest.raises(R.RobotError, match="expected opencv"):
+        R.Camera("webcam", None, 200)
+    camera = R.Camera(f"opencv:{film(tmp_path / 'film.avi')}", (0, 240, 100, 340), 200)
+    with pytest.raises(R.RobotError, match="lie inside"):
+        camera.read()
+    camera.close()
+
+
+def test_a_missing_driver_says_what_to_install(monkeypatch):
+    for module, use, package in (
+        ("cv2", lambda: R.open_driver("opencv:0"), "opencv-python-headless"),
+        ("pyrealsense2", lambda: R.open_driver("realsense:"), "pyrealsense2"),
+        ("franky", lambda: R.Arm(C), "franky-control"),
+    ):
+        monkeypatch.setitem(sys.modules, module, None)  # importing it fails
+        with pytest.raises(R.RobotError, match=f"pip install {package}"):
+            use()
+
+
+def test_a_recorded_realsense_file_plays_through_the_drivers_pipeline(tmp_path):
+    rs = pytest.importorskip("pyrealsense2", reason="no pyrealsense2", exc_type=ImportError)
+    path = str(tmp_path / "x.db3")
+    device = rs.software_device()
+    sensor = device.add_sensor("Color")
+    stream = rs.video_stream()
+    stream.type, stream.index, stream.uid, stream.width, stream.height = (
+        rs.stream.color,
+        0,
+        1,
+        640,
+        480,
+    )
+    stream.fps, stream.bpp, stream.fmt = 30, 3, rs.format.rgb8
+    stream.intrinsics = rs.intrinsics()
+    profile = sensor.add_video_stream(stream)
+    recorder = rs.recorder(path, device)
+    sensor.open(profile)
+    sensor.start(lambda frame: None)
+    for i in range(60):
+        image = np.full((480, 640, 3), (200, 10, 10), np.uint8)
+        image[:, 10 * i : 10 * i + 40] = 255
+        frame = rs.software_video_frame()
+        frame.pixels, frame.stride, frame.bpp = image, 640 * 3, 3
+        frame.timestamp, frame.domain = i * 33.3, rs.timestamp_domain.hardware_clock
+        frame.frame_number, frame.profile = i + 1, profile.as_video_stream_profile()
+        sensor.on_video_frame(frame)
+        time.sleep(0.01)
+    sensor.stop()
+    sensor.close()
+    del recorder
+    camera = R.Camera(f"realsense:{path}", None, 200)
+    try:
+        image, stamp = camera.read()
+        assert camera.shape == (480, 640, 3) and image.shape == (200, 200, 3)
+        assert image[..., 0].mean() > image[..., 2].mean()  # red first
+        time.sleep(0.3)
+        assert camera.read()[1] > stamp  # it goes on
+    finally:
+        camera.close()
