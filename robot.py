@@ -337,7 +337,7 @@ def open_driver(spec: str):
             import pyrealsense2 as rs
         except ImportError as error:
             raise RobotError(
-                f"{spec} needs its driver: pip install pyrealsense2, apt install libusb-1.0-0 ({error})"
+                f"{spec} needs pip install pyrealsense2, apt install libusb-1.0-0 ({error})"
             ) from error
         pipe, config = rs.pipeline(), rs.config()
         if os.path.isfile(name):

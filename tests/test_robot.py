@@ -5,7 +5,12 @@ protocol. They are paced by the arm's own clock, so a slow machine changes nothi
 """
 
 import dataclasses
+import json
+import os
+import signal
+import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -396,3 +401,333 @@ def test_a_recorded_realsense_file_plays_through_the_drivers_pipeline(tmp_path):
         assert camera.read()[1] > stamp  # it goes on
     finally:
         camera.close()
+
+
+# ------------------------------------------------------------------ end to end, on loopback
+def needs_franky():
+    pytest.importorskip("franky", reason="franky-control is not installed")
+    pytest.importorskip("franky_sim", reason="franky-sim is not installed")
+
+
+class Simulated:
+    """The simulated arm's process, and what it says that the arm did."""
+
+    def __init__(self, host, folder):
+        self.host, self.folder, self.dumps = host, folder, 0
+        command = [sys.executable, str(HERE / "franka.py"), host]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        # In a session of its own: a Ctrl-C here must not end the robot that we talk to.
+        self.process = subprocess.Popen(command, **pipes, start_new_session=True)
+        assert self.process.stdout.readline() == "READY\n"
+
+    def tell(self, line):
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+
+    def history(self):
+        """(N, 8): wall, simulated time, tool's xyz, largest joint speed, hand's width, in motion"""
+        self.dumps += 1
+        path = self.folder / f"dump{self.dumps}.npy"
+        self.tell(f"dump {path}")
+        deadline = time.monotonic() + 20
+        while not path.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return np.load(path)
+
+    def travel(self, begin, end):
+        """The longest distance (m) between two places of the tool in a time of the wall clock."""
+        h = self.history()
+        p = h[(h[:, 0] >= begin) & (h[:, 0] <= end), 2:5]
+        assert len(p) > 5, "the simulator was too slow to tell"
+        return float(np.linalg.norm(p.max(0) - p.min(0)))
+
+    def comes_to_rest(self, since, within=3.0):
+        """Seconds from `since` (wall clock) until the tool stays within 2 mm for good."""
+        time.sleep(within)
+        h = self.history()
+        away = np.linalg.norm(h[:, 2:5] - h[-1, 2:5], axis=1) > 0.002
+        assert (h[:, 0] < since + within - 0.5).any()
+        last = h[away & (h[:, 0] > since), 0]
+        return float(last.max() - since) if len(last) else 0.0
+
+
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory):
+    needs_franky()
+    robot = Simulated(f"127.0.{os.getpid() % 200 + 1}.7", tmp_path_factory.mktemp("franka"))
+    yield robot
+    robot.process.kill()
+    robot.process.wait()
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+    return [film(tmp_path_factory.mktemp("films") / f"{k}.avi") for k in ("static", "gripper")]
+
+
+@pytest.fixture
+def env(simulated, films, tmp_path, request):
+    changes = getattr(request, "param", {})
+    static, gripper = (f"opencv:{path}" for path in films)
+    c = dataclasses.replace(C, host=simulated.host, realtime=False, static=static, gripper=gripper,
+                            dynamics=0.3, **changes)  # fmt: skip
+    keys = []
+    env = R.RealEnv(c, key=lambda: keys.pop(0) if keys else "", clock="robot")
+    env.keys = keys
+    env.start_log(tmp_path / "log.jsonl")
+    env.reset()
+    yield env
+    env.close()
+
+
+def events(env) -> list[dict]:
+    return [json.loads(line) for line in Path(env.log.name).read_text().splitlines()]
+
+
+def to_and_fro(i) -> np.ndarray:
+    return act(0, 0.6 if i // 15 % 2 == 0 else -0.6)
+
+
+def drive(env, steps, policy=to_and_fro, at=None, fault=None) -> float:
+    """Steps with `fault()` before step `at`; when that was (wall clock)."""
+    when = 0.0
+    for i in range(steps):
+        if i == at:
+            when = time.time()
+            fault()
+        env.step(policy(i))
+    return when
+
+
+def report(request, text):
+    """Figures for the README: shown by pytest -s."""
+    print(f"\n[{request.node.name}] {text}")
+
+
+def untrained_policy():
+    """LUMOS itself with random weights, at the size of the tests."""
+    import agent as A
+    import world_model as W
+
+    world = W.WorldModel(W.PRESETS["tiny"])
+    return A.Policy(
+        world, A.Agent(A.PRESETS["tiny"], world.config.deterministic, world.config.latent)
+    )
+
+
+SECONDS = float(os.environ.get("LUMOS_ROBOT_SECONDS", "60"))
+
+
+@pytest.mark.parametrize("env", [{}, {"control": "pose"}], indirect=True, ids=["impedance", "pose"])
+def test_a_policy_runs_at_15_hz(env, simulated, request):
+    policy, emb = untrained_policy(), np.zeros(384, np.float32)
+    obs, times, errors, began = env.get_obs(), [], [], time.time()
+    assert obs["rgb_obs"]["rgb_static"].shape == (64, 64, 3) and obs["robot_obs"].shape == (15,)
+    for _ in range(int(15 * SECONDS)):
+        target = env.T.copy()
+        obs, _, _, _ = env.step(policy.act(obs, emb))
+        times.append(env.state.time)
+        errors.append(1000 * np.linalg.norm(env.state.M[:3, 3] - env.T[:3, 3]))
+        assert np.linalg.norm(env.T[:3, 3] - target[:3, 3]) <= 0.4 / 15 + 0.05
+    period, log = 1000 * np.diff(times), [e for e in events(env) if e["event"] == "tick"]
+    wall = time.time() - began
+    report(request, f"{1000 / period.mean():.3f} Hz by the arm's clock ({len(times)} ticks, "
+           f"{times[-1] - times[0]:.0f} s, real-time factor {SECONDS / wall:.2f}); period std "
+           f"{period.std():.2f}, 99 % {np.percentile(period, 99):.1f}, max {period.max():.1f} ms; "
+           f"tracking error mean {np.mean(errors):.1f}, 95 % {np.percentile(errors, 95):.1f}, max "
+           f"{max(errors):.1f} mm; recoveries {env.recoveries}")  # fmt: skip
+    assert abs(1000 / period.mean() - 15) < 0.2
+    assert len(log) == len(times) and env.recoveries <= 2
+    h = simulated.history()
+    h = h[h[:, 0] > began]
+    assert (h[:, 2:5] > np.array(C.box_low) - 0.03).all()  # from the simulator's side
+    assert (h[:, 2:5] < np.array(C.box_high) + 0.03).all()
+    assert np.linalg.norm(h[:, 2:5].max(0) - h[:, 2:5].min(0)) > 0.02  # it did move
+
+
+def test_a_frozen_camera_holds_the_arm_and_when_it_lives_again_it_goes_on(env, simulated, request):
+    camera = env.cameras["rgb_static"]
+    live, still = camera.grab, camera.read()[0].repeat(2, 0).repeat(2, 1)
+
+    def freeze():
+        camera.grab = lambda: time.sleep(0.03) or still
+        threading.Timer(2.0, setattr, (camera, "grab", live)).start()
+
+    when = drive(env, 45, at=20, fault=freeze)
+    assert simulated.travel(when + 1.2, when + 1.9) < 0.002
+    assert simulated.travel(when + 2.5, time.time()) > 0.02
+    hold = next(e for e in events(env) if e["event"] == "hold")
+    report(request, f"holds {hold['wall'] - when:.2f} s after the last picture")
+    assert "rgb_static" in hold["reason"][0] and hold["wall"] - when < 0.8
+    assert [e["event"] for e in events(env) if e["event"] in ("hold", "resumed", "stopped")] == [
+        "hold",
+        "resumed",
+    ]
+
+
+def test_a_camera_that_stays_frozen_ends_the_rollout_with_the_arm_at_rest(env, simulated):
+    camera = env.cameras["rgb_gripper"]
+    still = np.zeros((240, 320, 3), np.uint8)
+    with pytest.raises(R.Stopped, match=r"rgb_gripper is .* old"):
+        drive(
+            env, 60, at=10, fault=lambda: setattr(camera, "grab", lambda: time.sleep(0.03) or still)
+        )
+    assert simulated.comes_to_rest(time.time(), 1.5) < 0.5
+    assert events(env)[-1]["event"] == "stopped"
+
+
+def test_a_camera_that_is_unplugged_ends_the_rollout(env):
+    def unplug():
+        raise OSError("device removed")
+
+    with pytest.raises(R.Stopped, match="device removed"):
+        drive(env, 60, at=5, fault=lambda: setattr(env.cameras["rgb_static"], "grab", unplug))
+
+
+def silence(simulated, seconds):
+    os.kill(simulated.process.pid, signal.SIGSTOP)
+    threading.Timer(seconds, os.kill, (simulated.process.pid, signal.SIGCONT)).start()
+
+
+def test_a_stale_state_holds_and_goes_on(env, simulated, request):
+    when = drive(env, 45, at=20, fault=lambda: silence(simulated, 0.6))
+    kinds = [e["event"] for e in events(env) if e["event"] != "tick"]
+    hold = next(e for e in events(env) if e["event"] == "hold")
+    report(request, f"holds {hold['wall'] - when:.2f} s after the last state")
+    assert "state is" in hold["reason"][0] and "resumed" in kinds and "error" not in kinds
+
+
+def test_a_connection_silent_for_2_5_s_is_rebuilt_and_nothing_jumps(env, simulated, request):
+    when = drive(env, 60, at=20, fault=lambda: silence(simulated, 2.5))
+    log = events(env)
+    lost = next(e for e in log if e["event"] == "error")
+    back = next(e for e in log if e["event"] == "recovered")
+    report(request, f"noticed after {lost['wall'] - when:.2f} s, goes on after "
+           f"{back['wall'] - when:.2f} s")  # fmt: skip
+    assert "Network" in lost["error"] and back["wall"] - when > 2.4
+    h = simulated.history()
+    step = np.linalg.norm(np.diff(h[h[:, 0] > when, 2:5], axis=0), axis=1)  # per 10 ms
+    assert step.max() < 0.006
+    assert simulated.travel(back["wall"], time.time()) > 0.02
+
+
+def test_a_preempted_motion_is_taken_up_again(env, simulated, request):
+    when = drive(env, 45, at=20, fault=lambda: env.arm.robot.stop())
+    log = [e for e in events(env) if e["event"] in ("error", "recovered", "stopped")]
+    assert [e["event"] for e in log] == ["error", "recovered"]
+    report(request, f"noticed after {log[0]['wall'] - when:.2f} s, goes on after "
+           f"{log[1]['wall'] - when:.2f} s")  # fmt: skip
+    assert simulated.travel(log[1]["wall"], time.time()) > 0.02
+
+
+def test_reflexes_are_cleared_but_not_for_ever(env, simulated, request):
+    when = drive(env, 40, at=15, fault=lambda: simulated.tell("reflex"))
+    log = [e for e in events(env) if e["event"] in ("error", "recovered")]
+    report(request, f"noticed after {log[0]['wall'] - when:.2f} s, goes on after "
+           f"{log[1]['wall'] - when:.2f} s")  # fmt: skip
+    assert "Reflex" in log[0]["error"] and "cartesian_reflex" in log[0]["error"]
+    np.testing.assert_allclose(
+        log[1]["measured"], simulated_at(simulated, log[1]["wall"]), atol=0.01
+    )
+    with pytest.raises(R.Stopped, match="Reflex"):
+        for _ in range(3):
+            drive(env, 20, at=5, fault=lambda: simulated.tell("reflex"))
+    assert simulated.comes_to_rest(time.time(), 1.5) < 0.5
+
+
+def simulated_at(simulated, wall):
+    h = simulated.history()
+    return h[np.argmin(np.abs(h[:, 0] - wall)), 2:5]
+
+
+def test_ctrl_c_brings_the_arm_to_rest_and_keeps_the_log(env, simulated, request):
+    began = time.time()
+    with pytest.raises(KeyboardInterrupt):
+        drive(env, 60, at=20, fault=lambda: os.kill(os.getpid(), signal.SIGINT))
+    log = events(env)
+    stop = next(e for e in log if e["event"] == "stopping")
+    rest = simulated.comes_to_rest(stop["wall"], 2.0)
+    report(request, f"at rest {rest:.2f} s after Ctrl-C")
+    assert stop["reason"] == "Ctrl-C" and rest < 1.0
+    assert len([e for e in log if e["event"] == "tick"]) == 20 and log[-1]["event"] == "stopped"
+    assert simulated.travel(began, stop["wall"]) > 0.02
+
+
+@pytest.mark.parametrize(("key", "reason"), [("a", "abort"), ("r", "repeat"), ("f", "failed")])
+def test_the_operators_keys_end_the_rollout(env, simulated, key, reason, request):
+    with pytest.raises(R.Stopped) as stop:
+        drive(env, 60, at=20, fault=lambda: env.keys.append(key))
+    assert stop.value.reason == reason
+    rest = simulated.comes_to_rest(time.time(), 1.5)
+    report(request, f"at rest {rest:.2f} s after Stopped")
+    assert rest < 0.5
+
+
+def test_nan_stops_the_arm_and_huge_actions_are_clamped(env, simulated):
+    when = time.time()
+    drive(env, 10, policy=lambda i: act(0, 1e12 * (-1) ** (i // 5)))
+    h = simulated.history()
+    h = h[h[:, 0] > when]
+    speed = np.linalg.norm(np.diff(h[::5, 2:5], axis=0), axis=1) / np.diff(h[::5, 1])
+    assert 0.02 < speed.max() < 0.6  # m/s, by the simulator
+    with pytest.raises(R.Stopped, match="finite"):
+        drive(env, 10, at=3, fault=lambda: None, policy=lambda i: act(np.nan if i == 3 else 0.5))
+    assert simulated.comes_to_rest(time.time(), 1.5) < 0.5
+
+
+def test_a_policy_that_is_too_slow_is_stopped_with_the_reason(env):
+    def slow(i):
+        time.sleep(0.5)
+        return to_and_fro(i)
+
+    with pytest.raises(R.Stopped, match="ticks were late"):
+        drive(env, 15, policy=slow)
+
+
+def test_the_hand_follows_the_sign_of_the_action(env, simulated):
+    drive(env, 45, policy=lambda i: np.r_[np.zeros(6), -0.7])
+    assert simulated.history()[-1, 6] < 0.01
+    assert env.get_obs()["robot_obs"][14] == -1 and env.get_obs()["robot_obs"][6] < 0.01
+    drive(env, 45, policy=lambda i: np.r_[np.zeros(6), 0.7])
+    assert simulated.history()[-1, 6] > 0.07
+
+
+def test_a_wrong_address_is_an_error_before_anything_else(films):
+    needs_franky()
+    c = dataclasses.replace(C, host="127.9.9.9", realtime=False)
+    with pytest.raises(R.RobotError, match=r"no arm at 127.9.9.9"):
+        R.Arm(c)
+
+
+def test_the_check_shows_everything_and_moves_nothing(env, simulated, tmp_path, capsys):
+    env.arm.stop()
+    time.sleep(1)
+    when = time.time()
+    env.keys += ["x", "y"]
+    env.check(tmp_path / "check.png")
+    text = capsys.readouterr().out
+    for word in (simulated.host, "static.avi", "0.02 m", "box", "check.png", "WILL MOVE"):
+        assert word in text
+    assert (tmp_path / "check.png").stat().st_size > 1000
+    env.keys.append("n")
+    with pytest.raises(R.RobotError, match="said no"):
+        env.check(tmp_path / "check.png")
+    env.cameras["rgb_static"].grab = lambda: (
+        time.sleep(0.03)
+        or np.random.default_rng(time.monotonic_ns()).integers(0, 3, (240, 320, 3), np.uint8)
+    )  # a cap on the lens: noise and nothing else
+    time.sleep(0.3)
+    with pytest.raises(R.RobotError, match="shows nothing"):
+        env.check(tmp_path / "check.png")
+    assert simulated.travel(when, time.time()) < 0.001
+
+
+def test_a_dry_run_moves_nothing(env, simulated):
+    env.arm.stop()
+    env.dry_run = True
+    time.sleep(1)
+    when = time.time()
+    env.reset()
+    drive(env, 20)
+    assert np.abs(env.T[:3, 3] - env.state.M[:3, 3]).max() > 0.02  # it would have gone there
+    assert simulated.travel(when, time.time()) < 0.001
