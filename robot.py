@@ -730,6 +730,11 @@ class RealEnv:
         self.misses.clear()
         self.next_tick = self.clock() + 1 / self.config.hz
 
+    def rest(self):
+        """Between rollouts: the arm comes to rest and holds by itself."""
+        with contextlib.suppress(Stopped):
+            self._stop("rollout is over")
+
     def step(self, action, render=True):
         """One action (7,) and the wait for the next tick: observation, 0.0, False, info.
         Raises Stopped, with the arm at rest, or KeyboardInterrupt. render: for the simulators."""

@@ -7,6 +7,7 @@ protocol. They are paced by the arm's own clock, so a slow machine changes nothi
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -401,6 +402,402 @@ def test_a_recorded_realsense_file_plays_through_the_drivers_pipeline(tmp_path):
         assert camera.read()[1] > stamp  # it goes on
     finally:
         camera.close()
+
+
+# ------------------------------------------------------------------ with a kinematic double
+class Lost(Exception):
+    pass
+
+
+class Double:
+    """An arm without dynamics, for what needs none: it is halfway to its target at every reading.
+    Its clock advances by 5 ms whenever it is read, so nothing waits for the wall's."""
+
+    errors, lost = (Lost,), ()
+
+    def __init__(self):
+        self.M, self.q, self.t, self.width = R.flange(HOME) @ HAND, HOME.copy(), 0.0, 0.08
+        self.target, self.calls, self.broken = self.M.copy(), [], []
+
+    def state(self):
+        if self.broken:
+            raise self.broken.pop()
+        self.t += 0.005
+        self.M[:3, 3] += 0.5 * (self.target[:3, 3] - self.M[:3, 3])
+        self.M[:3, :3] = self.target[:3, :3]
+        return R.State(self.M.copy(), self.q, self.t, "Idle", HAND)
+
+    def home(self, q, check):
+        check()
+        self.calls.append("home")
+        self.q, self.target = np.array(q), R.flange(q) @ HAND
+        self.M = self.target.copy()
+
+    def send(self, T):
+        self.calls.append("send")
+        self.target = T.copy()
+
+    def grip(self, opened):
+        self.calls.append("open" if opened else "close")
+        self.width = 0.08 * opened
+        return True
+
+    def stop(self):
+        self.calls.append("stop")
+
+    close = stop
+
+    def recover(self, error):
+        self.calls.append("recover")
+
+
+class Noise:
+    """A camera whose pictures are all different, and always new."""
+
+    spec, shape = "noise", (240, 320, 3)
+
+    def __init__(self):
+        self.rng = np.random.default_rng(0)
+
+    def read(self):
+        return self.rng.integers(0, 256, (200, 200, 3), np.uint8), time.monotonic()
+
+    def close(self):
+        pass
+
+
+def doubled(tmp_path, c=C, **options):
+    keys = []
+    env = R.RealEnv(c, arm=Double(), cameras={k: Noise() for k in R.CAMERAS}, clock="robot",
+                    key=lambda: keys.pop(0) if keys else "", **options)  # fmt: skip
+    env.keys = keys
+    env.start_log(tmp_path / "log.jsonl")
+    return env
+
+
+@pytest.fixture
+def double(tmp_path):
+    patient = dataclasses.replace(C, max_frame_age=30.0, max_state_age=30.0)
+    env = doubled(tmp_path, patient)
+    yield env
+    env.close()
+
+
+def test_the_interface_is_the_simulators(double):
+    obs = double.reset()
+    assert {k: (x.shape, x.dtype) for k, x in obs["rgb_obs"].items()} == dict.fromkeys(
+        R.CAMERAS, ((64, 64, 3), np.uint8)
+    )
+    p, e, (width, *q, last) = obs["robot_obs"][:3], obs["robot_obs"][3:6], obs["robot_obs"][6:]
+    T = R.flange(HOME) @ HAND
+    np.testing.assert_allclose(p, T[:3, 3], atol=1e-6)
+    np.testing.assert_allclose(R.from_euler(e), T[:3, :3], atol=1e-6)
+    assert (width, last) == (0.08, 1.0) and q == HOME.tolist()
+    obs, reward, done, info = double.step(act(0.5), render=False)
+    assert (reward, done, info["operator"]) == (0.0, False, None)
+    double.keys.append("s")
+    assert double.step(act())[3]["operator"] == "success"
+    double.resume()
+    assert double.get_info()["operator"] is None
+
+
+def test_reset_goes_to_the_joints_of_robot_obs_and_refuses_those_that_are_unsafe(double):
+    wanted = np.zeros(15)
+    wanted[7:14] = C.neutral[1]
+    np.testing.assert_allclose(double.reset(wanted)["robot_obs"][7:14], C.neutral[1])
+    wanted[7] = 2.7
+    with pytest.raises(R.Stopped, match="joint 1"):
+        double.reset(wanted)
+    assert double.arm.calls.count("home") == 1
+
+
+def test_ticks_are_one_period_apart_by_the_arms_clock(double):
+    double.reset()
+    times = [(double.step(act()), double.state.time)[1] for _ in range(30)]
+    assert np.diff(times).mean() == pytest.approx(1 / 15, abs=0.006)
+
+
+def test_errors_are_recovered_twice_and_then_end_the_rollout(double):
+    double.reset()
+    for k in range(2):
+        double.arm.broken = [Lost("reflex")]
+        double.step(act(0.5))
+        assert double.arm.calls.count("recover") == k + 1
+        np.testing.assert_allclose(double.T[:3, 3], double.arm.M[:3, 3], atol=0.01)
+    double.arm.broken = [Lost("reflex")]
+    with pytest.raises(R.Stopped, match="reflex"):
+        double.step(act(0.5))
+    assert double.arm.calls[-1] == "stop"
+
+
+def test_an_arm_that_a_hand_stopped_is_not_started_again(double):
+    double.reset()
+    state = double.arm.state
+    double.arm.broken = [Lost("user stop")]
+    double.arm.state = lambda: dataclasses.replace(state(), mode="UserStopped")
+    with pytest.raises(R.Stopped, match="UserStopped"):
+        double.step(act(0.5))
+
+
+def test_every_tick_is_on_the_disk_before_the_next(double, tmp_path):
+    double.reset()
+    for k in range(5):
+        double.step(act(0.1 * k))
+        log = [json.loads(x) for x in (tmp_path / "log.jsonl").read_text().splitlines()]
+        assert log[-1]["event"] == "tick" and log[-1]["action"][0] == pytest.approx(0.1 * k)
+        assert len([x for x in log if x["event"] == "tick"]) == k + 1
+
+
+def test_a_dry_run_sends_nothing(tmp_path):
+    env = doubled(tmp_path, dry_run=True)
+    env.reset()
+    env.step(act(1.0))
+    env.close()
+    assert env.arm.calls == [] and env.T is not None
+
+
+# ------------------------------------------------------------------ recording
+@pytest.fixture(scope="module")
+def played(tmp_path_factory):
+    """Teleoperated play through the file, both splits: the recording and what was commanded."""
+    tmp_path, frames = tmp_path_factory.mktemp("played"), (100, 90)
+    c = dataclasses.replace(R.recording(C), max_frame_age=30.0, max_state_age=30.0)
+    env, rng, commands = doubled(tmp_path, c), np.random.default_rng(5), {}
+    for split, n in zip(("training", "validation"), frames, strict=True):
+        env.reset()
+        left, commands[split], x = iter(range(n)), [], np.zeros(6)
+
+        def device(obs, left=left, seen=commands[split]):
+            nonlocal x
+            seen.append(env.T.copy())
+            x = 0.8 * x + rng.normal(0, 0.3, 6)
+            hand = 1.0 if len(seen) < 40 else -1.0
+            return None if next(left, None) is None else np.append(np.clip(x, -1, 1), hand)
+
+        assert R.record(env, tmp_path / "play", split, device) == n // 2
+    env.close()
+    return tmp_path / "play", commands
+
+
+def test_recorded_play_is_packed_and_its_actions_are_differences_of_commanded_poses(
+    played, tmp_path
+):
+    folder, commands = played
+    D.pack(folder, tmp_path / "packed", lang_folder="none", procs=1)
+    data = D.PlayData(tmp_path / "packed", "training")
+    assert len(data) == 50 and data.rgb_static.shape == (50, 64, 64, 3)
+    assert (data.meta["hz"], data.meta["action_scale"]) == (15, [0.02, 0.05])
+    assert (data.meta["source"], data.meta["renderer"]) == ("robot", "camera")
+    kept = commands["training"][::2]
+    for t in range(len(data)):  # App. E
+        want = (kept[t + 1][:3, 3] - kept[t][:3, 3]) / 0.02
+        np.testing.assert_allclose(data.actions[t, :3], np.clip(want, -1, 1), atol=1e-5)
+    assert data.actions[0, 6] == 1 and data.actions[-1, 6] == -1
+    frame = np.load(folder / "training" / "episode_0000010.npz")
+    assert frame["rgb_static"].shape == (200, 200, 3)  # App. E
+    np.testing.assert_allclose(frame["actions"][:3], kept[11][:3, 3])
+
+
+@pytest.fixture
+def folder(played, tmp_path):
+    """A copy to change."""
+    return Path(shutil.copytree(played[0], tmp_path / "play"))
+
+
+def test_frames_that_a_crash_left_behind_become_an_episode(folder):
+    split = folder / "training"
+    first = 1 + max(int(p.stem[8:]) for p in folder.glob("*/episode_*.npz"))
+    for i in range(first, first + 25):
+        (split / f"episode_{i:07d}.npz").write_bytes((split / "episode_0000000.npz").read_bytes())
+    recorder = R.Recorder(folder, "training", R.recording(C))
+    bounds = np.load(split / "ep_start_end_ids.npy").tolist()
+    assert bounds == [[0, 49], [first, first + 24]] and recorder.next == first + 25
+    with pytest.raises(R.RobotError, match="another recording"):
+        R.Recorder(
+            folder, "training", R.recording(dataclasses.replace(C, action_scale=(0.01, 0.05)))
+        )
+
+
+def test_an_episode_shorter_than_a_window_leaves_nothing(tmp_path):
+    env = doubled(tmp_path, dataclasses.replace(R.recording(C), max_frame_age=30.0))
+    env.reset()
+    left = iter(range(20))
+    source = lambda obs: None if next(left, None) is None else act()
+    assert R.record(env, tmp_path / "play", "training", source) == 0
+    assert not list((tmp_path / "play").glob("*/episode_*.npz"))
+    env.close()
+
+
+def test_guided_by_hand_the_commanded_pose_is_the_measured_one_and_only_the_hand_moves(tmp_path):
+    env = doubled(tmp_path, dataclasses.replace(R.recording(C), max_frame_age=30.0))
+    env.reset()
+    env.arm.calls.clear()
+    state, ticks = env.arm.state, []
+
+    def guided():
+        ticks.append(env.arm.target[2, 3])
+        env.arm.target[2, 3] -= 0.00002  # a person lowers the arm
+        if len(ticks) in (400, 2000):
+            env.keys.append("g" if len(ticks) == 400 else "n")
+        return state()
+
+    env.arm.state = guided
+    n = R.record(env, tmp_path / "play", "training")
+    assert n >= 20 and set(env.arm.calls) == {"close"}
+    frames = [np.load(p) for p in sorted((tmp_path / "play/training").glob("episode_*.npz"))]
+    assert frames[0]["rel_actions"][2] < 0 and frames[-1]["rel_actions"][6] == -1
+    env.close()
+
+
+def test_annotated_play_has_the_language_of_its_spans(folder, tmp_path):
+    spans = tmp_path / "spans.csv"
+    spans.write_text("start,end,sentence,task\n"
+                     "3,30,pull out the drawer,open_drawer\n10,40,Push the drawer  shut,\n"
+                     "60,90,pull out the drawer,open_drawer\n")  # fmt: skip
+    D.main(["annotate", str(folder), str(spans)])
+    D.pack(folder, tmp_path / "packed", procs=1)
+    data = D.PlayData(tmp_path / "packed", "training")
+    np.testing.assert_array_equal(data.spans, [[3, 30], [10, 40]])
+    assert data.tasks == ["open_drawer", "Push the drawer  shut"]
+    np.testing.assert_allclose(data.span_emb[0], D.encode(["pull out the drawer"])[0])
+    told = np.load(tmp_path / "packed/validation/instructions.npz")
+    assert told["tasks"].tolist() == ["open_drawer", "Push the drawer  shut"]
+    batch = D.Windows(data, 8, kind="lang").batch(0)
+    assert set(batch["span"].tolist()) <= {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("rows", "match"),
+    [
+        ("3,30,pull out the drawer,", "validation"),
+        ("3,30,pull out the drawer,\n45,60,pull out the drawer,", "in no episode"),
+        ("30,3,pull out the drawer,", "in no episode"),
+        ("3,30,,", "mute"),
+        ("three,30,pull,", "Columns"),
+    ],
+)
+def test_a_span_that_cannot_be_is_an_error_that_names_the_file(folder, tmp_path, rows, match):
+    (tmp_path / "spans.csv").write_text(f"start,end,sentence,task\n{rows}\n")
+    with pytest.raises(SystemExit, match=rf"spans.csv.*{match}"):
+        D.main(["annotate", str(folder), str(tmp_path / "spans.csv")])
+
+
+# ------------------------------------------------------------------ evaluate.py --env real
+@pytest.fixture
+def session(tmp_path, monkeypatch):
+    """evaluate.py --env real with the double, a policy that drifts, and an operator's keys."""
+    import evaluate as E
+    import train
+
+    class Drifting:
+        skip, seed = 1, staticmethod(lambda n: None)
+
+        def reset(self):  # the operator's key of this instruction, at its fourth step
+            self.steps, self.key = 0, during.pop(0) if during else None
+
+        def act(self, obs, embedding):
+            self.steps += 1
+            if self.steps == 4 and self.key:
+                made[-1].keys.append(self.key)
+            return act(0.1)
+
+        steps, key = -10, None
+
+    meta = {"hz": 15, "action_scale": [0.02, 0.05], "renderer": "camera"}
+    checkpoint = {"meta": meta, "text_encoder": D.TEXT_ENCODER, "config": {"method": "lumos"}}
+    checkpoint |= {"step": 5, "run": {"seed": 0}}
+    monkeypatch.setattr(train, "load_agent", lambda *_: (Drifting(), checkpoint))
+    sentences = ["pull out the drawer", "push the drawer shut"]
+    assert not set(sentences[:1]) - set(D.embedding_table())
+    tasks = {"a": {"sentence": sentences[0], "scene": "drawer shut"},
+             "b": {"sentence": sentences[0], "scene": "in hand", "held": True}}  # fmt: skip
+    setup = {"rows": [{"row": "Both", "paper": [60, 50, 70], "tasks": tasks}],
+             "chains": [{"scene": "as it is", "tasks": ["a", "b", "a", "b", "a"]}]}  # fmt: skip
+    (tmp_path / "tasks.json").write_text(json.dumps(setup))
+    (tmp_path / "setup.json").write_text('{"max_frame_age": 30.0, "max_state_age": 30.0}')
+    made, script, during, real = [], [], [], R.RealEnv
+
+    def environment(c, dry_run):
+        keys = []
+        env = real(c, dry_run, arm=Double(), cameras={k: Noise() for k in R.CAMERAS},
+                   clock="robot", key=lambda: keys.pop(0) if keys else "")  # fmt: skip
+        env.keys = keys
+
+        def ask(text, choices):
+            assert script and script[0] in choices, (text, choices, script)
+            keys.append(script.pop(0))
+            return real.ask(env, text, choices)
+
+        env.ask = ask
+        made.append(env)
+        return env
+
+    monkeypatch.setattr(R, "RealEnv", environment)
+
+    def run(answers, keys=(), rollouts=2):
+        script[:], during[:] = list(answers), list(keys)
+        command = "--env real --checkpoint agent.pt --limit 8 --rollouts".split()
+        files = {"--robot": "setup.json", "--tasks": "tasks.json", "--out": "out"}
+        files = [x for k, name in files.items() for x in (k, str(tmp_path / name))]
+        return E.main([*command, str(rollouts), *files])
+
+    run.made, run.out, run.checkpoint = made, tmp_path / "out", checkpoint
+    return run
+
+
+def test_rollouts_are_judged_recorded_and_resumed_and_the_table_is_table_iis(session, capsys):
+    # a/00 is seen to succeed; a/01's time is over, and it is judged a success; enough.
+    result = session("yggsq", ["s", None])
+    assert result["tasks"] == {"a": [2, 2]} and result["chains"] == []
+    # b/00, with the object in hand, is invalid, then judged failed.
+    result = session("ygcgcfq", ["r", None])
+    assert result["tasks"] == {"a": [2, 2], "b": [0, 1]}
+    text = capsys.readouterr().out
+    assert "Both" in text and "66.7%" in text and "60%" in text and "4 rollouts" not in text
+    records = [json.loads(x) for x in (session.out / "rollouts.jsonl").read_text().splitlines()[1:]]
+    assert [r["chain"] for r in records] == ["a/00", "a/01", "b/00"]
+    names = {p.name for p in (session.out / "rollouts").iterdir()}
+    for stem in ("a_00_0", "a_01_0", "b_00_0", "b_00_1"):  # also of the one that was invalid
+        assert {f"{stem}.jsonl", f"{stem}.gif", f"{stem}_start.npz"} <= names
+    log = [json.loads(x) for x in (session.out / "rollouts/b_00_1.jsonl").read_text().splitlines()]
+    assert log[-1]["event"] == "outcome" and log[-1]["outcome"] == "failed"
+    assert "close" in session.made[-1].arm.calls
+
+
+def test_chains_of_five_count_what_was_solved_in_a_row(session):
+    result = session("yg", ["s", "s", "f"], rollouts=0)
+    assert result["chains"] == [2] and result["tasks"] == {}
+
+
+def test_a_policy_of_another_rate_or_scale_is_refused_before_anything_moves(session):
+    for key, value in (("hz", 30), ("action_scale", [0.01, 0.05]), ("renderer", "tiny")):
+        session.checkpoint["meta"] |= {"hz": 15, "action_scale": [0.02, 0.05], "renderer": "camera"}
+        session.checkpoint["meta"][key] = value
+        with pytest.raises(SystemExit, match=key):
+            session("")
+    assert session.made == []
+
+
+def test_an_operator_who_says_no_ends_it_and_nothing_moved(session):
+    with pytest.raises(SystemExit, match="said no"):
+        session("n")
+    assert set(session.made[0].arm.calls) <= {"stop"}
+
+
+def test_the_task_file_is_the_papers_22_tasks_in_14_rows_and_20_chains():
+    setup = json.loads((HERE.parent / "assets/tabletop.json").read_text())
+    tasks = [t for row in setup["rows"] for t in row["tasks"]]
+    assert len(setup["rows"]) == 14 and len(tasks) == len(set(tasks)) == 22
+    for k, average in enumerate((67.68, 63.39, 75.89)):  # Table II: over its rows
+        assert abs(np.mean([row["paper"][k] for row in setup["rows"]]) - average) < 0.01
+    chains = [tuple(c["tasks"]) for c in setup["chains"]]
+    assert len(set(chains)) == 20 and all(len(c) == 5 for c in chains)
+    for chain in chains:  # lifted things are placed before the next is lifted
+        for lift, place in zip(chain[::2], chain[1::2], strict=False):
+            assert set(chain) <= set(tasks)
+            assert lift.split("_")[:2] == ["lift", place.split("_")[1]] and place.startswith(
+                "place"
+            )
 
 
 # ------------------------------------------------------------------ end to end, on loopback
