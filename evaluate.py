@@ -356,7 +356,7 @@ def real_rollout(env, policy, embeddings: dict, tasks: dict, job: tuple, args) -
             ok, n = attempt(film, operator_says, policy, embeddings, task, args.limit)
             steps.append(n)
             if not ok:
-                answer = env.ask("The time is over: s success, f failed, r repeat", "sfr")
+                answer = env.ask("The time is over: s success, f failed, r repeat", "sfr")  # [D32]
                 if answer == "r":
                     raise robot.Stopped("repeat")
                 ok = answer == "s"
@@ -377,6 +377,7 @@ def real_rollout(env, policy, embeddings: dict, tasks: dict, job: tuple, args) -
     record = {"chain": name, "tasks": names, "solved": solved, "steps": steps, "outcome": outcome}
     record |= {"began": began, "seconds": time.time() - began, "log": Path(stem).name}
     env.note("outcome", **record)
+    env.start_log(None)
     if outcome == "repeat":
         return real_rollout(env, policy, embeddings, tasks, job, args)
     return None if outcome == "abort" else record

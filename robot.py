@@ -262,7 +262,7 @@ def safe_target(c: RobotConfig, T, action, M, q) -> tuple[np.ndarray, list[str]]
     w = rotation_vector(dR)
     if (angle := np.linalg.norm(w)) > c.max_turn / c.hz:
         w, notes = w * c.max_turn / c.hz / angle, [*notes, "turn"]
-    # Rotations are not convex: the whole step, else a part of it, else none.
+    # Rotations are composed [D30]. They are not convex: all of the step, else a part, else none.
     for share in (1.0, 0.5, 0.25, 0.0):
         R_goal = turn(share * w) @ R
         lead = np.linalg.norm(rotation_vector(R_goal @ Rm.T))
@@ -927,7 +927,7 @@ class Recorder:
         return max(self._ids(place), default=-1)
 
     def add(self, T, gripper: float, images: dict, robot_obs):
-        """One tick: commanded pose (4, 4) and gripper in force, cameras' images, state (15,)."""
+        """One tick [D31]: commanded pose (4, 4) and gripper in force, images, state (15,)."""
         self.count += 1
         if self.count % self.thin != 1 % self.thin:
             return

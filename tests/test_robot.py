@@ -753,7 +753,7 @@ def test_rollouts_are_judged_recorded_and_resumed_and_the_table_is_table_iis(ses
     result = session("ygcgcfq", ["r", None])
     assert result["tasks"] == {"a": [2, 2], "b": [0, 1]}
     text = capsys.readouterr().out
-    assert "Both" in text and "66.7%" in text and "60%" in text and "4 rollouts" not in text
+    assert "Both" in text and "66.7%" in text and "60%" in text
     records = [json.loads(x) for x in (session.out / "rollouts.jsonl").read_text().splitlines()[1:]]
     assert [r["chain"] for r in records] == ["a/00", "a/01", "b/00"]
     names = {p.name for p in (session.out / "rollouts").iterdir()}
