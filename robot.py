@@ -465,6 +465,8 @@ class Arm:
             time.sleep(0.03)
 
     def state(self) -> State:
+        if self.robot is None:  # recover() could not connect; perhaps it can now
+            self.connect()
         s = self.robot.state
         M, q = np.array(s.O_T_EE.matrix, float), np.array(s.q, float).ravel()
         mode = str(s.robot_mode).split(".")[-1]
@@ -532,7 +534,7 @@ class Arm:
         f, tracker, self.tracker = self.franky, self.tracker, None
         if tracker is not None:
             tracker.stop()  # ramps the torques down
-        elif self.robot.is_in_control:
+        elif self.robot is not None and self.robot.is_in_control:
             joints = self.robot.current_control_signal_type == f.ControlSignalType.JointPositions
             self.robot.move(
                 f.JointStopMotion() if joints else f.CartesianStopMotion(), asynchronous=True
@@ -672,15 +674,16 @@ class RealEnv:
         rows = [np.concatenate(row, 1) for row in ([*images.values()], large)]
         imageio.imwrite(picture, np.concatenate(rows))
         print(f"what they see, above as recorded, below as the policy gets it: {picture}")
-        check_state(c, s.M, s.q)
         wrong = np.linalg.norm((flange(s.q) @ s.F_T_EE)[:3, 3] - s.M[:3, 3])
         if wrong > 0.01:
             raise RobotError(f"the arm's pose is {wrong:.3f} m from its joints': another arm?")
-        for k, q in enumerate(c.neutral):
-            try:
-                check_homing(c, s.q, q, s.F_T_EE)
-            except Unsafe as error:
-                raise RobotError(f"neutral pose {k} {q}: {error}") from error
+        where = "where it is now"
+        try:
+            check_state(c, s.M, s.q)
+            for where in c.neutral:
+                check_homing(c, s.q, where, s.F_T_EE)
+        except Unsafe as error:
+            raise RobotError(f"pose {where}: {error}. Guide it away, or correct it.") from error
         print(
             f"arm: {c.host}, {c.control} control, mode {s.mode}, tool at "
             f"{s.M[:3, 3].round(3)} m, hand {self.arm.width:.3f} m open"
@@ -708,20 +711,24 @@ class RealEnv:
             self.note("home", q=np.asarray(q), dry_run=self.dry_run)
             if not self.dry_run:
                 self.arm.home(q, self._watch)
-                self.arm.grip(True)
+                while not self.arm.grip(True):
+                    self._watch()
+                    time.sleep(0.01)
         except self.arm.errors as error:
+            self._recover(error)  # so that the next attempt finds an arm that listens
             self._stop(f"homing: {error}")
-        except Unsafe as error:
+        except (Unsafe, RobotError) as error:
             self._stop(str(error))
         return self.resume()
 
     def resume(self):
         """Start, or go on after a pause, from where the arm is now. Returns the observation."""
+        self.verdict = None
         return self._guard(self._start)
 
     def _start(self):
         obs = self._observe()
-        self.verdict, self.T = None, self.state.M.copy()
+        self.T = self.state.M.copy()
         self._pace()
         return obs
 
@@ -864,12 +871,15 @@ class RealEnv:
                 f"{sum(self.misses)} of {len(self.misses)} ticks were late, the last by "
                 f"{late:.3f} s: a faster policy or computer is needed"
             )
-        wall = time.monotonic()
-        while self.clock() < self.next_tick and time.monotonic() < wall + 1:
+        now, seen = self.clock(), (0.0, time.monotonic())
+        while now < self.next_tick:
             self._watch()
-            left = self.next_tick - self.clock()
-            time.sleep(np.clip(left, 0, 0.005) if self.clock is time.monotonic else 0.001)
-        now = self.clock()
+            if now != seen[0]:
+                seen = (now, time.monotonic())
+            elif time.monotonic() - seen[1] > c.max_state_age:
+                break  # the arm's clock stands still: _observe holds, and paces anew
+            time.sleep(min(self.next_tick - now, 0.002))
+            now = self.clock()
         self.next_tick = max(self.next_tick + 1 / c.hz, now)  # after an overrun no burst
         obs = self._observe()
         self.note(
