@@ -439,7 +439,8 @@ class Arm:
         )
         self.lost = franky.NetworkException
         self.connect()
-        threading.Thread(target=self._watch_hand, daemon=True).start()
+        self.thread = threading.Thread(target=self._watch_hand, daemon=True)
+        self.thread.start()
 
     def connect(self):
         f, c, self.grip_job = self.franky, self.c, None
@@ -460,7 +461,7 @@ class Arm:
 
     def _watch_hand(self):  # reading the width blocks until the hand reports, so not in the loop
         while self.running:
-            with contextlib.suppress(*self.errors):  # the next command to the hand will tell
+            with contextlib.suppress(*self.errors, AttributeError):  # its next command will tell
                 self.width = float(self.hand.width)
             time.sleep(0.03)
 
@@ -470,8 +471,8 @@ class Arm:
         s = self.robot.state
         M, q = np.array(s.O_T_EE.matrix, float), np.array(s.q, float).ravel()
         mode = str(s.robot_mode).split(".")[-1]
-        if s.current_errors:
-            mode += f" {s.current_errors}"
+        if (errors := str(s.current_errors)) != "[]":
+            mode += f" {errors}"
         return State(M, q, s.time.to_sec(), mode, np.array(s.F_T_EE.matrix, float))
 
     def enable(self):
@@ -563,6 +564,10 @@ class Arm:
         self.running = False
         with contextlib.suppress(*self.errors):
             self.stop()
+        self.thread.join(2)
+        self.robot = self.hand = self.grip_job = (
+            None  # disconnects: an arm has one client at a time
+        )
 
 
 # ------------------------------------------------------------------ environment
@@ -611,9 +616,7 @@ class RealEnv:
 
     def close(self):
         """Arm at rest, cameras closed, log on the disk."""
-        if not self.dry_run:
-            self.arm.close()
-        self.arm.running = False
+        self.arm.close()  # stops only what it has started
         for camera in self.cameras.values():
             camera.close()
         self.start_log(None)

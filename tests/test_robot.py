@@ -553,7 +553,7 @@ def test_a_dry_run_sends_nothing(tmp_path):
     env.reset()
     env.step(act(1.0))
     env.close()
-    assert env.arm.calls == [] and env.T is not None
+    assert set(env.arm.calls) <= {"stop"} and env.T is not None
 
 
 # ------------------------------------------------------------------ recording
