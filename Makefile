@@ -1,5 +1,6 @@
 # make demo   the whole of LUMOS at a small size, on two CPU cores, in under 25 minutes
 # make test   the tests
+# make robot-test   those of the real robot, with a simulated arm
 # Both set up a local virtual environment in .venv first, when it is missing or out of date.
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ BIN := .venv/bin
 DEMO := runs/demo
 PROCS ?= 2
 
-.PHONY: demo test clean
+.PHONY: demo test robot-test clean
 .DELETE_ON_ERROR:
 
 .venv/ready: requirements.txt
@@ -18,6 +19,11 @@ PROCS ?= 2
 test: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q -rs tests
+
+# The real robot's tests, against a simulated arm: the packages that they need are optional.
+robot-test: .venv/ready
+	$(BIN)/pip install --quiet franky-control==2.0.0 franky-sim==1.0.4 opencv-python-headless pyrealsense2
+	$(BIN)/python -m pytest -q -s -rs tests/test_robot.py
 
 # Every step resumes or is skipped when it was done, so an interrupted demo can be started again.
 demo: .venv/ready

@@ -14,12 +14,14 @@
 
 A recording is in CALVIN's format, one npz per frame; `python data.py pack SRC DST [--skip N]` turns
 it once into flat memory-mapped arrays at 64 x 64, for Sequences (world model) and Windows (agent).
+`python data.py annotate SRC spans.csv` gives a recording its language.
 CALVIN's episodes include their last frame, its spans (start, start + 64) are 64 frames: without the
 last. Once packed, both are [start, end).
 Copy this file alone. Needs: numpy, torch (tqdm to pack; sentence-transformers for new sentences).
 """
 
 import argparse
+import csv
 import json
 import multiprocessing
 import os
@@ -188,6 +190,48 @@ def read_held_out(folder: Path) -> dict[str, np.ndarray]:
         d = load_pickled_npy(path)
         emb = np.array([x["emb"] for x in d.values()], np.float32).reshape(len(d), EMBEDDING)
         return {"tasks": [*d], "sentences": [x["ann"][0] for x in d.values()], "embeddings": emb}
+
+
+def annotate(folder, spans, encoder: str = TEXT_ENCODER) -> None:
+    """Language for a recording without it: spans.csv -> the annotation files of both splits.
+
+    Columns: start,end,sentence,task. Frames [start, end) of one episode, `end` is not one of them;
+    an unknown task may be left empty, the sentence then stands for it. The first sentence of a
+    task in validation/ becomes the one that the policy is asked with. Raises DataError.
+    """
+    folder, lang, found = Path(folder), f"lang_{Path(encoder).name}", {}
+    with naming(spans, "Columns: start,end,sentence,task; `end` is the first frame after the span"):
+        with open(spans, newline="") as f:
+            rows = [{k: (x or "").strip() for k, x in row.items()} for row in csv.DictReader(f)]
+        rows = [(int(r["start"]), int(r["end"]), r["sentence"], r.get("task")) for r in rows]
+        for split in ("training", "validation"):
+            bounds = np.load(folder / split / "ep_start_end_ids.npy", allow_pickle=False)
+            bounds = bounds.reshape(-1, 2) + np.array([0, 1])
+            inside = [((bounds[:, 0] <= a) & (b <= bounds[:, 1])).any() for a, b, *_ in rows]
+            found[split] = [r for r, ok in zip(rows, inside, strict=True) if ok]
+        placed = [r for of in found.values() for r in of]
+        if bad := [r for r in rows if not r[2] or r[0] >= r[1] or r not in placed]:
+            raise ValueError(f"{len(bad)} spans are empty, mute or in no episode, first {bad[0]}")
+        if empty := [split for split, of in found.items() if not of]:
+            raise ValueError(f"no span is in an episode of {empty[0]}/")
+    asked = {}  # task: its sentence at run time
+    for *_, sentence, task in found["validation"] + found["training"]:
+        asked.setdefault(task or sentence, sentence)
+    files = {}
+    for split, of in found.items():
+        ann, emb = [r[2] for r in of], encode([r[2] for r in of], encoder)[:, None]  # (N, 1, 384)
+        language = {"ann": ann, "task": [r[3] or r[2] for r in of], "emb": emb}
+        info = {"episodes": [], "indx": [r[:2] for r in of]}
+        files[folder / split / lang / "auto_lang_ann.npy"] = {"language": language, "info": info}
+    told = zip(asked.items(), encode([*asked.values()], encoder), strict=True)
+    told = {task: {"emb": e[None, None], "ann": [sentence]} for (task, sentence), e in told}
+    files[folder / "validation" / lang / "embeddings.npy"] = told
+    for path, content in files.items():
+        path.parent.mkdir(exist_ok=True)
+        with open(part := path.with_suffix(".part"), "wb") as f:
+            np.save(f, np.array(content, dtype=object), allow_pickle=True)
+        os.replace(part, path)
+    print({split: len(of) for split, of in found.items()}, "spans,", len(asked), "tasks")
 
 
 def plan_split(folder: Path, skip: int, lang_folder: str) -> dict:
@@ -442,9 +486,13 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--procs", type=int, default=os.cpu_count())
     p = sub.add_parser("embed", help="assets/sentences.json -> assets/embeddings.npz")
     p.add_argument("--encoder", default=TEXT_ENCODER, help="name on the hub, or a local folder")
+    p = sub.add_parser("annotate", help="spans.csv -> the language of a recording")
+    p.add_argument("folder", help="recording: a folder with training/, validation/")
+    p.add_argument("spans", help="CSV file with the columns start,end,sentence,task")
+    p.add_argument("--encoder", default=TEXT_ENCODER, help="name on the hub, or a local folder")
     args = vars(parser.parse_args(argv))
     try:
-        {"pack": pack, "embed": embed}[args.pop("command")](**args)
+        {"pack": pack, "embed": embed, "annotate": annotate}[args.pop("command")](**args)
     except DataError as e:
         sys.exit(f"error: {e}")
 

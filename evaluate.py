@@ -11,6 +11,7 @@ its actions are held:   look, act   step, judge   step, judge   look, act   step
     python evaluate.py --checkpoint RUN/agent.pt --instruction "pull out the drawer" --out DIR
     python evaluate.py --policy operator --chains 200 --procs 2 --out DIR
     python evaluate.py --checkpoint RUN/wm.pt --predict data/play --out DIR             (Fig. 3)
+    python evaluate.py --env real --robot SETUP.json --checkpoint RUN/agent.pt --out DIR
 
 DIR gets chains.jsonl (a line per finished chain: the same command goes on from there), results.json
 and films. Another environment is one more function in ENVIRONMENTS. Needs: all of the project.
@@ -18,6 +19,7 @@ and films. Another environment is one more function in ENVIRONMENTS. Needs: all 
 
 import argparse
 import concurrent.futures
+import dataclasses
 import functools
 import itertools
 import json
@@ -26,6 +28,7 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -197,15 +200,16 @@ def attempt(env, oracle, policy, embeddings, task: str, limit: int = LIMIT) -> t
 class Filmed:
     """An environment that keeps what its cameras see if `film` is a path, whoever drives it."""
 
-    def __init__(self, env, film: Path | None):
+    def __init__(self, env, film: Path | None, every: int = FILM_STEPS):
         self.env, self.film, self.frames, self.caption, self.t = env, film, [], "", 0
+        self.every = every
 
     def __getattr__(self, name):
         return getattr(self.env, name)
 
     def step(self, action, render: bool = True):
         out, self.t = self.env.step(action, render=render), self.t + 1
-        if self.t % FILM_STEPS == 0:
+        if self.t % self.every == 0:
             self.snap()
         return out
 
@@ -280,6 +284,159 @@ def read_log(path: Path, identity: dict) -> dict[int, dict]:
         changes = ", ".join(f"{k} was {was.get(k)!r} and is {identity.get(k)!r}" for k in keys)
         raise SystemExit(f"{path} holds another evaluation: {changes}. Give another --out.")
     return {r["chain"]: r for r in records}
+
+
+# ------------------------------------------------------------------ the real robot (Sec. V-B)
+def operator_says(start, info, task) -> bool:
+    """The real robot's oracle: the operator pressed s."""
+    return info["operator"] == "success"
+
+
+def real_results(records: list[dict], setup: dict, dream: dict) -> dict:
+    """Table II's figures; rates per row: both vegetables' tasks are rows' parts, judged apart."""
+    chains = [r["solved"] for r in records if len(r["tasks"]) > 1]
+    tasks, rows = {}, []
+    for task in (t for row in setup["rows"] for t in row["tasks"]):
+        if solved := [r["solved"] for r in records if r["tasks"] == [task]]:
+            tasks[task] = [sum(solved), len(solved)]
+    for row in setup["rows"]:
+        ours, imagined = ([n[t] for t in row["tasks"] if t in n] for n in (tasks, dream))
+        sums = [np.sum(x, 0).tolist() if x else None for x in (ours, imagined)]
+        about = {"row": row["row"], "paper": row.get("paper")}
+        rows.append(about | {"real": sums[0], "dream": sums[1]})
+    return {"tasks": tasks, "rows": rows, "chains": chains}
+
+
+def real_table(result: dict) -> str:
+    """A table laid out like the paper's Table II, its figures beside ours."""
+    share = lambda x: f"{x[0] / x[1]:.1%}" if x else "-"
+    line = lambda name, n, *cells: f"{name:<38}{n:>5}" + "".join(f"{x:>10}" for x in cells)
+    paper = lambda row: [f"{x}%" for x in row["paper"]] if row["paper"] else ["-"] * 3
+    rows, chains = result["rows"], result["chains"]
+    lines = [line("", "", "here", "", "paper", "", ""),
+             line("Task / Method", "n", "real", "dream", "LUMOS", "HULC", "W. Model")]  # fmt: skip
+    for r in rows:
+        n = r["real"][1] if r["real"] else 0
+        lines.append(line(r["row"], n, share(r["real"]), share(r["dream"]), *paper(r)))
+    mean = lambda rates: f"{np.mean(rates):.2f}%" if rates else "-"
+    rate = lambda key: mean([100 * r[key][0] / r[key][1] for r in rows if r[key]])
+    known = [r["paper"] for r in rows if r["paper"]]
+    columns = [mean([p[k] for p in known]) for k in range(3)]
+    lines.append(line("Average over tasks", "", rate("real"), rate("dream"), *columns))
+    length = f"{np.mean(chains):.2f}" if chains else "-"
+    return "\n".join([*lines, line("Average no. of sequential tasks", len(chains), length)])
+
+
+def real_rollout(env, policy, embeddings: dict, tasks: dict, job: tuple, args) -> dict | None:
+    """One rollout with the operator; None: enough for now. Its log, film and first picture are
+    files of their own, also those of a rollout that was invalid."""
+    import robot
+
+    name, scene, names, k = job
+    stem = args.out / "rollouts" / name.replace("/", "_")
+    stem = f"{stem}_{len(list(stem.parent.glob(stem.name + '_*.jsonl')))}"
+    if env.ask(f"{name}: {scene}. The scene is set: g go, q enough for now", "gq") == "q":
+        return None
+    env.start_log(f"{stem}.jsonl")
+    film, steps, solved, began = Filmed(env, Path(f"{stem}.{args.format}"), 1), [], 0, time.time()
+    try:
+        pose = np.zeros(15)
+        pose[7:14] = env.config.neutral[k % len(env.config.neutral)]
+        obs = env.reset(pose)
+        if tasks[names[0]].get("held"):
+            env.ask("Hold it between the fingers; c closes them", "c")
+            for _ in range(env.config.hz):
+                obs = env.follow(-1.0)
+        np.savez(f"{stem}_start.npz", robot_obs=obs["robot_obs"], **obs["rgb_obs"])  # for "dream"
+        policy.seed(int(np.random.default_rng((args.seed, k)).integers(2**63)))
+        for i, task in enumerate(names):
+            film.caption = f"{i + 1}/{len(names)}  {tasks[task]['sentence']}"
+            print(film.caption, "   keys: s success, f failed, r repeat, a abort", flush=True)
+            env.resume()
+            ok, n = attempt(film, operator_says, policy, embeddings, task, args.limit)
+            steps.append(n)
+            if not ok:
+                answer = env.ask("The time is over: s success, f failed, r repeat", "sfr")  # [D22]
+                if answer == "r":
+                    raise robot.Stopped("repeat")
+                ok = answer == "s"
+            film.snap(solved=ok)
+            solved += ok
+            if not ok:
+                break
+        outcome = "solved" if solved == len(names) else "failed"
+    except robot.Stopped as stop:
+        outcome = stop.reason
+        if outcome not in ("failed", "repeat", "abort"):
+            text = f"Stopped: {outcome}. f counts as a failure, r repeats it, a aborts"
+            answer = env.ask(text, "fra")
+            outcome = {"f": f"failed: {outcome}", "r": "repeat", "a": "abort"}[answer]
+    finally:
+        env.rest()
+        film.save()
+    record = {"chain": name, "tasks": names, "solved": solved, "steps": steps, "outcome": outcome}
+    record |= {"began": began, "seconds": time.time() - began, "log": Path(stem).name}
+    env.note("outcome", **record)
+    env.start_log(None)
+    if outcome == "repeat":
+        return real_rollout(env, policy, embeddings, tasks, job, args)
+    return None if outcome == "abort" else record
+
+
+def evaluate_real(args) -> dict:
+    """Table II: --rollouts of each task and the chains of five, with a person as the judge."""
+    import data
+    import robot
+
+    config = robot.load_config(args.robot)
+    setup = json.loads(args.tasks.read_text())
+    tasks = {t: about for row in setup["rows"] for t, about in row["tasks"].items()}
+    every = itertools.product(tasks.items(), range(args.rollouts))
+    jobs = [(f"{t}/{k:02}", x["scene"], [t], k) for (t, x), k in every]
+    chains = setup["chains"][args.first : args.first + args.chains]
+    jobs += [(f"chain/{k:02}", x["scene"], x["tasks"], k) for k, x in enumerate(chains, args.first)]
+    MUST_AGREE["real"] = {"hz x skip": config.hz, "action_scale": list(config.action_scale)}
+    MUST_AGREE["real"]["renderer"] = "camera"
+    policy, c = load_policy(args.checkpoint, args.device, not args.mean, "real")
+    encoder = args.text_encoder or c["text_encoder"]
+    data.same_text_encoder(encoder, c["text_encoder"], args.checkpoint)
+    sentences = [about["sentence"] for about in tasks.values()]
+    embeddings = dict(zip(tasks, data.encode(sentences, encoder), strict=True))
+    dream = json.loads(args.dream.read_text())["tasks"] if args.dream else {}
+    identity = {"env": "real", "method": c["config"]["method"], "robot": dataclasses.asdict(config)}
+    identity |= {k: getattr(args, k) for k in ("checkpoint", "mean", "limit", "seed", "dry_run")}
+    records = read_log(args.out / "rollouts.jsonl", identity | {"step": c["step"]})
+    (args.out / "rollouts").mkdir(exist_ok=True)
+    env = robot.RealEnv(config, args.dry_run)
+    try:
+        obs, sentence = env.get_obs(), next(iter(embeddings.values()))
+        policy.act(obs, sentence)  # the first is slow
+        began = time.perf_counter()
+        policy.act(obs, sentence)
+        seconds, period = time.perf_counter() - began, 1 / config.hz
+        if seconds > period:
+            what = f"the policy takes {seconds:.3f} s, a step {period:.3f} s"
+            raise robot.RobotError(f"{what}: a faster --device, or fewer other programs")
+        print(f"policy: {1000 * seconds:.0f} ms of {1000 * period:.0f}; {len(jobs)} rollouts")
+        env.check(args.out / "check.png")
+        for job in jobs:
+            if job[0] in records:
+                continue
+            if (record := real_rollout(env, policy, embeddings, tasks, job, args)) is None:
+                break
+            with (args.out / "rollouts.jsonl").open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            records[job[0]] = record
+    finally:
+        env.close()
+        result = real_results([*records.values()], setup, dream)
+        part = args.out / "part_results.json"
+        part.write_text(json.dumps(identity | result, indent=1) + "\n")
+        os.replace(part, args.out / "results.json")
+        print(real_table(result))
+        left = sum(job[0] not in records for job in jobs)
+        print(f"{left} rollouts are left: the same command again goes on from here." * (left > 0))
+    return result
 
 
 # ------------------------------------------------------------------ running
@@ -463,7 +620,7 @@ def parse(argv=None) -> argparse.Namespace:
     add = parser.add_argument
     add("--checkpoint", help="the agent's, by train.py --stage agent")
     add("--policy", choices=("agent", "operator"), default="agent")
-    add("--env", choices=tuple(ENVIRONMENTS), default="sim")
+    add("--env", choices=(*ENVIRONMENTS, "real"), default="sim")
     add("--chains", type=int, default=1000, help="how many of the benchmark's 1000 chains")
     add("--first", type=int, default=0, help="number of the first; with --instruction: its scene")
     add("--procs", type=int, default=1, help="processes, each with an environment and a policy")
@@ -477,12 +634,20 @@ def parse(argv=None) -> argparse.Namespace:
     add("--text-encoder", help="its local folder, for sentences that are not in assets/")
     add("--instruction", metavar="SENTENCE", help="follow one free sentence instead, and film it")
     add("--predict", metavar="DATA", help="no policy: Fig. 3's long predictions of packed play")
+    add("--robot", type=Path, help="real: JSON file of robot.RobotConfig's fields")
+    add("--tasks", type=Path, default=HERE / "assets/tabletop.json", help="real: tasks and chains")
+    add("--rollouts", type=int, default=20, help="real: of each task, before the chains")
+    add("--dream", type=Path, help="real: results.json of the same tasks in the world model")
+    add("--dry-run", action="store_true", help="real: everything but the motion")
     args = parser.parse_args(argv)
     reads = bool(args.checkpoint)
     if (args.policy == "agent") != reads or (args.instruction and not reads):
         parser.error("give --checkpoint RUN/agent.pt, or --policy operator (for no --instruction)")
     if not 0 <= args.first < args.first + (1 if args.instruction else args.chains) <= 1000:
         parser.error(f"there are chains 0 to 999, not {args.chains} from {args.first} on")
+    alone = args.procs == 1 and not args.instruction
+    if args.env == "real" and not (args.robot and reads and alone):
+        parser.error("--env real takes --robot FILE and --checkpoint; no --instruction, --procs")
     run = Path(args.checkpoint).parent if args.checkpoint else Path("runs") / args.policy
     args.out = args.out or run / ("predict" if args.predict else f"evaluate_{args.env}")
     return args
@@ -490,6 +655,13 @@ def parse(argv=None) -> argparse.Namespace:
 
 def main(argv=None) -> dict:
     args = parse(argv)
+    if args.env == "real":
+        import robot
+
+        try:
+            return evaluate_real(args)
+        except (ValueError, RuntimeError, OSError, robot.RobotError, robot.Stopped) as error:
+            raise SystemExit(f"evaluate.py: {error}") from error
     try:
         if args.predict:
             return predict(args)
