@@ -69,10 +69,11 @@ class AgentConfig:
     reward_on: str = "s"  # "s" as Eq. 3 says, or "h" as in the authors' code [D3]
     critic_sees_plan: bool = False  # [D4]
     reset_start: float = 0.5  # how often a window starts from a state without history [D8]
-    mask_padding: bool = False  # leave the held end of short windows out of reward and KL [D14]
+    mask_padding: bool = False  # leave the held end of short windows out of Eqs. 5 and 6 [D14]
     clone_imagined: bool = (
         False  # no_ditto: clone along imagined states instead of the expert's [D15]
     )
+    binary_gripper: bool = False  # threshold it in imagination too, straight-through [D12]
     replan: int = 30  # steps between two plans at run time [D7]
 
 
@@ -82,6 +83,7 @@ PRESETS = {
         batch_size=128, perceptual_hidden=256, plan_hidden=256, plan_categoricals=16,
         plan_classes=16, actor_layers=4, critic_layers=4, critic_hidden=256, goal_hidden=256,
         transformer_hidden=256, transformer_features=256, reward_on="h", critic_sees_plan=True,
+        binary_gripper=True,
     ),
 }  # fmt: skip
 PRESETS["tiny"] = replace(
@@ -103,15 +105,20 @@ def intrinsic_reward(s_E: Tensor, s_pi: Tensor) -> Tensor:
     return (s_E * s_pi).sum(-1) / longest.clamp_min(1e-8)  # Eq. 3: r^int_t
 
 
-def lambda_return(r: Tensor, v: Tensor, gamma: float, lam: float) -> Tensor:
+def lambda_return(
+    r: Tensor, v: Tensor, gamma: float, lam: float, weight: Tensor | None = None
+) -> Tensor:
     """V^λ_t = r_t + γ ((1-λ) v_ψ(s_{t+1}) + λ V^λ_{t+1}),   V^λ_H = v_ψ(s_H)   (App. B).
 
     r: (H, B) rewards of the H steps, v: (H+1, B) values of the states before, between and after
-    them. Returns (H, B). λ = 0 is one-step TD, λ = 1 Monte Carlo with a bootstrap.
+    them. weight (H, B): 1, or 0 on masked padding, whose first state then ends the window [D14].
+    Returns (H, B). λ = 0 is one-step TD, λ = 1 Monte Carlo with a bootstrap.
     """
     v_lambda, out = v[-1], []
     for t in reversed(range(len(r))):
         v_lambda = r[t] + gamma * ((1 - lam) * v[t + 1] + lam * v_lambda)
+        if weight is not None:
+            v_lambda = torch.where(weight[t] > 0, v_lambda, v[t])
         out.append(v_lambda)
     return torch.stack(out[::-1])
 
@@ -246,6 +253,9 @@ class Agent(nn.Module):
         s_pi, actions = [s_0], []
         for _ in range(steps):
             a = self.actor(torch.cat([s_pi[-1], context], -1), sample)
+            if self.config.binary_gripper:  # forward -1 or 1, backward as if it were the action
+                sign = torch.where(a[:, 6:] > 0, 1.0, -1.0)
+                a = torch.cat([a[:, :6], a[:, 6:] + (sign - a[:, 6:]).detach()], -1)
             h, z = world.imagine_step(h, z, a)
             actions.append(a), s_pi.append(torch.cat([h, z], -1))
         return torch.stack(s_pi), torch.stack(actions)
@@ -282,7 +292,7 @@ class Agent(nn.Module):
 
         if c.method == "no_ditto" and not c.clone_imagined:
             context = torch.cat([g, plan], -1).expand(T - 1, -1, -1)
-            a = self.actor(torch.cat([s_E[:-1], context], -1))
+            a = self.actor(torch.cat([torch.cat([s_0[None], s_E[1:-1]]), context], -1))
             figures = {}
         else:
             s_pi, a = self.imagine(world, s_0, g, plan, T - 1)
@@ -297,7 +307,7 @@ class Agent(nn.Module):
         else:
             critic_plan = plan if c.critic_sees_plan else plan[:, :0]
             x = torch.cat([s_pi, torch.cat([g, critic_plan], -1).expand(T, -1, -1)], -1)
-            v_lambda = lambda_return(r, self.slow_critic(x), c.gamma, c.lam)
+            v_lambda = lambda_return(r, self.slow_critic(x), c.gamma, c.lam, weight)
             loss_critic = critic_loss(self.critic(x[:-1].detach()), v_lambda, weight)
             loss_actor = actor_loss(v_lambda, kl, contrast, c.alpha_1, c.alpha_2, weight)
             figures |= {"v_lambda": v_lambda.mean()}
@@ -308,13 +318,21 @@ class Agent(nn.Module):
         return loss_actor, loss_critic, {k: x.detach() for k, x in figures.items()}
 
     def track(self, world, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """How well windows are followed: mean rewards () with either plan, and of two yardsticks
-        in the same world model from the same start, holding still and replaying the expert.
+        """How well windows are followed, over their real steps, without the held end: mean rewards
+        () with either plan, and of two yardsticks in the same world model from the same start,
+        holding still and replaying the expert. Also, as at run time, the arm's actions on the
+        latents that observation gives, against the expert's: their mean squared error (), and of
+        no motion; and how often the gripper's sign is right.
 
         batch: as `losses` takes it, and gripper (B,), the gripper's command before the window.
         """
         s_E, s_0, actions = batch["s_E"], batch["s_0"], batch["a"][:-1]
-        v = self.perceptual(torch.cat([s_0[None], s_E[1:]]))
+        real = (
+            torch.arange(len(actions), device=s_E.device)[:, None] < batch["length"] - 1
+        )  # (H, B)
+        mean = lambda x: x[real].mean()
+        seen = torch.cat([s_0[None], s_E[1:]])
+        v = self.perceptual(seen)
         g = self.goal(v[-1], batch["emb"])
         q, features = self.recognition(v)
         plans = {"proposed": self.propose(s_0, g)}
@@ -325,10 +343,13 @@ class Agent(nn.Module):
             figures["plan_kl"] = kl.mean()
         for name, plan in plans.items():
             s_pi, a = self.imagine(world, s_0, g, plan, len(actions))
-            r = self.reward(s_E[1:], s_pi[1:])
-            figures[f"reward_{name}"] = r.mean()
-            figures[f"reward_{name}_language"] = r[:, -len(batch["emb"]) :].mean()
-            figures[f"mse_{name}"] = (a - actions).square().mean()
+            figures[f"reward_{name}"] = mean(self.reward(s_E[1:], s_pi[1:]))
+            figures[f"mse_{name}"] = mean((a - actions)[..., :6].square().mean(-1))
+        context = torch.cat([g, plans["proposed"]], -1).expand(len(actions), -1, -1)
+        a = self.actor(torch.cat([seen[:-1], context], -1), sample=False)
+        figures["mse_observed"] = mean((a - actions)[..., :6].square().mean(-1))
+        figures["mse_still"] = mean(actions[..., :6].square().mean(-1))
+        figures["gripper_observed"] = mean((a[..., 6].sign() == actions[..., 6]).float())
         hold = torch.zeros_like(actions)
         hold[..., 6] = batch["gripper"]
         for name, a in (("hold", hold), ("expert", actions)):
@@ -337,7 +358,7 @@ class Agent(nn.Module):
             for t in range(len(a)):
                 h, z = world.imagine_step(h, z, a[t])
                 s_pi.append(torch.cat([h, z], -1))
-            figures[f"reward_{name}"] = self.reward(s_E[1:], torch.stack(s_pi)).mean()
+            figures[f"reward_{name}"] = mean(self.reward(s_E[1:], torch.stack(s_pi)))
         if batch["align"].sum() > 1:
             pairs = [x[-len(batch["emb"]) :][batch["align"]] for x in (features, g)]
             figures["alignment_accuracy"] = self.alignment(*pairs)[1]

@@ -45,6 +45,7 @@ UP = np.array([0.0, 0.0, 1.0])
 TABLE_X, TABLE_Y = (0.02, 0.30), (-0.14, -0.07)  # where a block may be put down on the table
 SHELVES = {"left": (-0.28, -0.20), "right": (-0.02, 0.09)}  # x ranges of the cabinet's two halves
 PLACES = (0.44, 0.15, 0.15, 0.14, 0.12)  # a block on the table, left, right, in the drawer, on top
+SETTLE = 10  # frames behind a success that its span may take in
 LANG = "lang_paraphrase-MiniLM-L3-v2"
 ASSETS = Path(__file__).resolve().parent / "assets"
 
@@ -783,6 +784,7 @@ class Recorder:
     def __init__(self, env, folder, first, length, rng):
         self.env, self.folder, self.rng, self.end = env, folder, rng, first + length
         self.t, self.episodes, self.spans, self.infos = first, [], [], {}
+        self.solved = first  # when the last span's skill was
         self.count = dict.fromkeys(sim.TASKS, 0)
         self.sums, self.low, self.high = np.zeros((2, 39)), np.full(7, np.inf), np.full(7, -np.inf)
         self.op = Operator(env, rng, on_step=self.on_step, render=True)
@@ -802,7 +804,9 @@ class Recorder:
         _count()
         self.t, self.obs = self.t + 1, obs
         self.infos[self.t] = info
-        self.infos.pop(self.t - 128, None)  # longer than a span and the rest after it
+        self.infos.pop(self.t - 128, None)  # longer than an attempt and what follows it
+        if self.spans and 0 < self.t - self.solved <= SETTLE:
+            self.lengthen()
         if self.t == self.end:
             raise _Full
 
@@ -863,26 +867,29 @@ class Recorder:
         if not success:
             return not aborted
         self.count[task] += 1
-        self.annotate(task, start, self.t)
+        self.annotate(task, start)
         # Finish the motion, or let the next skill interrupt it, as in a chain of instructions.
         if rng.random() < 0.6:
-            done = self.t
             op.run(op.rest, int(rng.integers(2, 40)))
-            if self.t > done and self.spans and self.spans[-1][2] == done:
-                self.lengthen(min(self.t, done + int(rng.integers(0, 6))))
         return False
 
-    def annotate(self, task, start, end):
-        """A span of at most 64 frames up to the success, if the oracle agrees from its start."""
-        start = max(start, end - 63)
-        if sim.oracle(self.infos[start], self.infos[end], task):
-            self.spans.append([task, start, end])
+    def annotate(self, task, start):
+        """A span of 64 frames, as CALVIN's are, up to this success: it may begin before the skill
+        did, unless the oracle does not agree from there; then it begins where the skill did."""
+        for first in (max(self.t - 63, min(self.infos)), max(self.t - 63, start)):
+            if sim.oracle(self.infos[first], self.infos[self.t], task):
+                self.spans.append([task, first, self.t])
+                self.solved = self.t
+                return
 
-    def lengthen(self, end):
-        """Moves the last span's end a few frames behind the success, if that still is one."""
-        task, start, _ = self.spans[-1]
-        if end - start <= 63 and sim.oracle(self.infos[start], self.infos[end], task):
-            self.spans[-1][2] = end
+    def lengthen(self):
+        """Moves the last span on to now, if it ended a frame ago and is a success still: the goal
+        is then a state that has settled, not the moment at which the oracle first agreed."""
+        task, first, end = self.spans[-1]
+        later = max(first, self.t - 63)
+        known = end == self.t - 1 and later in self.infos  # not in an episode that is over
+        if known and sim.oracle(self.infos[later], self.infos[self.t], task):
+            self.spans[-1] = [task, later, self.t]
 
     def wander(self):
         op, rng = self.op, self.rng

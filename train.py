@@ -107,7 +107,7 @@ def load_agent(path, device: str = "cpu", sample: bool = True) -> tuple[A.Policy
 
 def identity(world: W.WorldModel) -> str:
     """A short name of exactly these weights, for the cache of their latents."""
-    digest = hashlib.sha256(repr(world.config).encode())
+    digest = hashlib.sha256()
     for name, tensor in world.state_dict().items():
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -157,7 +157,11 @@ class Run:
                 "Give the same options to go on with it, or another --out to begin anew."
             )
         for name, module in modules.items():
-            module.load_state_dict(c[name])
+            try:
+                module.load_state_dict(c[name])
+            except RuntimeError as error:
+                what = f"{self.checkpoint_path} does not fit this model or its world model"
+                raise ValueError(f"{what}; give another --out: {error}") from error
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(c["optimizer"][name])
         torch.set_rng_state(c["random"]["cpu"].cpu())
@@ -317,6 +321,7 @@ def prediction_picture(world: W.WorldModel, batch: dict[str, Tensor], context: i
 
 
 # ---------------------------------------------------------------------------- between the stages
+@torch.random.fork_rng()  # so that a cache made anew is the same, and training goes on as before
 @torch.no_grad()
 def cache_latents(world: W.WorldModel, data: D.PlayData, run: Run) -> D.Latents:
     """(h, z) of every frame of a split, made once per world model and kept beside the data.
@@ -332,6 +337,7 @@ def cache_latents(world: W.WorldModel, data: D.PlayData, run: Run) -> D.Latents:
     length = -(-len(data) // rows)  # frames per stretch, rounded up
     starts = np.arange(rows) * length
     state = world.initial(rows)
+    torch.manual_seed(0)
     for t in tqdm(range(-warm, length, L), desc=f"latents of {data.split}", unit="block"):
         frames = (starts + t + np.arange(min(L, length - t))[:, None]) % len(data)  # (L, rows)
         batch = to_device(data.frames(frames), device)
@@ -366,10 +372,10 @@ def probe(run: Run, train: tuple, held_out: tuple) -> None:
     c, device = run.model_config, run.device
 
     def pairs(latents, data) -> tuple[Tensor, Tensor]:
-        s = torch.cat(
-            [torch.tensor(latents.h[:]).float(), one_hot(latents.z[:], c.classes, "cpu")], -1
-        )
-        return s.to(device), torch.tensor(data.scene_obs[:]).to(device)
+        rows = np.linspace(0, len(data) - 1, min(len(data), 50_000)).astype(int)
+        z = one_hot(latents.z[rows], c.classes, device)
+        s = torch.cat([torch.from_numpy(latents.h[rows]).to(device).float(), z], -1)
+        return s, torch.from_numpy(data.scene_obs[rows]).to(device)
 
     # Doors, drawer, button, switch, lights, and the blocks' xyz (not their angles).
     columns = [0, 1, 4, 5, *(6 + 6 * b + i for b in range(3) for i in range(3))]
@@ -465,7 +471,12 @@ def train_agent(run: Run) -> None:
     )
     modules = {"model": agent}
     optimizers = {"actor": actor_optimizer, "critic": critic_optimizer}
-    start, _ = run.resume(modules, optimizers)
+    start, old = run.resume(modules, optimizers)
+    if old and identity(load_world_model(old, device)) != identity(world):
+        sys.exit(
+            f"{run.checkpoint_path} was trained in another world model than {run.out / 'wm.pt'}; "
+            "remove it, or give another --out."
+        )
 
     def update(step: int) -> dict:
         agent.train()
@@ -507,7 +518,8 @@ def to_device(batch: dict[str, Tensor], device: str) -> dict[str, Tensor]:
 
 
 def boolean(text: str) -> bool:
-    return {"true": True, "false": False}[text.lower()]
+    """ValueError, which argparse reports, for anything but true and false."""
+    return bool(("false", "true").index(text.lower()))
 
 
 def parse(arguments: list[str] | None = None) -> tuple[RunConfig, object]:
@@ -522,11 +534,7 @@ def parse(arguments: list[str] | None = None) -> tuple[RunConfig, object]:
     fields = [(f, f.default) for f in dataclasses.fields(RunConfig)[2:]]
     fields += [(f, getattr(model, f.name)) for f in dataclasses.fields(model)]
     for field, default in fields:
-        kind = (
-            (lambda x: {"true": True, "false": False}[x.lower()])
-            if field.type is bool
-            else field.type
-        )
+        kind = boolean if field.type is bool else field.type
         parser.add_argument(f"--{field.name}", type=kind, default=default, metavar=str(default))
     options = vars(parser.parse_args(arguments))
     pick = lambda cls: cls(**{f.name: options[f.name] for f in dataclasses.fields(cls)})

@@ -199,6 +199,8 @@ class WorldModel(nn.Module):
     def __init__(self, config: WorldModelConfig):
         super().__init__()
         self.config = c = config
+        if c.sequence_length % c.decode_every:
+            raise ValueError("decode_every must divide sequence_length, or [D19] is biased")
         embedding, z = 32 * c.depth, c.categoricals * c.classes
         self.encoders = nn.ModuleDict({k: ImageEncoder(c.depth) for k in ("static", "gripper")})
         self.fuse = Head((2 * embedding,), embedding)

@@ -183,13 +183,15 @@ def test_no_ditto_is_squared_error_on_expert_latents_without_imagination():
             raise AssertionError("behaviour cloning must not imagine")
 
     agent, batch = make_agent(method="no_ditto", alpha_1=0.0, alpha_2=0.0).eval(), windows()
+    batch["s_0"] = torch.randn_like(batch["s_0"])  # of a reset history [D8]
     torch.manual_seed(1)
     loss, loss_critic, _ = agent.losses(NoWorld(), batch)
     torch.manual_seed(1)
-    v = agent.perceptual(batch["s_E"])
+    s = torch.cat([batch["s_0"][None], batch["s_E"][1:]])
+    v = agent.perceptual(s)
     g = agent.goal(v[-1], batch["emb"])
     plan = A.P.sample_plan(agent.recognition(v)[0])
-    a = agent.actor(torch.cat([batch["s_E"][:-1], torch.cat([g, plan], -1).expand(11, -1, -1)], -1))
+    a = agent.actor(torch.cat([s[:-1], torch.cat([g, plan], -1).expand(11, -1, -1)], -1))
     assert torch.allclose(loss, ((a - batch["a"][:-1]) ** 2).mean(), atol=1e-6)
     assert loss_critic == 0
 
@@ -227,13 +229,33 @@ def test_only_windows_marked_for_alignment_enter_eq8(world):
 
 
 def test_masked_padding_leaves_the_objective():
-    v, target = torch.randn(4, 2), torch.randn(4, 2)
-    weight = torch.tensor([[1.0, 1], [1, 1], [1, 0], [1, 0]])
-    changed = target.clone()
-    changed[2:, 1] += 5
-    assert A.critic_loss(v, target, weight) == A.critic_loss(v, changed, weight)
-    kl = torch.zeros(())
-    assert A.actor_loss(target, kl, kl, 1, 1, weight) == A.actor_loss(changed, kl, kl, 1, 1, weight)
+    """[D14]: a window of 3 real steps gives what it gives without its padding."""
+    r, v = torch.randn(5, 2), torch.randn(6, 2)
+    weight = torch.tensor([[1.0, 1], [1, 1], [1, 1], [1, 0], [1, 0]])
+    got = A.lambda_return(r, v, 0.9, 0.8, weight)
+    assert torch.equal(got[:, 0], A.lambda_return(r, v, 0.9, 0.8)[:, 0])
+    short = A.lambda_return(r[:3, 1:], v[:4, 1:], 0.9, 0.8)
+    assert torch.equal(got[:3, 1:], short)
+    values, zero, changed = torch.randn(5, 2), torch.zeros(()), got.clone()
+    changed[3:, 1] += 5
+    assert A.critic_loss(values, got, weight) == A.critic_loss(values, changed, weight)
+    loss = lambda target: A.actor_loss(target, zero, zero, 1, 1, weight)
+    assert loss(got) == loss(changed)
+
+
+def test_a_binary_gripper_acts_as_its_sign_and_learns_as_itself(world):
+    """[D12] in imagination: only the sign arrives, and the gradient still does."""
+    soft, hard = make_agent(binary_gripper=False).eval(), make_agent(binary_gripper=True).eval()
+    hard.load_state_dict(soft.state_dict())
+    s, g, plan = windows()["s_0"], torch.randn(8, CONFIG.goal), torch.zeros(8, 64)
+    actions = {}
+    for agent in (soft, hard):
+        torch.manual_seed(0)
+        actions[agent] = agent.imagine(world, s, g, plan, 1)[1][0]
+    assert torch.equal(actions[hard][:, :6], actions[soft][:, :6])
+    assert torch.equal(actions[hard][:, 6], actions[soft][:, 6].sign())
+    grads = [gradients(a[:, 6].sum(), x.actor.mean.parameters()) for x, a in actions.items()]
+    assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
 
 
 def test_slow_critic_is_a_hard_copy_that_waits(world):
@@ -321,3 +343,9 @@ def test_tracking_has_its_yardsticks(world):
     figures = make_agent().eval().track(Replay(), batch)
     assert torch.allclose(figures["reward_expert"], torch.tensor(1.0), atol=1e-5)
     assert figures["reward_hold"] < 0.9
+    # The held end of a short window does not count.
+    batch["length"][:], batch["s_E"][6:] = 6, 0
+    figures = make_agent().eval().track(Replay(), batch)
+    assert torch.allclose(figures["reward_expert"], torch.tensor(1.0), atol=1e-5)
+    still = (batch["a"][:5, :, :6] ** 2).mean()
+    assert torch.allclose(figures["mse_still"], still)

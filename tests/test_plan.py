@@ -26,6 +26,8 @@ def test_eq8_true_pairs_are_found_and_shuffled_ones_are_not():
     right, accuracy = P.contrastive_loss(x, 3 * x, tau)  # length does not matter
     wrong, miss = P.contrastive_loss(x, x.roll(1, 0), tau)
     assert accuracy == 1 and miss == 0 and right < 0.01 < wrong
+    twice = x[[0, 0, 2, 3, 4, 5]]  # the same sentence at two places: either is right
+    assert P.contrastive_loss(twice, twice, tau)[1] == 1
 
 
 def test_the_temperature_is_trained_and_starts_at_one_over_007():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -175,6 +176,15 @@ def test_the_agent_refuses_a_world_model_of_another_rate(packed, trained, tmp_pa
     os.link(f"{trained}/wm.pt", tmp_path / "wm.pt")
     with pytest.raises(SystemExit, match="hz"):
         train.main([*AGENT, "--data", str(other), "--out", str(tmp_path), "--steps", "1"])
+
+
+def test_an_agent_does_not_go_on_in_another_world_model(packed, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    checkpoint = torch.load(tmp_path / "run" / "wm.pt", weights_only=True)
+    checkpoint["model"]["gru.bias_hh"] += 0.01
+    torch.save(checkpoint, tmp_path / "run" / "wm.pt")
+    with pytest.raises(SystemExit, match="another world model"):
+        train.main([*AGENT, "--data", packed, "--out", str(tmp_path / "run"), "--steps", "6"])
 
 
 def test_latents_are_those_of_the_whole_episode(packed, trained):
