@@ -200,7 +200,7 @@ def fake(monkeypatch, tmp_path):
         world.asked = encoder
         return np.array([len(s) for s in sentences])
 
-    monkeypatch.setattr(E, "ENVIRONMENTS", {"sim": lambda cameras: (world.env, world.env.oracle)})
+    monkeypatch.setattr(E, "ENVIRONMENTS", {"sim": lambda *_: (world.env, world.env.oracle)})
     monkeypatch.setattr(E, "chain", lambda n: (E.start_states()[n], sim.TASKS[n % 30 : n % 30 + 5]))
     monkeypatch.setattr(train, "load_agent", lambda *_: (world.policy, checkpoint))
     monkeypatch.setattr(data, "encode", encode)
