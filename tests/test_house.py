@@ -15,6 +15,7 @@ ALONE = {
     "agent": ["plan"],
     "data": [],
     "sim": [],
+    "calvin": [],
 }
 
 
