@@ -28,6 +28,7 @@ import os
 import pickle
 import shutil
 import sys
+from collections import deque
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -285,6 +286,18 @@ def read_block(job: tuple) -> dict[str, np.ndarray]:
     return block
 
 
+def ahead(pool, function, jobs, most: int):
+    """pool.imap(function, jobs) with at most `most` jobs given out and not yet taken back: where
+    the disk is slower than the workers, their blocks wait in the workers, not in memory."""
+    waiting = deque()
+    for job in jobs:
+        waiting.append(pool.apply_async(function, (job,)))
+        if len(waiting) == most:
+            yield waiting.popleft().get()
+    while waiting:
+        yield waiting.popleft().get()
+
+
 def create_array(path: Path, shape: tuple, dtype) -> np.memmap:
     """A .npy whose room is reserved at once: a full disk is an error here, not a crash later."""
     with naming(path, "Make room on the disk"):
@@ -312,7 +325,10 @@ def pack(src, dst, skip: int = 1, lang_folder=f"lang_{TEXT_ENCODER}", procs: int
     part.mkdir(parents=True, exist_ok=True)
     old.write_text(key)
     size = total * sum(int(np.prod(s)) * DTYPES[k]().itemsize for k, s in SHAPES.items()) / 1e9
-    print(f"{total} frames take {size:.2f} GB; {shutil.disk_usage(part).free / 1e9:.2f} are free")
+    free, had = shutil.disk_usage(part).free / 1e9, sum(f.stat().st_size for f in part.glob("*/*"))
+    print(f"{total} frames take {size:.2f} GB; {free:.2f} are free, {had / 1e9:.2f} already taken")
+    if free + had / 1e9 < size:
+        raise DataError(f"{part}: {size - had / 1e9 - free:.2f} GB too few are free. Make room.")
     with multiprocessing.Pool(procs) as pool, tqdm(total=total, unit="frame") as bar:
         for name, p in splits.items():
             out, ids, to = part / name, p["ids"], {}
@@ -324,8 +340,8 @@ def pack(src, dst, skip: int = 1, lang_folder=f"lang_{TEXT_ENCODER}", procs: int
                 to[k] = np.load(args[0], mmap_mode="r+") if done else create_array(*args)
             bar.update(min(done * BLOCK, len(ids)))
             rows = range(0, len(ids), BLOCK)[done:]
-            jobs = [(src / name, p["frame"], ids[r : r + BLOCK]) for r in rows]
-            for r, block in zip(rows, pool.imap(read_block, jobs), strict=True):
+            jobs = ((src / name, p["frame"], ids[r : r + BLOCK]) for r in rows)
+            for r, block in zip(rows, ahead(pool, read_block, jobs, 2 * procs), strict=True):
                 for k, x in block.items():
                     to[k][r : r + BLOCK] = x
                 with open(dots, "a") as f:

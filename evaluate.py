@@ -12,9 +12,12 @@ its actions are held:   look, act   step, judge   step, judge   look, act   step
     python evaluate.py --policy operator --chains 200 --procs 2 --out DIR
     python evaluate.py --checkpoint RUN/wm.pt --predict data/play --out DIR             (Fig. 3)
     python evaluate.py --env real --robot SETUP.json --checkpoint RUN/agent.pt --out DIR
+    python evaluate.py --env calvin --scene task_D_D --checkpoint RUN/agent.pt --out DIR
+    python evaluate.py --chains-json FILE     all 1000 chains and start states, to compare
 
-DIR gets chains.jsonl (a line per finished chain: the same command goes on from there), results.json
-and films. Another environment is one more function in ENVIRONMENTS. Needs: all of the project.
+DIR gets chains.jsonl (a line per finished chain: the same command goes on from there), films,
+results.json, and calvin_results.json in the benchmark's own layout. Another environment is one more
+function in ENVIRONMENTS. Needs: all of the project.
 """
 
 import argparse
@@ -35,6 +38,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+import calvin
 import sim
 import teleop
 
@@ -155,14 +159,23 @@ def start_pose(state: State) -> tuple[np.ndarray, np.ndarray]:
 
 
 # ------------------------------------------------------------------ environments and policies
-def make_sim(cameras: bool):
+def make_sim(cameras: bool, args):
     """The embedded play table and its oracle."""
     return sim.PlayTable(static_size=64, gripper_size=64, render=cameras), sim.oracle
 
 
-ENVIRONMENTS = {"sim": make_sim}  # name: function(cameras) -> (environment, oracle)
+def make_calvin(cameras: bool, args):
+    """CALVIN's own simulator and oracle; images are shrunk as data.py does when it packs."""
+    import data
+
+    return calvin.make(cameras, args, data.resize_area)
+
+
+# name: function(cameras, args of the command line) -> (environment, oracle)
+ENVIRONMENTS = {"sim": make_sim, "calvin": make_calvin}
 # What a checkpoint's data must agree with, hz times skip being the simulator's rate.
 MUST_AGREE = {"sim": {"hz x skip": 30, "action_scale": [0.02, 0.05], "renderer": "tiny"}}
+MUST_AGREE["calvin"] = {"hz x skip": 30, "action_scale": [0.02, 0.05]}  # it can render as both do
 
 
 def load_policy(path, device: str, sample: bool, env: str):
@@ -180,6 +193,31 @@ def load_policy(path, device: str, sample: bool, env: str):
             what = f"{path} was trained on data with {key} {have[key]}, --env {env} has {want}"
             raise ValueError(f"{what}: pack data that agrees, and train on that.")
     return policy, checkpoint
+
+
+def read_sentences(args, encoder: str) -> dict[str, tuple]:
+    """Sentences that replace those of assets/: {task: (sentence, embedding (384,) or None)}.
+
+    From --sentences: {task: sentence} in JSON, or a language folder of a dataset's validation/,
+    which is the default where --scene is a dataset. DataError: unusable, or of another encoder.
+    """
+    import data
+
+    where, tasks = args.sentences, set(sim.TASKS)
+    if where and where.suffix == ".json":
+        with data.naming(where, 'It should be {"open_drawer": "pull the drawer open", ...}'):
+            told = {task: (s, None) for task, s in json.loads(where.read_text()).items()}
+    elif where or (args.env == "calvin" and Path(args.scene).is_dir()):
+        where = where or Path(args.scene) / "validation" / f"lang_{encoder}"
+        data.same_text_encoder(where.name.removeprefix("lang_"), encoder, where)
+        rows = data.read_held_out(where)
+        told = zip(rows["sentences"], rows["embeddings"], strict=True)
+        told = dict(zip(rows["tasks"], told, strict=True))
+    else:
+        return {}
+    if missing := sorted(tasks ^ set(told)):
+        raise data.DataError(f"{where}: {missing} are missing in it, or no tasks of CALVIN's 34.")
+    return told
 
 
 def attempt(env, oracle, policy, embeddings, task: str, limit: int = LIMIT) -> tuple[bool, int]:
@@ -267,6 +305,32 @@ def tables(result: dict) -> str:
     names = f"{'Method':<16}{'1':<9}{'2':<9}{'3':<9}{'4':<9}{'5':<9}Avg. Len."
     row = f"{result['method']:<16}" + "".join(f"{f'{s:.1%}':<9}" for s in result["success"])
     return "\n".join([*rates, "", head, names, f"{row}{result['avg_len']:.2f}"])
+
+
+def as_calvin(result: dict) -> dict:
+    """The same figures in the layout of the benchmark's results.json: {training step: figures}."""
+    tasks = {task: {"success": ok, "total": n} for task, (ok, n) in result["tasks"].items()}
+    rates = {str(i): share for i, share in enumerate(result["success"], 1)}
+    step = result.get("training", {}).get("step", 0)
+    return {str(step): {"avg_seq_len": result["avg_len"], "chain_sr": rates, "task_info": tasks}}
+
+
+def write_chains(path: Path) -> None:
+    """All 1000 chains with the benchmark's names of things, for anyone to compare."""
+    out = []
+    for state, tasks in map(chain, range(1000)):
+        robot_obs, scene_obs = (x.tolist() for x in start_pose(state))
+        start = state._asdict() | {"grasped": 0}
+        out.append({"initial_state": start, "tasks": tasks, "robot_obs": robot_obs})
+        out[-1]["scene_obs"] = scene_obs
+    path.write_text(json.dumps(out, indent=1) + "\n")
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Beside its place, then renamed."""
+    part = path.with_name(f"part_{path.name}")
+    part.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(part, path)
 
 
 def read_log(path: Path, identity: dict) -> dict[int, dict]:
@@ -454,11 +518,16 @@ class Worker:
             self.policy, c = load_policy(args.checkpoint, args.device, not args.mean, args.env)
             encoder = args.text_encoder or c["text_encoder"]
             data.same_text_encoder(encoder, c["text_encoder"], args.checkpoint)
-            emb = data.encode(list(self.sentences.values()), encoder)  # (34, 384)
-            self.embeddings = dict(zip(self.sentences, emb, strict=True))
+            told = read_sentences(args, c["text_encoder"])  # {task: (sentence, embedding or None)}
+            self.sentences |= {task: sentence for task, (sentence, _) in told.items()}
+            known = {task: e for task, (_, e) in told.items() if e is not None}
+            rest = {k: s for k, s in self.sentences.items() if k not in known}
+            emb = data.encode(list(rest.values()), encoder) if rest else ()  # (34, 384)
+            self.embeddings = known | dict(zip(rest, emb, strict=True))
+            args.renderer = c["meta"]["renderer"]  # what it was trained on is what it must see
             self.info = {"method": c["config"]["method"], "seed": c["run"]["seed"]}
             self.info["training"] = {k: c[k] for k in ("step", "seconds", "run", "meta")}
-        self.env, self.oracle = ENVIRONMENTS[args.env](bool(args.checkpoint or args.film))
+        self.env, self.oracle = ENVIRONMENTS[args.env](bool(args.checkpoint or args.film), args)
 
     def run_chain(self, number: int, film: Path | None = None) -> dict:
         """One chain, from its start pose to the first failure: what chains.jsonl keeps of it."""
@@ -530,6 +599,8 @@ def evaluate(worker: Worker) -> dict:
     identity = {"env": args.env, "method": args.policy, "seed": args.seed, **worker.info}
     identity |= {k: getattr(args, k) for k in ("checkpoint", "mean", "limit")}
     identity["evaluation_seed"] = args.seed
+    if args.env == "calvin":
+        identity |= {"scene": args.scene, "renderer": args.renderer}
     records = read_log(log, identity)
     numbers = range(args.first, args.first + args.chains)
     films = {n: args.out / f"chain_{n:04}.{args.format}" for n in numbers[: args.film]}
@@ -549,9 +620,8 @@ def evaluate(worker: Worker) -> dict:
             git = "git describe --always --dirty --abbrev=40 --exclude='*'"  # fails: no checkout
             git = subprocess.run(git, shell=True, cwd=HERE, capture_output=True, text=True)
             result = identity | summarise(done) | {"commit": git.stdout.strip() or None}
-            part = args.out / "part_results.json"
-            part.write_text(json.dumps(result, indent=1) + "\n")
-            os.replace(part, args.out / "results.json")
+            write_json(args.out / "results.json", result)
+            write_json(args.out / "calvin_results.json", as_calvin(result))
             print(tables(result))
         if len(done) < args.chains:
             print(f"{len(done)} of {args.chains} chains: the same command again goes on from here.")
@@ -639,10 +709,17 @@ def parse(argv=None) -> argparse.Namespace:
     add("--rollouts", type=int, default=20, help="real: of each task, before the chains")
     add("--dream", type=Path, help="real: results.json of the same tasks in the world model")
     add("--dry-run", action="store_true", help="real: everything but the motion")
+    add("--sentences", type=Path, help="of the 34 tasks: JSON, or validation/lang_...")
+    add("--chains-json", type=Path, metavar="FILE", help="only write the 1000 chains")
+    calvin.add_options(parser)
     args = parser.parse_args(argv)
+    if args.chains_json:
+        return args
     reads = bool(args.checkpoint)
     if (args.policy == "agent") != reads or (args.instruction and not reads):
         parser.error("give --checkpoint RUN/agent.pt, or --policy operator (for no --instruction)")
+    if reads and args.renderer:
+        parser.error("--renderer is for --policy operator; a checkpoint needs that of its data")
     if not 0 <= args.first < args.first + (1 if args.instruction else args.chains) <= 1000:
         parser.error(f"there are chains 0 to 999, not {args.chains} from {args.first} on")
     alone = args.procs == 1 and not args.instruction
@@ -662,11 +739,13 @@ def main(argv=None) -> dict:
             return evaluate_real(args)
         except (ValueError, RuntimeError, OSError, robot.RobotError, robot.Stopped) as error:
             raise SystemExit(f"evaluate.py: {error}") from error
+    if args.chains_json:
+        return write_chains(args.chains_json)
     try:
         if args.predict:
             return predict(args)
         worker = Worker(args)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, ImportError) as error:
         raise SystemExit(f"evaluate.py: {error}") from error
     if not args.instruction:
         return evaluate(worker)

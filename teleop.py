@@ -3,6 +3,7 @@
 rates      python teleop.py rates --n 20 --procs 2       success and frames of each of the 34 tasks
 record     python teleop.py record DIR --frames N --val-frames M --procs P --seed S
            long unsegmented play in CALVIN's on-disk format, with language from the oracle
+both take  --env calvin        and play in CALVIN's own simulator, with its own oracle
 
 Operator moves the *target pose* along way-points that it passes without stopping, so that a skill
 fits into one span of 64 frames. Skills are generators of way-points: what went wrong is seen and
@@ -11,7 +12,7 @@ the environment by reset, step, get_obs, get_info and the target pose alone.
 
 frame      t                t+1              rel_actions[t]: commanded at t, noise included
            o_t -- a_t -->   o_{t+1}          actions[t]: the tcp pose of frame t+1, and the gripper
-Copy this file together with sim.py. Needs: numpy, tqdm.
+Copy this file together with sim.py and calvin.py. Needs: numpy, tqdm.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import signal
 import sys
 import threading
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +32,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+import calvin
 import sim
 
 BLOCKS = ("block_red", "block_blue", "block_pink")
@@ -669,13 +672,19 @@ def prepare(env, op, task, rng, chained):
 
 
 # -------------------------------------------------------------------------------- in many processes
-_worker = {}  # of a worker process: its environment and the counter of frames
+_worker = {}  # of a worker process: its environment, its oracle and the counter of frames
 
 
-def _start_worker(render, counter):
+def make_sim(render):
+    """The embedded play table and its oracle."""
+    return sim.PlayTable(render=render), sim.oracle
+
+
+def _start_worker(make, render, counter):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker.update(env=sim.PlayTable(render=render), counter=counter)
+    env, oracle = make(render)
+    _worker.update(env=env, oracle=oracle, counter=counter)
 
 
 def _end_with_parent():
@@ -684,13 +693,14 @@ def _end_with_parent():
     os._exit(1)
 
 
-def _parallel(function, jobs, procs, render, total, done=0, what=""):
-    """function(*job) for every job in `procs` processes; the workers' counter moves the bar."""
+def _parallel(function, jobs, procs, make, render, total, done=0, what=""):
+    """function(*job) for every job in `procs` processes, each with what make(render) gives it: an
+    environment and its oracle; the workers' counter moves the bar."""
     context = multiprocessing.get_context("spawn")
     counter, out = context.Value("q", 0), []
     with (
         tqdm(total=total, initial=done, desc=what, smoothing=0.05) as bar,
-        ProcessPoolExecutor(procs, context, _start_worker, (render, counter)) as pool,
+        ProcessPoolExecutor(procs, context, _start_worker, (make, render, counter)) as pool,
     ):
         futures = [pool.submit(function, *job) for job in jobs]
         try:
@@ -716,7 +726,7 @@ def _count():
 def _one_rate(task, n, seed):
     for again in range(30):
         rng = np.random.default_rng([seed, sim.TASKS.index(task), n, again])
-        op = Operator(_worker["env"], rng)
+        op = Operator(_worker["env"], rng, _worker["oracle"])
         if prepare(op.env, op, task, rng, chained=n % 2 == 1):
             ok, steps = op.attempt(task)
             _count()
@@ -724,10 +734,10 @@ def _one_rate(task, n, seed):
     raise RuntimeError(f"{task}: no feasible start in 30 random scenes (seed {seed}, trial {n})")
 
 
-def rates(n=20, procs=2, seed=0, out=None):
+def rates(n=20, procs=2, seed=0, out=None, make=make_sim):
     """Attempts every task n times: prints, returns and writes to `out` (JSON) {task: figures}."""
     jobs = [(t, k, seed) for t in sim.TASKS for k in range(n)]
-    rows = _parallel(_one_rate, jobs, procs, False, len(jobs), what="rates")
+    rows = _parallel(_one_rate, jobs, procs, make, False, len(jobs), what="rates")
     table = {}
     print(f"{'task':26s} {'n':>5s} {'success':>8s} {'median':>7s} {'95 %':>6s} {'<= 64':>7s}")
     for task in [*sim.TASKS, "all"]:
@@ -745,6 +755,9 @@ def rates(n=20, procs=2, seed=0, out=None):
 
 
 # ---------------------------------------------------------------------------------------- recording
+SIM = {"source": "sim", "renderer": "tiny", "hz": 30, "action_scale": [0.02, 0.05]}
+
+
 def write(path, fill):
     """Writes a file beside its place and renames it, so that nobody ever sees half of it."""
     tmp = path.with_name(path.name + ".tmp")
@@ -754,8 +767,9 @@ def write(path, fill):
         os.replace(tmp, path)
     except OSError as error:
         tmp.unlink(missing_ok=True)
-        why = f"cannot write {path}: {error.strerror}. Free some space (27 kB a frame) or fix the"
-        why += " permissions, and run the same command again: it goes on where it stopped"
+        why = f"cannot write {path}: {error.strerror}. Free some space (up to 150 kB a frame)"
+        why += " or fix the permissions, and run the same command again: it goes on where it"
+        why += " stopped"
         raise OSError(error.errno, why) from None
 
 
@@ -781,13 +795,13 @@ class Recorder:
     A pure function of its arguments that writes under final names: after a crash it is repeated.
     """
 
-    def __init__(self, env, folder, first, length, rng):
+    def __init__(self, env, folder, first, length, rng, oracle=sim.oracle):
         self.env, self.folder, self.rng, self.end = env, folder, rng, first + length
         self.t, self.episodes, self.spans, self.infos = first, [], [], {}
         self.solved = first  # when the last span's skill was
         self.count = dict.fromkeys(sim.TASKS, 0)
         self.sums, self.low, self.high = np.zeros((2, 39)), np.full(7, np.inf), np.full(7, -np.inf)
-        self.op = Operator(env, rng, on_step=self.on_step, render=True)
+        self.op = Operator(env, rng, oracle, on_step=self.on_step, render=True)
 
     def on_step(self, action, obs, info):
         """Frame t: what was seen at t, the action commanded at t, the pose it led to."""
@@ -877,7 +891,7 @@ class Recorder:
         """A span of 64 frames, as CALVIN's are, up to this success: it may begin before the skill
         did, unless the oracle does not agree from there; then it begins where the skill did."""
         for first in (max(self.t - 63, min(self.infos)), max(self.t - 63, start)):
-            if sim.oracle(self.infos[first], self.infos[self.t], task):
+            if self.op.oracle(self.infos[first], self.infos[self.t], task):
                 self.spans.append([task, first, self.t])
                 self.solved = self.t
                 return
@@ -888,7 +902,7 @@ class Recorder:
         task, first, end = self.spans[-1]
         later = max(first, self.t - 63)
         known = end == self.t - 1 and later in self.infos  # not in an episode that is over
-        if known and sim.oracle(self.infos[later], self.infos[self.t], task):
+        if known and self.op.oracle(self.infos[later], self.infos[self.t], task):
             self.spans[-1] = [task, later, self.t]
 
     def wander(self):
@@ -904,16 +918,19 @@ class Recorder:
 def _block(folder, split, index, first, length, seed):
     """Records one block of frames, then its part file, which says that it is finished."""
     rng = np.random.default_rng([seed, ("training", "validation").index(split), index])
-    part = Recorder(_worker["env"], folder, first, length, rng).play()
+    part = Recorder(_worker["env"], folder, first, length, rng, _worker["oracle"]).play()
     write(folder / "parts" / f"{index:05d}.json", lambda f: f.write(json.dumps(part).encode()))
 
 
-def record(folder, frames, val_frames, procs=2, seed=0):
-    """Records play into folder/training and folder/validation; goes on where it was stopped."""
+def record(folder, frames, val_frames, procs=2, seed=0, make=make_sim, about=SIM):
+    """Records play into folder/training and folder/validation; goes on where it was stopped.
+
+    make: function(render) -> (environment, oracle). about: what recording.json says of it.
+    """
     folder, jobs, done = Path(folder), [], 0
     for split, n in (("training", frames), ("validation", val_frames)):
         place = folder / split
-        _claim(place, n, seed)
+        _claim(place, n, seed, about)
         blocks = max(1, round(n / 2000))  # of 1000 to 3000 frames
         shares = np.random.default_rng([seed, n]).uniform(0.5, 1.5, blocks)
         ends = np.round(np.cumsum(shares) / shares.sum() * n).astype(int).tolist()
@@ -923,19 +940,18 @@ def record(folder, frames, val_frames, procs=2, seed=0):
             else:
                 jobs.append((place, split, k, first, end - first, seed))
     if jobs:
-        _parallel(_block, jobs, procs, True, frames + val_frames, done, "recording")
+        _parallel(_block, jobs, procs, make, True, frames + val_frames, done, "recording")
     print(f"recorded in {folder} (seed {seed}):")
     for split in ("training", "validation"):
         _finish(folder / split, split, seed)
     print(f"next: python data.py pack {folder} PACKED")
 
 
-def _claim(place, n, seed):
+def _claim(place, n, seed, about):
     """Makes sure that the folder is new, or holds the beginning of the very same recording."""
     if n < 64:
         raise ValueError(f"{place}: {n} frames are too few, a span alone may have 64")
-    about = {"source": "sim", "renderer": "tiny", "hz": 30, "action_scale": [0.02, 0.05]}
-    about |= {"text_encoder": LANG[5:], "frames": n, "seed": seed}
+    about = about | {"text_encoder": LANG[5:], "frames": n, "seed": seed}
     if place.exists() and any(place.iterdir()):
         try:
             found = json.loads((place / "recording.json").read_text())
@@ -1039,14 +1055,21 @@ def main(argv=None):
     for p in (r, w):
         p.add_argument("--procs", type=int, default=2)
         p.add_argument("--seed", type=int, default=0)
+        p.add_argument("--env", choices=("sim", "calvin"), default="sim")
+        calvin.add_options(p)
     a = parser.parse_args(argv)
-    if a.command == "rates":
-        rates(a.n, a.procs, a.seed, a.out)
-    else:
-        try:
-            record(a.folder, a.frames, a.val_frames, a.procs, a.seed)
-        except (OSError, ValueError) as error:
-            sys.exit(f"error: {error}")
+    make, about = make_sim, SIM
+    try:
+        if a.env == "calvin":
+            calvin.home(a.calvin_env)  # an error here is clearer than one of a worker
+            make = partial(calvin.make, args=a)
+            about = SIM | {"source": "calvin", "renderer": a.renderer or "tiny", "scene": a.scene}
+        if a.command == "rates":
+            rates(a.n, a.procs, a.seed, a.out, make)
+        else:
+            record(a.folder, a.frames, a.val_frames, a.procs, a.seed, make, about)
+    except (OSError, ValueError, ImportError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

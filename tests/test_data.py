@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +25,17 @@ SPANS["validation"] = [(37_700, 37_764)]
 
 
 def frame(i: int, static: int = 200, gripper: int = 84) -> dict:
-    """One frame as CALVIN stores it: float64, keys that we do not need, values that tell its id."""
+    """One frame as CALVIN stores it: float64, keys that we do not need, values that tell its id.
+
+    Keys, shapes and types are those of two frames of the dataset, 0358482 and 0359423.
+    """
     rng = np.random.default_rng(i)
     action = np.append(rng.uniform(-1, 1, 6), 1.0 if i // 7 % 2 else -1.0)
     images = {"rgb_static": (static, static, 3), "rgb_gripper": (gripper, gripper, 3)}
     images = {k: rng.integers(0, 256, s, np.uint8) for k, s in images.items()}
-    other = {"rgb_tactile": np.zeros((2, 2, 6), np.uint8), "depth_static": np.zeros((2, 2), "f4")}
+    other = {"rgb_tactile": np.zeros((160, 120, 6), np.uint8)}
+    depths = {"static": (static, static), "gripper": (gripper, gripper), "tactile": (160, 120, 2)}
+    other |= {f"depth_{k}": np.zeros(s, np.float32) for k, s in depths.items()}
     state = {"robot_obs": np.full(15, i / 10), "scene_obs": np.full(24, i / 100)}
     return {"rel_actions": action, "actions": action + 1} | state | images | other
 
@@ -46,7 +52,8 @@ def record(root: Path, static: int = 200, gripper: int = 84) -> Path:
         np.save(root / split / "ep_start_end_ids.npy", np.array(episodes))
         for first, last in episodes:
             for i in range(first, last + 1):
-                np.savez(root / split / f"episode_{i:07d}.npz", **frame(i, static, gripper))
+                name = f"episode_{i:07d}.npz"
+                np.savez_compressed(root / split / name, **frame(i, static, gripper))
         n = len(SPANS[split])
         emb = np.random.default_rng(0).normal(size=(n, 1, 384)).astype(np.float32)
         language = {"ann": [f"do {i}" for i in range(n)], "task": ["open_drawer"] * n, "emb": emb}
@@ -317,6 +324,25 @@ def test_a_full_disk_is_found_before_anything_is_written(calvin, tmp_path, monke
     with pytest.raises(D.DataError, match=r"rgb_static\.npy.*No space left.*Make room"):
         D.pack(calvin, tmp_path / "packed")
     assert not (tmp_path / "packed").exists()
+
+
+def test_a_disk_that_is_too_small_is_told_before_the_hours_of_packing(
+    calvin, tmp_path, monkeypatch
+):
+    usage = lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**6)
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    with pytest.raises(D.DataError, match=r"packed\.part: 0\.01 GB too few are free\. Make room"):
+        D.pack(calvin, tmp_path / "packed")
+    assert not list((tmp_path / "packed.part").glob("*/*"))
+
+
+def test_blocks_come_in_order_and_no_more_wait_than_were_asked_for():
+    started = []
+    with ThreadPool(4) as pool:
+        for taken, x in enumerate(D.ahead(pool, lambda k: started.append(k) or k, range(40), 6)):
+            time.sleep(0.002)  # the workers could be far ahead
+            assert x == taken and len(started) <= taken + 6
+    assert sorted(started) == list(range(40))
 
 
 def test_an_existing_folder_is_never_overwritten_and_an_unpacked_one_is_named(calvin, packed):

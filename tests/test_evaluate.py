@@ -37,6 +37,16 @@ def test_chains_and_initial_states_are_the_benchmarks_own(chains):
     assert digest.hexdigest() == BENCHMARK
 
 
+def test_chains_json_holds_the_benchmarks_chains(tmp_path):
+    E.main(["--chains-json", str(tmp_path / "chains.json")])
+    digest = hashlib.sha256()
+    for row in json.loads((tmp_path / "chains.json").read_text()):
+        assert list(row["initial_state"])[4:] == [*E.BLOCKS, "grasped"]
+        state = list(row["initial_state"].values())[:-1]
+        digest.update(line(state, row["tasks"], row["robot_obs"], row["scene_obs"]).encode())
+    assert digest.hexdigest() == BENCHMARK
+
+
 def test_192_states_start_1000_chains_40_of_them_six_and_the_rest_five(chains):
     states = E.start_states()
     assert len(set(states)) == 192
@@ -200,7 +210,7 @@ def fake(monkeypatch, tmp_path):
         world.asked = encoder
         return np.array([len(s) for s in sentences])
 
-    monkeypatch.setattr(E, "ENVIRONMENTS", {"sim": lambda cameras: (world.env, world.env.oracle)})
+    monkeypatch.setattr(E, "ENVIRONMENTS", {"sim": lambda *_: (world.env, world.env.oracle)})
     monkeypatch.setattr(E, "chain", lambda n: (E.start_states()[n], sim.TASKS[n % 30 : n % 30 + 5]))
     monkeypatch.setattr(train, "load_agent", lambda *_: (world.policy, checkpoint))
     monkeypatch.setattr(data, "encode", encode)
@@ -323,6 +333,42 @@ def test_success_in_a_row_average_length_and_task_rates_by_hand(monkeypatch):
     assert result["success"] == [0.75, 0.5, 0.5, 0.25, 0.25]
     assert result["avg_len"] == 2.25 == sum(result["success"])
     assert result["tasks"] == {"a": [2, 3], "b": [3, 4], "c": [2, 2], "d": [1, 1], "e": [1, 2]}
+
+
+def test_the_same_figures_in_the_layout_of_the_benchmarks_results_json():
+    result = {"avg_len": 1.5, "success": [1.0, 0.5, 0, 0, 0], "tasks": {"open_drawer": [3, 4]}}
+    assert E.as_calvin(result | {"training": {"step": 800}}) == {
+        "800": {
+            "avg_seq_len": 1.5,
+            "chain_sr": {"1": 1.0, "2": 0.5, "3": 0, "4": 0, "5": 0},
+            "task_info": {"open_drawer": {"success": 3, "total": 4}},
+        }
+    }
+
+
+def test_sentences_come_from_json_or_from_a_datasets_language_folder(tmp_path):
+    args = SimpleNamespace(env="calvin", scene="calvin_scene_D", sentences=None)
+    assert E.read_sentences(args, "an-encoder") == {}
+    args.sentences = tmp_path / "mine.json"
+    args.sentences.write_text(json.dumps({task: f"do {task}" for task in sim.TASKS}))
+    assert E.read_sentences(args, "an-encoder")["open_drawer"] == ("do open_drawer", None)
+    args.sentences.write_text("[]")
+    with pytest.raises(data.DataError, match=r"mine\.json"):
+        E.read_sentences(args, "an-encoder")
+
+    folder = tmp_path / "validation" / "lang_an-encoder"
+    folder.mkdir(parents=True)
+    rows = {t: {"emb": np.full((1, 1, 384), k), "ann": [t]} for k, t in enumerate(sim.TASKS)}
+    np.save(folder / "embeddings.npy", np.array(rows, dtype=object))
+    args.sentences, args.scene = None, str(tmp_path)  # a dataset brings its own
+    sentence, embedding = E.read_sentences(args, "an-encoder")[sim.TASKS[3]]
+    assert sentence == sim.TASKS[3] and embedding.tolist() == [3] * 384
+    args.sentences = folder
+    with pytest.raises(data.DataError, match="text encoder is 'an-encoder'"):
+        E.read_sentences(args, "another")
+    np.save(folder / "embeddings.npy", np.array(dict(list(rows.items())[1:]), dtype=object))
+    with pytest.raises(data.DataError, match=r"rotate_red_block_right.*missing"):
+        E.read_sentences(args, "an-encoder")
 
 
 def test_the_table_is_laid_out_like_table_i():

@@ -16,6 +16,7 @@ ALONE = {
     "data": [],
     "sim": [],
     "robot": [],
+    "calvin": [],
 }
 
 

@@ -261,8 +261,8 @@ def test_same_seed_same_play_in_any_process_and_another_seed_other_play():
 def test_a_span_takes_in_what_was_before_the_skill_and_how_it_settles(env, tmp_path, monkeypatch):
     """The oracle here agrees from frame 40 on, until frame 106."""
     monkeypatch.setattr(teleop, "_count", lambda: None)
-    monkeypatch.setattr(teleop.sim, "oracle", lambda a, b, task: a >= 40 and b <= 106)
-    recorder = teleop.Recorder(env, tmp_path, 0, 1000, np.random.default_rng(0))
+    oracle = lambda a, b, task: a >= 40 and b <= 106
+    recorder = teleop.Recorder(env, tmp_path, 0, 1000, np.random.default_rng(0), oracle)
     recorder.obs = obs = {"robot_obs": np.zeros(15), "scene_obs": np.zeros(24), "rgb_obs": {}}
     for t in range(1, 120):
         recorder.on_step(np.zeros(7), obs, t)
@@ -275,8 +275,8 @@ def test_a_span_begins_with_its_skill_where_the_oracle_disagrees_from_before(
     env, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(teleop, "_count", lambda: None)
-    monkeypatch.setattr(teleop.sim, "oracle", lambda a, b, task: a >= 70)
-    recorder = teleop.Recorder(env, tmp_path, 0, 1000, np.random.default_rng(0))
+    oracle = lambda a, b, task: a >= 70
+    recorder = teleop.Recorder(env, tmp_path, 0, 1000, np.random.default_rng(0), oracle)
     recorder.obs = obs = {"robot_obs": np.zeros(15), "scene_obs": np.zeros(24), "rgb_obs": {}}
     for t in range(1, 130):
         recorder.on_step(np.zeros(7), obs, t)
