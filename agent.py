@@ -305,7 +305,7 @@ class Agent(nn.Module):
             loss_critic = q.new_zeros(())
             loss_actor = actor_loss(-error, kl, contrast, c.alpha_1, c.alpha_2, weight)
         else:
-            critic_plan = plan if c.critic_sees_plan else plan[:, :0]
+            critic_plan = plan if c.critic_sees_plan else plan[:, :0]  # g, plan: not detached [D24]
             x = torch.cat([s_pi, torch.cat([g, critic_plan], -1).expand(T, -1, -1)], -1)
             v_lambda = lambda_return(r, self.slow_critic(x), c.gamma, c.lam, weight)
             loss_critic = critic_loss(self.critic(x[:-1].detach()), v_lambda, weight)

@@ -425,7 +425,8 @@ class Windows:
     """Windows of min_len to max_len frames for the agent, padded to T [D14]; batch(step) is pure.
 
     play: any start in an episode; goal: the window's last frame. lang: any annotated span, then any
-    start in it; it ends in it; goal: its sentence. A span shorter than min_len is a window, whole.
+    start in it; it ends in it; goal: its sentence. A span shorter than min_len is a window, whole
+    [D23].
     """
 
     def __init__(self, data, B, T=MAX_LEN, min_len=MIN_LEN, max_len=MAX_LEN, kind="play", seed=0):
