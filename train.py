@@ -105,10 +105,10 @@ def load_agent(path, device: str = "cpu", sample: bool = True) -> tuple[A.Policy
     return A.Policy(world, agent, skip=checkpoint["meta"]["skip"], sample=sample), checkpoint
 
 
-def identity(world: W.WorldModel) -> str:
-    """A short name of exactly these weights, for the cache of their latents."""
+def identity(weights: dict[str, Tensor]) -> str:
+    """A short name of exactly these weights (a state_dict), for the cache of their latents."""
     digest = hashlib.sha256()
-    for name, tensor in world.state_dict().items():
+    for name, tensor in weights.items():
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -329,7 +329,7 @@ def cache_latents(world: W.WorldModel, data: D.PlayData, run: Run) -> D.Latents:
     The set is cut into stretches that are filtered side by side; each begins `warm` frames early,
     so that its first kept latent has a history too. Also z after a reset, per frame [D8].
     """
-    c, key, device = world.config, identity(world), run.device
+    c, key, device = world.config, identity(world.state_dict()), run.device
     if D.Latents.exists(data, key):
         return D.Latents.open(data, key)
     out = D.Latents.create(data, key, c.deterministic, c.categoricals)
@@ -472,7 +472,7 @@ def train_agent(run: Run) -> None:
     modules = {"model": agent}
     optimizers = {"actor": actor_optimizer, "critic": critic_optimizer}
     start, old = run.resume(modules, optimizers)
-    if old and identity(load_world_model(old, device)) != identity(world):
+    if old and identity(old["world_model"]["model"]) != identity(world_checkpoint["model"]):
         sys.exit(
             f"{run.checkpoint_path} was trained in another world model than {run.out / 'wm.pt'}; "
             "remove it, or give another --out."

@@ -259,9 +259,9 @@ def test_same_seed_same_play_in_any_process_and_another_seed_other_play():
 
 
 def test_a_span_takes_in_what_was_before_the_skill_and_how_it_settles(env, tmp_path, monkeypatch):
-    """The oracle here agrees from frame 40 on, until frame 106."""
+    """The oracle here agrees from frame 30 on, until frame 106."""
     monkeypatch.setattr(teleop, "_count", lambda: None)
-    oracle = lambda a, b, task: a >= 40 and b <= 106
+    oracle = lambda a, b, task: a >= 30 and b <= 106
     recorder = teleop.Recorder(env, tmp_path, 0, 1000, np.random.default_rng(0), oracle)
     recorder.obs = obs = {"robot_obs": np.zeros(15), "scene_obs": np.zeros(24), "rgb_obs": {}}
     for t in range(1, 120):

@@ -192,7 +192,7 @@ def test_latents_are_those_of_the_whole_episode(packed, trained):
     play = data.PlayData(packed, "training")
     checkpoint = train.load_checkpoint(f"{trained}/wm.pt", "wm", "cpu")
     world = train.load_world_model(checkpoint, "cpu")
-    latents = data.Latents.open(play, train.identity(world))
+    latents = data.Latents.open(play, train.identity(world.state_dict()))
     for start, end in play.episodes:
         batch = play.frames(np.arange(start, end)[:, None])
         # z is sampled: feed the cached one back, so that h must follow from it.
@@ -208,7 +208,7 @@ def test_latents_are_those_of_the_whole_episode(packed, trained):
 def test_a_language_window_brings_its_sentence_and_a_reset_start_its_constant_h(packed, trained):
     play = data.PlayData(packed, "training")
     world = train.load_world_model(train.load_checkpoint(f"{trained}/wm.pt", "wm", "cpu"), "cpu")
-    latents = data.Latents.open(play, train.identity(world))
+    latents = data.Latents.open(play, train.identity(world.state_dict()))
     config = train.A.PRESETS["tiny"]
     batches = train.WindowBatches(play, latents, config, world, 0, "cpu")
     batch = batches.batch(3, reset_start=1.0)
