@@ -565,9 +565,11 @@ class Arm:
         with contextlib.suppress(*self.errors):
             self.stop()
         self.thread.join(2)
-        self.robot = self.hand = self.grip_job = (
-            None  # disconnects: an arm has one client at a time
-        )
+        if self.grip_job is not None:  # it works on the hand: it must go first
+            with contextlib.suppress(*self.errors):
+                self.grip_job.wait(3.0)
+        self.grip_job = None
+        self.hand = self.robot = None  # disconnects: an arm has one client at a time
 
 
 # ------------------------------------------------------------------ environment
