@@ -274,7 +274,8 @@ class Agent(nn.Module):
         """
         c, s_E, s_0 = self.config, batch["s_E"], batch["s_0"]
         T, B, _ = s_E.shape
-        v = self.perceptual(torch.cat([s_0[None], s_E[1:]]))  # (T, B, d)
+        seen = torch.cat([s_0[None], s_E[1:]])  # (T, B, k)
+        v = self.perceptual(seen)  # (T, B, d)
         g = self.goal(v[-1], batch["emb"])
         q, features = self.recognition(v)
         p = self.proposal(v[0], g)
@@ -292,7 +293,7 @@ class Agent(nn.Module):
 
         if c.method == "no_ditto" and not c.clone_imagined:
             context = torch.cat([g, plan], -1).expand(T - 1, -1, -1)
-            a = self.actor(torch.cat([torch.cat([s_0[None], s_E[1:-1]]), context], -1))
+            a = self.actor(torch.cat([seen[:-1], context], -1))
             figures = {}
         else:
             s_pi, a = self.imagine(world, s_0, g, plan, T - 1)
