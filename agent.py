@@ -388,6 +388,7 @@ class Policy:
     @torch.no_grad()
     def act(self, obs: dict, embedding):
         """obs: the environment's, with images (64, 64, 3) uint8. embedding: (384,).
+        obs None: nothing is seen, the world model imagines what its last action led to.
 
         Returns a numpy array of 7: the arm's six in (-1, 1), the gripper -1 (close) or 1 (open).
         """
@@ -395,11 +396,14 @@ class Policy:
         def tensor(x, dtype=None) -> Tensor:
             return torch.as_tensor(x, dtype=dtype, device=self.a_prev.device)[None]
 
-        batch = {k: tensor(x)[None] for k, x in obs["rgb_obs"].items()}  # (1, 1, 64, 64, 3)
-        batch["robot_obs"] = tensor(obs["robot_obs"], torch.float32)[None]
-        batch["a_prev"], batch["reset"] = self.a_prev, torch.zeros_like(self.a_prev[..., 0]) > 0
-        h, z, _ = self.world.filter(batch, self.state)
-        self.state = (h[-1], z[-1])
+        if obs is None:
+            self.state = self.world.imagine_step(*self.state, self.a_prev[0])
+        else:
+            batch = {k: tensor(x)[None] for k, x in obs["rgb_obs"].items()}  # (1, 1, 64, 64, 3)
+            batch["robot_obs"] = tensor(obs["robot_obs"], torch.float32)[None]
+            batch["a_prev"], batch["reset"] = self.a_prev, torch.zeros_like(self.a_prev[..., 0]) > 0
+            h, z, _ = self.world.filter(batch, self.state)
+            self.state = (h[-1], z[-1])
         s = torch.cat(self.state, -1)  # (1, k)
         g = self.agent.goal_language(tensor(embedding, torch.float32))
         if self.steps % self.agent.config.replan == 0:

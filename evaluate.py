@@ -10,6 +10,7 @@ its actions are held:   look, act   step, judge   step, judge   look, act   step
     python evaluate.py --checkpoint RUN/agent.pt --chains 200 --procs 2 --out DIR [--film 3]
     python evaluate.py --checkpoint RUN/agent.pt --instruction "pull out the drawer" --out DIR
     python evaluate.py --policy operator --chains 200 --procs 2 --out DIR
+    python evaluate.py --env dream --checkpoint RUN/agent.pt --chains 200 --out DIR    (Table II)
     python evaluate.py --checkpoint RUN/wm.pt --predict data/play --out DIR             (Fig. 3)
     python evaluate.py --env real --robot SETUP.json --checkpoint RUN/agent.pt --out DIR
     python evaluate.py --env calvin --scene task_D_D --checkpoint RUN/agent.pt --out DIR
@@ -172,9 +173,10 @@ def make_calvin(cameras: bool, args):
 
 
 # name: function(cameras, args of the command line) -> (environment, oracle)
-ENVIRONMENTS = {"sim": make_sim, "calvin": make_calvin}
+ENVIRONMENTS = {"sim": make_sim, "calvin": make_calvin, "dream": make_sim}
 # What a checkpoint's data must agree with, hz times skip being the simulator's rate.
 MUST_AGREE = {"sim": {"hz x skip": 30, "action_scale": [0.02, 0.05], "renderer": "tiny"}}
+MUST_AGREE["dream"] = MUST_AGREE["sim"]
 MUST_AGREE["calvin"] = {"hz x skip": 30, "action_scale": [0.02, 0.05]}  # it can render as both do
 
 
@@ -193,6 +195,28 @@ def load_policy(path, device: str, sample: bool, env: str):
             what = f"{path} was trained on data with {key} {have[key]}, --env {env} has {want}"
             raise ValueError(f"{what}: pack data that agrees, and train on that.")
     return policy, checkpoint
+
+
+def load_judge(args, world, checkpoint: dict):
+    """Who judges the dream; trained once, on the packed data that the policy was trained on."""
+    import torch
+
+    import data
+    import dream
+    import train
+
+    path = args.out / f"judge_{train.identity(world.state_dict())}.pt"
+    if not path.exists():
+        play = data.PlayData(args.data or checkpoint["run"]["data"], "training")
+        torch.set_num_threads(os.cpu_count())
+        judge = dream.train_judge(world, play)
+        torch.set_num_threads(1)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        train.save_checkpoint(path, {"tasks": judge.tasks, "model": judge.state_dict()})
+    saved = torch.load(path, map_location=args.device, weights_only=True)
+    judge = dream.Judge(world.config.latent, saved["tasks"]).to(args.device)
+    judge.load_state_dict(saved["model"])
+    return judge.eval()
 
 
 def read_sentences(args, encoder: str) -> dict[str, tuple]:
@@ -528,6 +552,8 @@ class Worker:
             self.info = {"method": c["config"]["method"], "seed": c["run"]["seed"]}
             self.info["training"] = {k: c[k] for k in ("step", "seconds", "run", "meta")}
         self.env, self.oracle = ENVIRONMENTS[args.env](bool(args.checkpoint or args.film), args)
+        if args.env == "dream":
+            self.judge = load_judge(args, self.policy.world, c)
 
     def run_chain(self, number: int, film: Path | None = None) -> dict:
         """One chain, from its start pose to the first failure: what chains.jsonl keeps of it."""
@@ -539,17 +565,35 @@ class Worker:
         else:
             self.policy.seed(int(rng.integers(2**63)))
             try_task = functools.partial(attempt, env, self.oracle, self.policy, self.embeddings)
-        steps = []
+        steps, attempts = [], []
         for k, task in enumerate(tasks):
             env.caption = f"{k + 1}/5  {self.sentences[task]}"
             env.snap()
-            ok, n = try_task(task, args.limit)
+            if args.env == "dream":
+                ok, n, seen = self.try_twice(env, task)
+                attempts.append(seen)
+            else:
+                ok, n = try_task(task, args.limit)
             env.snap(solved=ok)
             steps.append(n)
             if not ok:
                 break
         env.save()
-        return {"chain": number, "solved": len(steps) - (not ok), "tasks": tasks, "steps": steps}
+        record = {"chain": number, "solved": len(steps) - (not ok), "tasks": tasks, "steps": steps}
+        return record | ({"attempts": attempts} if attempts else {})
+
+    def try_twice(self, env, task: str) -> tuple[bool, int, dict]:
+        """In the dream; then, from the same picture, in the simulator, which judges the judge."""
+        import dream
+
+        policy, emb, limit = self.policy, self.embeddings, self.args.limit
+        imagined = dream.attempt(policy, self.judge, env.get_obs(), emb[task], task, limit)
+        oracle = dream.Watched(self.oracle, policy, self.judge)
+        ok, n = attempt(env, oracle, policy, emb, task, limit)
+        policy.act(env.get_obs(), emb[task])
+        oracle.look()
+        seen = {"task": task, "dream": imagined, "sim": ok}
+        return ok, n, seen | {k: sorted(getattr(oracle, k)) for k in ("truth", "judged")}
 
     def follow(self, sentence: str, number: int, film: Path) -> dict[str, int]:
         """One free sentence in a chain's scene, to the limit: {task: step that it was seen at}."""
@@ -620,9 +664,13 @@ def evaluate(worker: Worker) -> dict:
             git = "git describe --always --dirty --abbrev=40 --exclude='*'"  # fails: no checkout
             git = subprocess.run(git, shell=True, cwd=HERE, capture_output=True, text=True)
             result = identity | summarise(done) | {"commit": git.stdout.strip() or None}
+            if args.env == "dream":
+                import dream
+
+                result |= dream.summarise(done)
             write_json(args.out / "results.json", result)
             write_json(args.out / "calvin_results.json", as_calvin(result))
-            print(tables(result))
+            print(dream.table(result) if args.env == "dream" else tables(result))
         if len(done) < args.chains:
             print(f"{len(done)} of {args.chains} chains: the same command again goes on from here.")
     return result
@@ -707,6 +755,7 @@ def parse(argv=None) -> argparse.Namespace:
     add("--robot", type=Path, help="real: JSON file of robot.RobotConfig's fields")
     add("--tasks", type=Path, default=HERE / "assets/tabletop.json", help="real: tasks and chains")
     add("--rollouts", type=int, default=20, help="real: of each task, before the chains")
+    add("--data", help="dream: packed data for its judge, if the policy's has moved")
     add("--dream", type=Path, help="real: results.json of the same tasks in the world model")
     add("--dry-run", action="store_true", help="real: everything but the motion")
     add("--sentences", type=Path, help="of the 34 tasks: JSON, or validation/lang_...")
@@ -723,6 +772,8 @@ def parse(argv=None) -> argparse.Namespace:
     if not 0 <= args.first < args.first + (1 if args.instruction else args.chains) <= 1000:
         parser.error(f"there are chains 0 to 999, not {args.chains} from {args.first} on")
     alone = args.procs == 1 and not args.instruction
+    if args.env == "dream" and not (reads and not args.instruction):
+        parser.error("--env dream takes --checkpoint RUN/agent.pt, and no --instruction")
     if args.env == "real" and not (args.robot and reads and alone):
         parser.error("--env real takes --robot FILE and --checkpoint; no --instruction, --procs")
     run = Path(args.checkpoint).parent if args.checkpoint else Path("runs") / args.policy

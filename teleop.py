@@ -48,6 +48,7 @@ UP = np.array([0.0, 0.0, 1.0])
 TABLE_X, TABLE_Y = (0.02, 0.30), (-0.14, -0.07)  # where a block may be put down on the table
 SHELVES = {"left": (-0.28, -0.20), "right": (-0.02, 0.09)}  # x ranges of the cabinet's two halves
 PLACES = (0.44, 0.15, 0.15, 0.14, 0.12)  # a block on the table, left, right, in the drawer, on top
+ROOM = (-0.40, -0.50, 0.38), (0.42, 0.22, 0.75)  # low, high: where noise may push the target pose
 SETTLE = 10  # frames behind a success that its span may take in
 LANG = "lang_paraphrase-MiniLM-L3-v2"
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -190,6 +191,10 @@ class Operator:
         a = np.concatenate([dpos / 0.02, dorn / 0.05, [grip]])
         if self.noise:  # Ornstein-Uhlenbeck, stationary deviation = noise
             self.ou = 0.85 * self.ou + self.noise * np.sqrt(1 - 0.85**2) * self.rng.normal(size=6)
+            low, high = np.array(ROOM)
+            lost = (self.env.target_pos < low).any() or (self.env.target_pos > high).any()
+            if lost or rotation(self.env.target_euler)[2, 2] > -0.5:
+                self.ou[:] = 0  # clumsy, but not looking away from the table
             a[:6] += self.ou
         a[:6] = np.clip(a[:6], -1, 1)
         self.grip = grip

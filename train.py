@@ -53,7 +53,7 @@ class RunConfig:
 # Steps of each stage; the paper does not say [D7].
 STEPS = {
     "paper": {"wm": 2_000_000, "agent": 100_000},
-    "sim": {"wm": 9000, "agent": 2000},
+    "sim": {"wm": 12000, "agent": 2000},
     "tiny": {"wm": 300, "agent": 200},
 }
 RESUMABLE = ("steps", "log_every", "validate_every", "checkpoint_every", "device", "out", "data")
@@ -262,7 +262,10 @@ def train_world_model(run: Run) -> None:
     modules, optimizers = {"model": world}, {"world": optimizer}
     start, checkpoint = run.resume(modules, optimizers)
     B, L = c.batch_size, c.sequence_length
-    sequences = D.Sequences(data, B, L, run.config.seed, carry=c.carry_state)
+    sequences, pieces = (
+        D.Sequences(data, B * n, L // n, run.config.seed, carry=c.carry_state)
+        for n in (1, c.shorter)
+    )
     validation = D.Sequences(held_out, min(B, len(held_out) // L), L, 0, carry=False)
     state = checkpoint.get("state") or world.initial(B)
 
@@ -270,7 +273,10 @@ def train_world_model(run: Run) -> None:
         nonlocal state
         left = (run.steps - step) / max(1.0, c.anneal * run.steps)
         optimizer.param_groups[0]["lr"] = c.learning_rate * min(1.0, left)  # [D7]
-        batch = to_device(sequences.batch(step), device)
+        world.softness = max(0.0, 1 - (step + 1) / max(1.0, c.harden * run.steps))  # [D25]
+        batch = to_device((pieces if left > 1 else sequences).batch(step), device)  # [D26]
+        if not c.carry_state:
+            state = world.initial(batch["reset"].shape[1])
         world.train()
         with run.autocast():
             loss, terms, state = world.loss(batch, state)

@@ -49,6 +49,9 @@ class WorldModelConfig:
     carry_state: bool = True  # sequences continue, with their state, from batch to batch [D10]
     decode_every: int = 1  # reconstruct every n-th frame of a training batch [D19]
     anneal: float = 0.0  # last part of the steps, over which the learning rate falls to 0 [D7]
+    gain: float = 1.0  # at the start, of the weights before and behind the posterior's sample [D25]
+    harden: float = 0.0  # first part of the steps, over which q's mean turns into samples [D25]
+    shorter: int = 1  # before the rate falls: batches of so many times more, shorter pieces [D26]
 
     @property
     def latent(self) -> int:
@@ -62,6 +65,7 @@ PRESETS = {
     "sim": WorldModelConfig(
         batch_size=8, sequence_length=32, deterministic=512, learning_rate=6e-4,
         hidden=512, depth=16, proprioception=True, carry_state=False, decode_every=4, anneal=0.3,
+        gain=3.0, harden=0.1, shorter=4,
     ),
     "tiny": WorldModelConfig(
         batch_size=8, sequence_length=16, deterministic=64, categoricals=8, classes=8,
@@ -88,16 +92,18 @@ def kl_balanced(q: Tensor, p: Tensor, delta: float) -> Tensor:
     return (1 - delta) * kl(q, p.detach()) + delta * kl(q.detach(), p)
 
 
-def sample_straight_through(logits: Tensor) -> Tensor:
+def sample_straight_through(logits: Tensor, softness: float = 0.0) -> Tensor:
     """One-hot samples (..., C*K) of the logits (..., C, K), with the gradient of the probabilities.
 
     Straight-through estimation [26]: forward the sample, backward as if it were softmax(logits).
+    softness > 0 [D25]: forward, the sample is drawn so far towards its mean, the probabilities.
     """
     logits = logits.float()
     gumbel = -torch.empty_like(logits).exponential_().log()  # argmax(logits + gumbel) ~ softmax
     one_hot = F.one_hot((logits + gumbel).argmax(-1), logits.shape[-1]).to(logits.dtype)
     probabilities = logits.softmax(-1)
-    return (one_hot + probabilities - probabilities.detach()).flatten(-2)
+    sample = torch.lerp(one_hot, probabilities.detach(), softness)
+    return (sample + probabilities - probabilities.detach()).flatten(-2)
 
 
 def elbo_loss(
@@ -199,8 +205,10 @@ class WorldModel(nn.Module):
     def __init__(self, config: WorldModelConfig):
         super().__init__()
         self.config = c = config
-        if c.sequence_length % c.decode_every:
-            raise ValueError("decode_every must divide sequence_length, or [D19] is biased")
+        if c.sequence_length % (c.shorter * c.decode_every):
+            raise ValueError("shorter * decode_every must divide sequence_length [D19, D26]")
+        if c.shorter > 1 and c.carry_state:
+            raise ValueError("pieces of another length cannot carry the state on: shorter 1 [D26]")
         embedding, z = 32 * c.depth, c.categoricals * c.classes
         self.encoders = nn.ModuleDict({k: ImageEncoder(c.depth) for k in ("static", "gripper")})
         self.fuse = Head((2 * embedding,), embedding)
@@ -215,6 +223,10 @@ class WorldModel(nn.Module):
         self.decoder_in = nn.Linear(c.latent, embedding)  # shared by both decoders [D7]
         self.decoders = nn.ModuleDict({k: ImageDecoder(c.depth) for k in ("static", "gripper")})
         self.apply(initialise)
+        with torch.no_grad():  # [D25]
+            self.posterior_head.out.weight.mul_(c.gain)
+            self.decoder_in.weight[:, c.deterministic :].mul_(c.gain)
+        self.softness = 0.0  # of the posterior's samples, set while training [D25]
         self.to(memory_format=torch.channels_last)
 
     # ------------------------------------------------------------------ the pieces of Eq. 1
@@ -276,7 +288,7 @@ class WorldModel(nn.Module):
         for t in range(e.shape[0]):
             h = self.recurrent(h * keep[t], z * keep[t], a_part[t])
             q = self.posterior(h, e_part[t])
-            z = sample_straight_through(q)
+            z = sample_straight_through(q, self.softness * self.training)
             hs.append(h), zs.append(z), qs.append(q)
         return torch.stack(hs), torch.stack(zs), torch.stack(qs)
 

@@ -17,6 +17,7 @@ ALONE = {
     "sim": [],
     "robot": [],
     "calvin": [],
+    "dream": ["data"],
 }
 
 

@@ -15,6 +15,7 @@ import torch
 import data
 import evaluate
 import train
+import world_model as W
 
 WM = ["--stage", "wm", "--preset", "tiny", "--precision", "fp32", "--log_every", "2"]
 AGENT = ["--stage", "agent", "--preset", "tiny", "--precision", "fp32", "--log_every", "2"]
@@ -93,6 +94,21 @@ def test_resume_equals_the_uninterrupted_run(stage, packed, trained, tmp_path):
     pick = lambda rows: {r["step"]: r["loss" if name == "wm" else "loss_actor"]
                          for r in rows if r["kind"] == "train"}  # fmt: skip
     assert pick(a) == pick(b)
+
+
+def test_pieces_come_before_whole_sequences_and_samples_harden(packed, tmp_path, monkeypatch):
+    """[D25, D26]: until the rate falls, twice as many sequences of half the length."""
+    seen, plain = [], W.WorldModel.loss
+
+    def spy(world, batch, state):
+        if world.training:
+            seen.append((*batch["reset"].shape, world.softness))
+        return plain(world, batch, state)
+
+    monkeypatch.setattr(W.WorldModel, "loss", spy)
+    options = "--carry_state false --shorter 2 --anneal 0.5 --harden 0.5 --steps 4".split()
+    train.main([*WM, *options, "--data", str(packed), "--out", str(tmp_path)])
+    assert seen == [(8, 16, 0.5), (8, 16, 0), (16, 8, 0), (16, 8, 0)]
 
 
 def test_records_after_the_checkpoint_are_dropped_on_resume(packed, tmp_path):

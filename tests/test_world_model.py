@@ -158,6 +158,23 @@ def test_samples_follow_the_probabilities_and_carry_their_gradient():
     soft = logits.detach().clone().requires_grad_()
     (soft.softmax(-1).flatten(-2) * weights).sum().backward()
     assert torch.allclose(logits.grad, soft.grad, atol=1e-6)
+    mean = W.sample_straight_through(logits, softness=1.0)  # [D25]
+    assert torch.allclose(mean, logits.softmax(-1).flatten(-2))
+    halfway = W.sample_straight_through(logits, softness=0.5).mean(0)
+    assert torch.allclose(halfway, mean[0], atol=0.015)
+
+
+def test_imagination_and_evaluation_never_soften_their_samples(world):
+    """[D25] is for the posterior while training; the agent is trained on one-hot latents."""
+    world.softness = 0.5
+    h, z = world.initial(2)
+    one_hot = lambda z: set(z.detach().round(decimals=4).unique().tolist()) == {0.0, 1.0}
+    assert one_hot(world.imagine_step(h, z, torch.zeros(2, 7))[1])
+    x = torch.zeros(3, 2, world.posterior_head.inputs[1].in_features)
+    observe = lambda: world.observe(x, torch.zeros(3, 2, 7), torch.zeros(3, 2) > 0, (h, z))[1]
+    assert one_hot(observe())
+    world.train()
+    assert not one_hot(observe())
 
 
 @pytest.mark.parametrize(("n", "kernel"), [(1, 5), (5, 5), (13, 6), (30, 6)])

@@ -1,0 +1,162 @@
+"""The policy inside its own world model, and who judges it there. LUMOS Table II, "World Model".
+
+    simulator  look, act   step   look, act   step ...      the oracle knows what was done
+    dream      look, act   imagine, act   imagine, act ...  nothing is seen after the first look:
+                                                            the prior is sampled; a judge reads it
+
+The judge is a small network that compares the latent now with that of the attempt's start and says
+which task has been done between them, if any. It learns from the annotated spans of the training
+split: what their last frame shows was done, what it showed well before that was not yet.
+`evaluate.py --env dream` tries every instruction of the benchmark's chains from the same picture in
+both worlds. What the simulator's oracle saw of all tasks then tells how far the judge can be
+believed; where either its precision or its recall is under 0.9, it is not.
+
+Copy this file together with data.py. Needs: torch, numpy, tqdm. World model, policy: arguments.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import trange
+
+import data as D
+
+NOT_YET, LAST = 8, 2  # frames: a task is not done up to 8 before its span's end, done in the last 2
+ENOUGH = 5  # attempts in which a task was done, and at least 0.9 of both, for a judgement to count
+STEPS, BATCH = 2000, 256
+
+
+class Judge(nn.Module):
+    """s at an attempt's start, s now: (N, k) each -> logits (N, 1 + tasks); the first: nothing."""
+
+    def __init__(self, k: int, tasks: list[str], hidden: int = 256):
+        super().__init__()
+        self.tasks = tasks
+        self.net = nn.Sequential(
+            nn.Dropout(0.3), nn.Linear(2 * k, hidden), nn.LayerNorm(hidden), nn.ELU(),
+            nn.Dropout(0.3), nn.Linear(hidden, 1 + len(tasks)),
+        )  # fmt: skip
+
+    def forward(self, start: Tensor, now: Tensor) -> Tensor:
+        return self.net(torch.cat([start, now], -1))
+
+    @torch.no_grad()
+    def done(self, start: Tensor, now: Tensor) -> str | None:
+        """The task that was done between two latents (1, k), or None."""
+        best = self(start, now).argmax(-1).item()
+        return self.tasks[best - 1] if best else None
+
+
+@torch.no_grad()
+def latents_of_spans(world, play: D.PlayData, batch: int = 64) -> tuple[Tensor, Tensor]:
+    """s (M, L, k) float16 of the annotated spans' frames, each filtered from h = z = 0 as a policy
+    with a new instruction does it, the last one repeated; and their lengths (M,)."""
+    spans, device = np.asarray(play.spans), world.decoder_in.weight.device
+    lengths = spans[:, 1] - spans[:, 0]
+    out = torch.empty(len(spans), lengths.max(), world.config.latent, dtype=torch.float16)
+    for i in trange(0, len(spans), batch, desc="judge: latents", unit="batch"):
+        first, last = spans[i : i + batch].T
+        frames = play.frames(np.minimum(first + np.arange(lengths.max())[:, None], last - 1))
+        frames["reset"][0], frames["a_prev"][0] = True, torch.tensor(D.NO_ACTION)
+        frames = {k: x.to(device) for k, x in frames.items()}
+        h, z, _ = world.filter(frames, world.initial(len(first)))  # (L, B, H), (L, B, C*K)
+        out[i : i + batch] = torch.cat([h, z], -1).transpose(0, 1).half().cpu()
+    return out, torch.from_numpy(lengths)
+
+
+def train_judge(world, play: D.PlayData, seed: int = 0) -> Judge:
+    """A judge of the tasks in `play`'s annotations (its training split), by cross-entropy: half of
+    each batch are spans at their end, half the same spans, well before it."""
+    device, tasks = world.decoder_in.weight.device, sorted(set(play.tasks))
+    names = torch.tensor([1 + tasks.index(task) for task in play.tasks])
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        s, lengths = latents_of_spans(world, play)
+        judge = Judge(world.config.latent, tasks).to(device).train()
+        optimizer = torch.optim.AdamW(judge.parameters(), 1e-3, weight_decay=0.05)
+        pool = (lengths > NOT_YET + 1).nonzero()[:, 0]
+        for step in trange(STEPS, desc="judge", unit="step"):
+            optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / STEPS)
+            m = pool[torch.randint(len(pool), (BATCH,))]
+            ended = torch.arange(BATCH) % 2 == 0
+            most = lengths[m] - NOT_YET  # frames in which it was surely not done yet
+            at = lambda most: (torch.rand(BATCH) * most).long()  # a frame, uniformly
+            start = at(most)
+            now = torch.where(ended, lengths[m] - 1 - at(torch.tensor(LAST)), at(most))
+            start = torch.minimum(start, now)
+            logits = judge(*(s[m, t].to(device).float() for t in (start, now)))
+            loss = F.cross_entropy(logits, torch.where(ended, names[m], 0).to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return judge.eval()
+
+
+def attempt(policy, judge: Judge, obs: dict, embedding, task: str, limit: int) -> bool:
+    """One instruction in the dream, from one observation on; limit: in simulator steps."""
+    policy.reset()
+    policy.act(obs, embedding)
+    start = torch.cat(policy.state, -1)
+    for _ in range(policy.skip, limit, policy.skip):
+        policy.act(None, embedding)
+        if judge.done(start, torch.cat(policy.state, -1)) == task:
+            return True
+    return False
+
+
+class Watched:
+    """An oracle that also asks the judge, each time the policy has looked, and notes what both saw
+    of all tasks since the attempt began: `truth` and `judged`, sets of tasks."""
+
+    def __init__(self, oracle, policy, judge: Judge):
+        self.oracle, self.policy, self.judge = oracle, policy, judge
+        self.start, self.last, self.truth, self.judged = None, None, set(), set()
+
+    def __call__(self, start, info, task) -> bool:
+        if self.policy.state is not self.last:
+            self.look()
+            self.truth |= {x for x in self.judge.tasks if self.oracle(start, info, x)}
+        done = self.oracle(start, info, task)
+        self.truth |= {task} if done else set()
+        return done
+
+    def look(self) -> None:
+        self.last, now = self.policy.state, torch.cat(self.policy.state, -1)
+        self.start = now if self.start is None else self.start
+        self.judged |= {self.judge.done(self.start, now)} - {None}
+
+
+def summarise(records: list[dict]) -> dict:
+    """Per task: how often it was solved in the dream and in the simulator, of n attempts from the
+    same pictures; the judge's precision and recall (None: nothing to divide by), and the number of
+    attempts, of whatever instruction, that they are of."""
+    tasks, judge = {}, {}
+    for r in records:
+        for a in r["attempts"]:
+            n = tasks.setdefault(a["task"], [0, 0, 0])
+            n[0], n[1], n[2] = n[0] + a["dream"], n[1] + a["sim"], n[2] + 1
+    attempts = [a for r in records for a in r["attempts"]]
+    for task in sorted({x for a in attempts for x in (a["task"], *a["truth"], *a["judged"])}):
+        both = sum(task in a["truth"] and task in a["judged"] for a in attempts)
+        true, said = (sum(task in a[k] for a in attempts) for k in ("truth", "judged"))
+        judge[task] = {"done": true, "precision": both / said if said else None}
+        judge[task]["recall"] = both / true if true else None
+    return {"dream": tasks, "judge": judge}
+
+
+def trusted(judge: dict) -> bool:
+    return judge["done"] >= ENOUGH and min(judge["precision"] or 0, judge["recall"] or 0) >= 0.9
+
+
+def table(result: dict) -> str:
+    """The judge first, then the rates that it is believed about."""
+    share = lambda x: "-" if x is None else f"{x:.2f}"
+    lines = [f"{'The judge':<28}{'done':>6}{'precision':>11}{'recall':>8}"]
+    for task, j in result["judge"].items():
+        lines.append(f"{task:<28}{j['done']:>6}{share(j['precision']):>11}{share(j['recall']):>8}")
+    lines += ["", f"{'Solved':<28}{'n':>6}{'dream':>11}{'sim':>8}"]
+    for task, (dream, sim, n) in result["dream"].items():
+        imagined = f"{dream / n:.1%}" if trusted(result["judge"][task]) else "not judged"
+        lines.append(f"{task:<28}{n:>6}{imagined:>11}{sim / n:>8.1%}")
+    return "\n".join(lines)
