@@ -282,9 +282,9 @@ class Agent(nn.Module):
         plan = P.sample_plan(q) if self.with_plan else s_0[:, :0]
         kl = P.kl_balanced(q, p, c.delta).mean() if self.with_plan else q.new_zeros(())
         contrast, accuracy = q.new_zeros(()), q.new_zeros(())
-        if c.method != "no_alignment" and batch["align"].sum() > 1:
-            pairs = [x[-len(batch["emb"]) :][batch["align"]] for x in (features, g)]
-            contrast, accuracy = self.alignment(*pairs)
+        if c.method != "no_alignment":
+            pairs = [x[-len(batch["emb"]) :] for x in (features, g)]
+            contrast, accuracy = self.alignment(*pairs, batch["align"])
 
         weight = torch.ones(T - 1, B, device=s_E.device)
         if c.mask_padding:  # [D14]
@@ -360,9 +360,8 @@ class Agent(nn.Module):
                 h, z = world.imagine_step(h, z, a[t])
                 s_pi.append(torch.cat([h, z], -1))
             figures[f"reward_{name}"] = mean(self.reward(s_E[1:], torch.stack(s_pi)))
-        if batch["align"].sum() > 1:
-            pairs = [x[-len(batch["emb"]) :][batch["align"]] for x in (features, g)]
-            figures["alignment_accuracy"] = self.alignment(*pairs)[1]
+        pairs = [x[-len(batch["emb"]) :] for x in (features, g)]
+        figures["alignment_accuracy"] = self.alignment(*pairs, batch["align"])[1]
         return figures
 
 

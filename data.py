@@ -44,6 +44,7 @@ CAMERAS, VECTORS = ("rgb_static", "rgb_gripper"), {"actions": 7, "robot_obs": 15
 SHAPES = {c: (SIZE, SIZE, 3) for c in CAMERAS} | {k: (n,) for k, n in VECTORS.items()}
 DTYPES = {c: np.uint8 for c in CAMERAS} | {k: np.float32 for k in VECTORS}
 TEXT_ENCODER, EMBEDDING = "paraphrase-MiniLM-L3-v2", 384  # App. B
+ALL = slice(None)
 NO_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)  # before the first step: the gripper is open
 # What recording.json says of our recordings. CALVIN's have no such file, and are like this:
 CALVIN = {"source": "calvin", "renderer": "egl", "hz": 30, "action_scale": [0.02, 0.05]}
@@ -395,8 +396,11 @@ class Sequences:
     episodes shorter than L are left out.
     """
 
-    def __init__(self, data: PlayData, B: int, L: int, seed: int, carry: bool = True):
-        self.data, self.B, self.L, self.seed, self.carry = data, B, L, seed, carry
+    def __init__(
+        self, data: PlayData, B: int, L: int, seed: int, carry: bool = True, part: slice = ALL
+    ):
+        """part: which of a batch's B sequences this process reads."""
+        self.data, self.B, self.L, self.seed, self.carry, self.part = data, B, L, seed, carry, part
         long = data.episodes[np.diff(data.episodes)[:, 0] >= L]  # the others cannot hold a sequence
         self.pool = np.concatenate([np.arange(0), *(np.arange(*bounds) for bounds in long)])
         if (least := len(data) if carry else len(self.pool)) < L or B < 1:
@@ -415,7 +419,7 @@ class Sequences:
             first = np.random.default_rng([self.seed, step]).choice(self.pool, self.B)
             first = np.minimum(first, ends[np.searchsorted(ends, first, "right")] - self.L)
         # After the last row of the data comes the first, an episode's start.
-        batch = self.data.frames((first + np.arange(self.L)[:, None]) % N)
+        batch = self.data.frames((first[self.part] + np.arange(self.L)[:, None]) % N)
         if i == 0 or not self.carry:
             batch["reset"][0], batch["a_prev"][0] = True, torch.tensor(NO_ACTION)
         return batch
@@ -429,8 +433,11 @@ class Windows:
     [D23].
     """
 
-    def __init__(self, data, B, T=MAX_LEN, min_len=MIN_LEN, max_len=MAX_LEN, kind="play", seed=0):
-        self.data, self.B, self.T, self.kind, self.seed = data, B, T, kind, seed
+    def __init__(
+        self, data, B, T=MAX_LEN, min_len=MIN_LEN, max_len=MAX_LEN, kind="play", seed=0, part=ALL
+    ):
+        """part: which of a batch's B windows this process reads, a slice."""
+        self.data, self.B, self.T, self.kind, self.seed, self.part = data, B, T, kind, seed, part
         bounds = {"play": data.episodes, "lang": data.spans}[kind]
         if not len(bounds) or not 1 <= min_len <= max_len <= T:
             raise DataError(f"no {kind} windows of {min_len}..{max_len} in {T}: pack language too.")
@@ -447,7 +454,8 @@ class Windows:
         """index (T, B) rows of data, length (B,), a (T, B, 7); lang: emb (B, 384), span, align."""
         rng = np.random.default_rng([self.seed, step, self.kind == "lang"])
         w = np.searchsorted(self.cdf, rng.random(self.B) * self.cdf[-1], "right")
-        length = rng.integers(self.least[w], self.most[w] + 1)
+        length = rng.integers(self.least[w], self.most[w] + 1)[self.part]
+        w = w[self.part]
         t = np.arange(self.T)[:, None]
         index = self.start[w] + np.minimum(t, length - 1)  # the end is held [D14]
         a = self.data.actions[index]  # (T, B, 7); the held end repeats its gripper

@@ -20,8 +20,10 @@ import math
 from itertools import pairwise
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather
 from torch.distributions import OneHotCategoricalStraightThrough
 
 
@@ -60,6 +62,13 @@ def contrastive_loss(x: Tensor, y: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]
 def sample_plan(logits: Tensor) -> Tensor:
     """A sample (..., C*K) of categoricals (..., C, K), with straight-through gradient."""
     return OneHotCategoricalStraightThrough(logits=logits.float()).rsample().flatten(-2)
+
+
+def of_all_processes(x: Tensor) -> Tensor:
+    """The rows (M, ...) of all processes that train together, with their gradients."""
+    if not (dist.is_available() and dist.is_initialized() and torch.is_grad_enabled()):
+        return x
+    return torch.cat(all_gather(x.contiguous()))
 
 
 # ---------------------------------------------------------------------------- modules
@@ -141,6 +150,11 @@ class Alignment(nn.Module):
         self.text = mlp(goal, 128, 1, out)
         self.tau = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
-    def forward(self, features: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        """features (M, F), g (M, g) of M annotated windows -> loss (), accuracy ()."""
-        return contrastive_loss(self.latent(features), self.text(g), self.tau)
+    def forward(self, features: Tensor, g: Tensor, align: Tensor) -> tuple[Tensor, Tensor]:
+        """features (M, F), g (M, g) of M annotated windows, align (M,) bool: which of them enter
+        Eq. 8 [D11] -> loss (), accuracy (); zeros where they are fewer than two."""
+        rows = self.latent(features), self.text(g), align.to(features.dtype)
+        x, y, align = (of_all_processes(x) for x in rows)  # the negatives are the whole batch's
+        if align.sum() < 2:
+            return 0 * (x.sum() + y.sum()), align.new_zeros(())
+        return contrastive_loss(x[align > 0], y[align > 0], self.tau)

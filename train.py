@@ -9,23 +9,29 @@ over sequences of play, then caches the latents of every frame and probes what t
 (Sec. IV-B) minimises Eqs. 5 and 6 over imagined windows while the world model stays frozen.
 Every field of the configuration is an option (`--batch_size 16`); a run that was stopped at any
 moment goes on from its last checkpoint when the same command is given again.
+
+    torchrun --nproc-per-node 8 train.py --stage wm ...      the same batch, shared among 8 GPUs
 """
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import os
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import imageio.v3 as imageio
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import agent as A
@@ -56,6 +62,7 @@ STEPS = {
     "sim": {"wm": 12000, "agent": 2000},
     "tiny": {"wm": 300, "agent": 200},
 }
+RANKS = {"RANK": "0", "WORLD_SIZE": "1"}  # torchrun's, and what they are without it
 RESUMABLE = ("steps", "log_every", "validate_every", "checkpoint_every", "device", "out", "data")
 
 
@@ -114,6 +121,14 @@ def identity(weights: dict[str, Tensor]) -> str:
 
 
 # ---------------------------------------------------------------------------- a run
+class Losses(torch.nn.Module):
+    """A module whose forward is its loss function, for DistributedDataParallel hooks on forward."""
+
+    def __init__(self, module: torch.nn.Module, loss):
+        super().__init__()
+        self.module, self.forward = module, loss
+
+
 class Run:
     """Device, folder, log and checkpoint of one stage: what both loops need around their losses."""
 
@@ -123,28 +138,73 @@ class Run:
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
         bf16 = config.precision == "bf16" or (config.precision == "auto" and has_bf16(self.device))
-        self.autocast = lambda: torch.autocast(self.device, torch.bfloat16, enabled=bf16)
+        kind = self.device
+        self.autocast = lambda: torch.autocast(kind, torch.bfloat16, enabled=bf16)
+        self.rank, self.ranks = (int(os.environ.get(k, n)) for k, n in RANKS.items())
+        if self.ranks > 1:  # under torchrun
+            if kind == "cuda":
+                self.device = f"cuda:{os.environ['LOCAL_RANK']}"
+                torch.cuda.set_device(self.device)
+            if not dist.is_initialized():  # the others wait while rank 0 caches latents
+                dist.init_process_group(
+                    "nccl" if kind == "cuda" else "gloo", timeout=timedelta(hours=6)
+                )
         self.out = Path(config.out)
         (self.out / "pictures").mkdir(parents=True, exist_ok=True)
         self.checkpoint_path = self.out / f"{config.stage}.pt"
         self.log_path = self.out / f"{config.stage}.jsonl"
         self.steps = config.steps or STEPS[config.preset][config.stage]
         self.sums, self.count, self.seconds = {}, 0, 0.0
+        self.board = None
+        if self.rank:
+            torch.manual_seed(config.seed)
+            return
         try:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(self.out / "tensorboard" / config.stage)
         except ImportError:  # an optional extra
-            self.board = None
+            pass
         torch.manual_seed(config.seed)
         settings = dataclasses.asdict(config) | dataclasses.asdict(model_config)
         print(json.dumps(settings, indent=1, ensure_ascii=False))
-        print(f"device {self.device}, {'bf16' if bf16 else 'fp32'} products, {self.steps} steps")
+        how = f"{'bf16' if bf16 else 'fp32'} products, {self.steps} steps, {self.ranks} processes"
+        print(f"device {self.device}, {how}")
+
+    def part(self, n: int, what: str = "batch_size") -> slice:
+        """This process's share of n rows; rank r has the r-th of equal parts."""
+        if n % self.ranks:
+            raise ValueError(f"{what}: {n} rows cannot be shared by {self.ranks} processes evenly")
+        n //= self.ranks
+        return slice(self.rank * n, self.rank * n + n)
+
+    def shared(self, module: torch.nn.Module, loss):
+        """`loss`, whose backward averages the gradients of `module` over all processes."""
+        if self.ranks == 1:
+            return loss
+        return DistributedDataParallel(Losses(module, loss), find_unused_parameters=True)
+
+    def whole(self, x: Tensor) -> Tensor:
+        """The rows of all processes, without gradients."""
+        if self.ranks == 1:
+            return x.clone()
+        parts = [torch.empty_like(x) for _ in range(self.ranks)]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    def first(self, function, *args):
+        """Rank 0 does it, the others wait for it and then do it too: they find it done."""
+        if self.rank == 0:
+            out = function(*args)
+        if self.ranks > 1:
+            dist.barrier()
+        return function(*args) if self.rank else out
 
     def resume(self, modules: dict, optimizers: dict) -> tuple[int, dict]:
         """Loads the last checkpoint if there is one. Returns the step to go on from, and it."""
         if not self.checkpoint_path.exists():
-            self.log_path.unlink(missing_ok=True)
+            if self.rank == 0:
+                self.log_path.unlink(missing_ok=True)
             return 0, {}
         c = load_checkpoint(self.checkpoint_path, self.config.stage, self.device)
         now = dataclasses.asdict(self.config) | dataclasses.asdict(self.model_config)
@@ -165,9 +225,11 @@ class Run:
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(c["optimizer"][name])
         torch.set_rng_state(c["random"]["cpu"].cpu())
-        if self.device == "cuda" and "cuda" in c["random"]:
+        if self.device.startswith("cuda") and "cuda" in c["random"]:
             torch.cuda.set_rng_state(c["random"]["cuda"].cpu())
         self.seconds = c["seconds"]
+        if self.rank:
+            return c["step"], c
         # Records after the checkpoint belong to steps that will be done again.
         if self.log_path.exists():
             lines = self.log_path.read_text().splitlines(keepends=True)
@@ -177,8 +239,10 @@ class Run:
         return c["step"], c
 
     def save(self, step: int, modules: dict, optimizers: dict, **more) -> None:
+        if self.rank:
+            return
         random = {"cpu": torch.get_rng_state()}
-        if self.device == "cuda":
+        if self.device.startswith("cuda"):
             random["cuda"] = torch.cuda.get_rng_state()
         checkpoint = {
             "stage": self.config.stage, "step": step, "seconds": self.seconds,
@@ -205,8 +269,12 @@ class Run:
         """Without `figures`: the means since the last call. One line, one JSONL record."""
         kind = "validate" if figures is not None else "train"
         if figures is None:
-            figures = {k: v / self.count for k, v in self.sums.items()}
+            sums = torch.tensor([*self.sums.values()], device=self.device, dtype=torch.float32)
+            mean = self.whole(sums[None]).mean(0) / self.count
+            figures = dict(zip(self.sums, mean.tolist(), strict=True))
             self.sums, self.count = {}, 0
+        if self.rank:
+            return
         record = {"step": step, "kind": kind, "hours": round(self.seconds / 3600, 4)}
         record |= {k: float(f"{float(v):.5g}") for k, v in figures.items()}
         with self.log_path.open("a") as f:
@@ -223,14 +291,17 @@ class Run:
 
     def loop(self, start: int, update, validate, save) -> None:
         """update(step) -> figures, for every step; validation and checkpoints in between."""
-        for step in tqdm(range(start, self.steps), initial=start, total=self.steps, unit="step"):
+        if self.ranks > 1:  # each has its own random numbers from here on
+            torch.manual_seed(hash((self.config.seed, start, self.rank)) % 2**63)
+        how = {"initial": start, "total": self.steps, "unit": "step", "disable": self.rank > 0}
+        for step in tqdm(range(start, self.steps), **how):
             begun = time.monotonic()
             self.add(step, update(step))
             self.seconds += time.monotonic() - begun
             done, last = step + 1, step + 1 == self.steps
             if done % self.config.log_every == 0 or last:
                 self.log(done)
-            if done % self.config.validate_every == 0 or last:
+            if (done % self.config.validate_every == 0 or last) and self.rank == 0:
                 # Fixed random numbers, and the training's own ones left where they were.
                 with torch.random.fork_rng(), torch.no_grad():
                     torch.manual_seed(0)
@@ -263,11 +334,12 @@ def train_world_model(run: Run) -> None:
     start, checkpoint = run.resume(modules, optimizers)
     B, L = c.batch_size, c.sequence_length
     sequences, pieces = (
-        D.Sequences(data, B * n, L // n, run.config.seed, carry=c.carry_state)
+        D.Sequences(data, B * n, L // n, run.config.seed, c.carry_state, run.part(B * n))
         for n in (1, c.shorter)
     )
     validation = D.Sequences(held_out, min(B, len(held_out) // L), L, 0, carry=False)
-    state = checkpoint.get("state") or world.initial(B)
+    state = [x[run.part(B)] for x in checkpoint.get("state") or world.initial(B)]
+    losses = run.shared(world, world.loss)
 
     def update(step: int) -> dict:
         nonlocal state
@@ -279,7 +351,7 @@ def train_world_model(run: Run) -> None:
             state = world.initial(batch["reset"].shape[1])
         world.train()
         with run.autocast():
-            loss, terms, state = world.loss(batch, state)
+            loss, terms, state = losses(batch, state)
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(world.parameters(), c.gradient_clip)
@@ -298,11 +370,13 @@ def train_world_model(run: Run) -> None:
         run.picture("prediction", step, prediction_picture(world, to_device(clip, device)))
 
     def save(step: int) -> None:
-        run.save(step, modules, optimizers, state=[x.clone() for x in state])
+        run.save(step, modules, optimizers, state=[run.whole(x) for x in state])
 
     run.loop(start, update, validate, save)
     world.eval().requires_grad_(False)
-    latents = [cache_latents(world, x, run) for x in (data, held_out)]
+    latents = [run.first(cache_latents, world, x, run) for x in (data, held_out)]
+    if run.rank:
+        return
     probe(run, *zip(latents, (data, held_out), strict=True))
     print(
         f"\nworld model: {run.checkpoint_path}\nnext: python train.py --stage agent --preset "
@@ -421,13 +495,16 @@ def probe(run: Run, train: tuple, held_out: tuple) -> None:
 class WindowBatches:
     """Batches of Agent.losses: cached latents of play windows first, then of language windows."""
 
-    def __init__(self, data, latents, c: A.AgentConfig, world, seed: int, device: str):
+    def __init__(self, data, latents, c: A.AgentConfig, world, seed: int, device: str, part=None):
+        """part: of n windows, the slice that this process reads."""
         self.latents, self.classes, self.device = latents, world.config.classes, device
         self.reset_start, self.data = c.reset_start, data
         lengths = (c.sequence_length, c.min_window, c.max_window)
         n = c.batch_size // 2  # half and half [D6]
-        self.play = D.Windows(data, c.batch_size - n, *lengths, "play", seed)
-        self.language = D.Windows(data, n, *lengths, "lang", seed)
+        self.play, self.language = (
+            D.Windows(data, n, *lengths, kind, seed, part(n) if part else D.ALL)
+            for kind, n in (("play", c.batch_size - n), ("lang", n))
+        )
         with torch.no_grad():  # after a reset h is one constant vector [D8]
             nothing = torch.tensor([D.NO_ACTION], device=device)
             part = world.recurrent_in.inputs[1](nothing)
@@ -465,10 +542,9 @@ def train_agent(run: Run) -> None:
                 f"{world_checkpoint['meta'][key]}, {run.config.data} has {data.meta[key]}"
             )
     world = load_world_model(world_checkpoint, device)
-    batches, validation = (
-        WindowBatches(x, cache_latents(world, x, run), c, world, seed, device)
-        for x, seed in ((data, run.config.seed), (held_out, 0))
-    )
+    latents = [run.first(cache_latents, world, x, run) for x in (data, held_out)]
+    batches = WindowBatches(data, latents[0], c, world, run.config.seed, device, run.part)
+    validation = WindowBatches(held_out, latents[1], c, world, 0, device)
     torch.manual_seed(run.config.seed)
     agent = A.Agent(c, world.config.deterministic, world.config.latent).to(device)
     actor_optimizer = torch.optim.Adam(agent.actor_parameters(), c.actor_lr)
@@ -484,12 +560,14 @@ def train_agent(run: Run) -> None:
             "remove it, or give another --out."
         )
 
+    losses = run.shared(agent, functools.partial(agent.losses, world))
+
     def update(step: int) -> dict:
         agent.train()
         if step % c.slow_critic_interval == 0:
             agent.update_slow_critic()  # [D18]
         with run.autocast():
-            loss_actor, loss_critic, figures = agent.losses(world, batches.batch(step))
+            loss_actor, loss_critic, figures = losses(batches.batch(step))
         actor_optimizer.zero_grad(), critic_optimizer.zero_grad()
         (loss_actor + loss_critic).backward()  # they share no parameter: see test_eq5, test_eq6
         for optimizer, name in ((actor_optimizer, "actor"), (critic_optimizer, "critic")):
@@ -512,6 +590,8 @@ def train_agent(run: Run) -> None:
         run.save(step, modules, optimizers, world_model=world_part)
 
     run.loop(start, update, validate, save)
+    if run.rank:
+        return
     print(
         f"\nagent: {run.checkpoint_path}\n"
         f"next: python evaluate.py --env sim --checkpoint {run.checkpoint_path}"

@@ -1,0 +1,88 @@
+"""Several processes under torchrun (gloo): the same batch, the same losses, one checkpoint."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import write_packed
+
+ROOT = Path(__file__).resolve().parent.parent
+# Both stages with every random draw at its mean, so that the share of rows does not matter.
+SCRIPT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+import agent, train
+torch.Tensor.exponential_ = lambda x: x.fill_(1)
+torch.randn_like = torch.zeros_like
+agent.P.sample_plan = lambda logits: logits.softmax(-1).flatten(-2)
+agent.Agent.train = lambda self, mode=True: torch.nn.Module.train(self, False)  # no dropout
+train.main(sys.argv[2:])
+"""
+SAME = "--preset tiny --precision fp32 --log_every 1 --validate_every 100 --checkpoint_every 2"
+SAME = [*SAME.split(), "--batch_size", "8"]
+
+
+def run(n, packed, out, stage, *more):
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"] * (n > 1)
+    (out.parent / "script.py").write_text(SCRIPT)
+    command = [sys.executable, *launch, str(out.parent / "script.py"), str(ROOT), "--stage", stage]
+    command += [*SAME, "--data", str(packed), "--out", str(out), *more]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def losses(out, stage, *names):
+    lines = map(json.loads, (out / f"{stage}.jsonl").read_text().splitlines())
+    return torch.tensor([[x[k] for k in names] for x in lines if x["kind"] == "train"])
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    root = tmp_path_factory.mktemp("parallel") / "play"
+    write_packed(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def alone(packed):
+    out = packed.parent / "alone"
+    for stage, *more in (["wm", "--zeta", "0"], ["agent", "--reset_start", "0"]):
+        done = run(1, packed, out, stage, "--steps", "4", *more)
+        assert done.returncode == 0, done.stderr[-2000:]
+    return out
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_n_processes_share_a_batch_and_learn_the_same(n, packed, alone, tmp_path):
+    """Carried states, KL, both agent losses; Eq. 8's negatives come from all processes [D11]."""
+    out = tmp_path / "out"
+    for stage, *more in (["wm", "--zeta", "0"], ["agent", "--reset_start", "0"]):
+        done = run(n, packed, out, stage, "--steps", "4", *more)
+        assert done.returncode == 0, done.stderr[-2000:]
+        names = ("loss", "kl", "gradient") if stage == "wm" else (
+            "loss_actor", "loss_critic", "contrast", "gradient_actor", "gradient_critic")  # fmt: skip
+        ours, theirs = losses(out, stage, *names), losses(alone, stage, *names)
+        assert len(ours) == 4  # rank 0 alone writes
+        assert torch.allclose(ours, theirs, rtol=2e-3, atol=1e-4), (stage, ours, theirs)
+    assert theirs[:, 2].min() > 0  # there were pairs to tell apart
+    state = torch.load(out / "wm.pt", weights_only=True)["state"]
+    assert state[0].shape[0] == 8
+
+
+def test_a_run_goes_on_with_another_number_of_processes(packed, alone, tmp_path):
+    out = tmp_path / "out"
+    for n, steps in ((2, "2"), (1, "4")):
+        done = run(n, packed, out, "wm", "--zeta", "0", "--steps", steps)
+        assert done.returncode == 0, done.stderr[-2000:]
+    ours, theirs = (losses(x, "wm", "loss", "kl") for x in (out, alone))
+    assert torch.allclose(ours, theirs, rtol=2e-3, atol=1e-4)
+
+
+def test_a_batch_that_cannot_be_shared_evenly_is_refused(packed, tmp_path):
+    done = run(2, packed, tmp_path / "out", "wm", "--steps", "1", "--batch_size", "7")
+    assert done.returncode and "7 rows cannot be shared by 2 processes" in done.stderr
