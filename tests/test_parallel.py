@@ -26,6 +26,11 @@ train.main(sys.argv[2:])
 SAME = "--preset tiny --precision fp32 --log_every 1 --validate_every 100 --checkpoint_every 2"
 SAME = [*SAME.split(), "--batch_size", "8"]
 
+NAMES = {
+    "wm": ("loss", "kl", "gradient"),
+    "agent": ("loss_actor", "loss_critic", "contrast", "gradient_actor", "gradient_critic"),
+}
+
 
 def run(n, packed, out, stage, *more):
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"] * (n > 1)
@@ -64,8 +69,7 @@ def test_n_processes_share_a_batch_and_learn_the_same(n, packed, alone, tmp_path
     for stage, *more in (["wm", "--zeta", "0"], ["agent", "--reset_start", "0"]):
         done = run(n, packed, out, stage, "--steps", "4", *more)
         assert done.returncode == 0, done.stderr[-2000:]
-        names = ("loss", "kl", "gradient") if stage == "wm" else (
-            "loss_actor", "loss_critic", "contrast", "gradient_actor", "gradient_critic")  # fmt: skip
+        names = NAMES[stage]
         ours, theirs = losses(out, stage, *names), losses(alone, stage, *names)
         assert len(ours) == 4  # rank 0 alone writes
         assert torch.allclose(ours, theirs, rtol=2e-3, atol=1e-4), (stage, ours, theirs)

@@ -1,0 +1,178 @@
+"""How fast is each stage here, and how close to what this machine could do?
+
+    python tests/benchmark.py --preset sim --out now.json
+    python tests/benchmark.py --preset sim --against earlier.json        prints the ratios
+
+A stage's limit is the longer of two times: its floating-point operations (products, convolutions,
+forward and backward, as PyTorch counts them) at this machine's own rate of a large matrix product
+in the same precision, and the bytes that it must copy at its own rate of copying (small ones come
+from a cache, and beat that). Nothing is asserted.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import agent as A
+import data as D
+import train as T
+import world_model as W
+
+
+def seconds(function, device: str, least: float) -> float:
+    """Median time of a call, over at least `least` s and 3 calls; the first two are not counted."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    times = []
+    for _ in range(2):
+        function()
+    while len(times) < 3 or sum(times) < least:
+        wait()
+        begun = time.perf_counter()
+        function()
+        wait()
+        times.append(time.perf_counter() - begun)
+    return statistics.median(times)
+
+
+def machine(device: str, dtype: torch.dtype) -> dict:
+    """Floating-point operations per second of a matrix product; bytes per second of a copy."""
+    n = 8192 if device == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    x, y = (torch.zeros(2**28, dtype=torch.uint8, device=device) for _ in range(2))
+    return {
+        "flop_rate": 2 * n**3 / seconds(lambda: a @ b, device, 1),
+        "copy_rate": x.numel() / seconds(lambda: y.copy_(x), device, 1),
+    }
+
+
+def random_play(root: Path, frames: int) -> str:
+    """A packed set of noise; a span of 32 frames in every 100."""
+    rng = np.random.default_rng(0)
+    for split, n in (("training", frames), ("validation", 640)):
+        (root / split).mkdir(parents=True)
+        for k, shape in D.SHAPES.items():
+            array = D.create_array(root / split / f"{k}.npy", (n, *shape), D.DTYPES[k])
+            for i in range(0, n, 1000):
+                array[i : i + 1000] = rng.integers(0, 2, (min(1000, n - i), *shape))
+        spans = np.arange(0, n - 40, 100)[:, None] + [0, 32]
+        np.save(root / split / "spans.npy", spans)
+        np.save(root / split / "episodes.npy", np.array([[0, n]]))
+        np.save(root / split / "span_emb.npy", rng.normal(size=(len(spans), 384)).astype("f4"))
+        lang = {"sentences": ["x"] * len(spans), "tasks": ["x"] * len(spans)}
+        (root / split / "lang.json").write_text(json.dumps(lang))
+    meta = {"format": 1, "source": "noise", "renderer": "none", "hz": 15, "skip": 2}
+    meta |= {"action_scale": [0.02, 0.05], "text_encoder": D.TEXT_ENCODER}
+    (root / "meta.json").write_text(json.dumps(meta))
+    return str(root)
+
+
+def stages(preset: str, precision: str, folder: Path) -> tuple:
+    """[(name, function, bytes that it must move, what it is of)], the device and the precision."""
+    c, few, many = W.PRESETS[preset], *(random_play(folder / str(n), n) for n in (2000, 40000))
+    options = {"preset": preset, "precision": precision, "data": few, "out": str(folder / "run")}
+    data = D.PlayData(few, "training")
+    run = T.Run(T.RunConfig("wm", **options), c, data)
+    world = W.WorldModel(c).to(run.device)
+    optimizer = torch.optim.AdamW(world.parameters(), c.learning_rate, fused=True)
+    B, L = c.batch_size * c.shorter, c.sequence_length // c.shorter
+    shape = f"{B} sequences of {L}"
+    load = {d: D.Sequences(D.PlayData(d, "training"), B, L, 0, c.carry_state) for d in (few, many)}
+    batch, step = T.to_device(load[few].batch(0), run.device), iter(range(10**9))
+    moved = sum(x.nbytes for x in batch.values())
+
+    def world_step():
+        world.train()
+        with run.autocast():
+            loss, _, _ = world.loss(batch, world.initial(B))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    yield "load", lambda: load[few].batch(next(step)), moved, shape
+    yield "load, 20 x", lambda: load[many].batch(next(step)), moved, shape
+    yield "world model", world_step, 0, shape
+    world.eval().requires_grad_(False)
+
+    def extract():
+        with torch.no_grad(), run.autocast():
+            world.filter(batch, world.initial(B))
+
+    yield "latents", extract, 0, f"{B * L} frames"
+    a = A.PRESETS[preset]
+    agent = A.Agent(a, c.deterministic, c.latent).to(run.device)
+    optimizers = [
+        torch.optim.Adam(p, 1e-4) for p in (agent.actor_parameters(), agent.critic.parameters())
+    ]
+    latents = T.cache_latents(world, data, run)
+    windows = T.WindowBatches(data, latents, a, world, 0, run.device)
+    practice = windows.batch(0)
+
+    def agent_step():
+        with run.autocast():
+            actor, critic, _ = agent.losses(world, practice)
+        for o in optimizers:
+            o.zero_grad()
+        (actor + critic).backward()
+        for o in optimizers:
+            o.step()
+
+    shape = f"{a.batch_size} windows of {a.sequence_length}"
+    bytes_ = sum(x.nbytes for x in practice.values())
+    yield "load windows", lambda: windows.batch(next(step)), bytes_, shape
+    yield "agent", agent_step, 0, shape
+    policy = A.Policy(world, agent)
+    obs = {"robot_obs": np.zeros(15, np.float32), "rgb_obs": {}}
+    obs["rgb_obs"] = {f"rgb_{k}": np.zeros((64, 64, 3), np.uint8) for k in ("static", "gripper")}
+    used = [world, agent.actor, agent.proposal, agent.perceptual, agent.goal_language]
+    weights = sum(p.nbytes for m in used for p in m.parameters())
+    yield "policy", lambda: policy.act(obs, np.zeros(384, np.float32)), weights, "1 step"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Times every stage.")
+    parser.add_argument("--preset", choices=tuple(W.PRESETS), default="sim")
+    parser.add_argument("--precision", default="auto", help="as train.py's")
+    parser.add_argument("--seconds", type=float, default=5.0, help="at least, per stage")
+    parser.add_argument("--out", type=Path, help="JSON of this run")
+    parser.add_argument("--against", type=Path, help="JSON of an earlier run")
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    bf16 = args.precision == "bf16" or (args.precision == "auto" and T.has_bf16(device))
+    here = machine(device, torch.bfloat16 if bf16 else torch.float32)
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
+    here |= {"device": f"{device} {name}", "threads": torch.get_num_threads(), "bf16": bf16}
+    then = json.loads(args.against.read_text())["stages"] if args.against else {}
+    result = {"preset": args.preset, "machine": here, "torch": torch.__version__, "stages": {}}
+    print(f"{here['flop_rate'] / 1e9:.0f} GFLOP/s, {here['copy_rate'] / 1e9:.1f} GB/s copied")
+    print(f"{'stage':<14}{'of':<24}{'ms':>9}{'GFLOP':>9}{'limit ms':>10}{'reached':>9}{'times':>8}")
+    with tempfile.TemporaryDirectory() as folder:
+        for stage, function, moved, of in stages(args.preset, args.precision, Path(folder)):
+            with FlopCounterMode(display=False) as counter:
+                function()
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            took, flop = seconds(function, device, args.seconds), counter.get_total_flops()
+            limit = max(flop / here["flop_rate"], moved / here["copy_rate"])
+            row = {"of": of, "seconds": took, "flop": flop, "bytes": moved, "limit": limit}
+            if device == "cuda":
+                row["peak_bytes"] = torch.cuda.max_memory_allocated()
+            result["stages"][stage] = row
+            faster = f"{then[stage]['seconds'] / took:.2f}" if stage in then else ""
+            print(f"{stage:<14}{of:<24}{1000 * took:>9.1f}{flop / 1e9:>9.1f}{1000 * limit:>10.2f}"
+                  f"{limit / took:>9.0%}{faster:>8}", flush=True)  # fmt: skip
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
