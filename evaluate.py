@@ -10,6 +10,7 @@ its actions are held:   look, act   step, judge   step, judge   look, act   step
     python evaluate.py --checkpoint RUN/agent.pt --chains 200 --procs 2 --out DIR [--film 3]
     python evaluate.py --checkpoint RUN/agent.pt --instruction "pull out the drawer" --out DIR
     python evaluate.py --policy operator --chains 200 --procs 2 --out DIR
+    torchrun --nproc-per-node 8 evaluate.py --checkpoint RUN/agent.pt --device cuda --out DIR
     python evaluate.py --env dream --checkpoint RUN/agent.pt --chains 200 --out DIR    (Table II)
     python evaluate.py --checkpoint RUN/wm.pt --predict data/play --out DIR             (Fig. 3)
     python evaluate.py --env real --robot SETUP.json --checkpoint RUN/agent.pt --out DIR
@@ -24,6 +25,7 @@ function in ENVIRONMENTS. Needs: all of the project.
 import argparse
 import concurrent.futures
 import dataclasses
+import datetime
 import functools
 import itertools
 import json
@@ -357,15 +359,18 @@ def write_json(path: Path, content: dict) -> None:
     os.replace(part, path)
 
 
-def read_log(path: Path, identity: dict) -> dict[int, dict]:
-    """Finished chains by number; starts the file if need be, and cuts off a half-written line."""
+def read_log(path: Path, identity: dict, ours: bool = True) -> dict[int, dict]:
+    """Finished chains by number. Ours to write: starts it, and cuts off a half-written line."""
     text = path.read_text() if path.exists() else ""
     whole = text[: text.rfind("\n") + 1]
+    if not whole and not ours:
+        return {}
     if not whole:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(identity) + "\n")
         return {}
-    os.truncate(path, len(whole.encode()))
+    if ours:
+        os.truncate(path, len(whole.encode()))
     was, *records = map(json.loads, whole.splitlines())
     if was != json.loads(json.dumps(identity)):
         keys = [k for k in was | identity if was.get(k) != identity.get(k)]
@@ -539,6 +544,8 @@ class Worker:
         if args.checkpoint:
             import data
 
+            if args.device == "cuda" and "LOCAL_RANK" in os.environ:  # under torchrun
+                args.device = f"cuda:{os.environ['LOCAL_RANK']}"
             self.policy, c = load_policy(args.checkpoint, args.device, not args.mean, args.env)
             encoder = args.text_encoder or c["text_encoder"]
             data.same_text_encoder(encoder, c["text_encoder"], args.checkpoint)
@@ -638,19 +645,29 @@ def finished(worker: Worker, jobs: list[tuple]):
 
 
 def evaluate(worker: Worker) -> dict:
-    """Runs the chains that are not on record yet, prints the tables, writes results.json."""
-    args, log = worker.args, worker.args.out / "chains.jsonl"
+    """Runs the chains that are not on record yet, prints the tables, writes results.json.
+
+    Under torchrun every process runs its share into a log of its own; rank 0 reports on all.
+    """
+    rank, ranks = (int(os.environ.get(k, n)) for k, n in (("RANK", 0), ("WORLD_SIZE", 1)))
+    args, log = worker.args, worker.args.out / f"chains{f'_{rank}' * (rank > 0)}.jsonl"
     identity = {"env": args.env, "method": args.policy, "seed": args.seed, **worker.info}
     identity |= {k: getattr(args, k) for k in ("checkpoint", "mean", "limit")}
     identity["evaluation_seed"] = args.seed
     if args.env == "calvin":
         identity |= {"scene": args.scene, "renderer": args.renderer}
-    records = read_log(log, identity)
+
+    def on_record() -> dict[int, dict]:
+        logs = [log, *(x for x in sorted(args.out.glob("chains*.jsonl")) if x != log)]
+        return {n: r for x in logs for n, r in read_log(x, identity, ours=x == log).items()}
+
+    records = on_record()
     numbers = range(args.first, args.first + args.chains)
     films = {n: args.out / f"chain_{n:04}.{args.format}" for n in numbers[: args.film]}
-    todo = [n for n in numbers if n not in records or not films.get(n, log).exists()]
+    todo = [n for n in numbers[rank::ranks] if n not in records or not films.get(n, log).exists()]
+    bar = {"total": len(todo), "unit": "chain", "position": rank}
     try:
-        with log.open("a") as file, tqdm(total=len(todo), unit="chain") as bar:
+        with log.open("a") as file, tqdm(**bar) as bar:
             for record in finished(worker, [(n, films.get(n)) for n in todo]):
                 if record["chain"] not in records:  # else only its film was missing
                     file.write(json.dumps(record) + "\n")
@@ -659,8 +676,16 @@ def evaluate(worker: Worker) -> dict:
                 lengths = [records[n]["solved"] for n in numbers if n in records]
                 bar.set_postfix_str(f"Avg. Len. {np.mean(lengths):.2f}", refresh=False)
                 bar.update()
+        if ranks > 1:
+            import torch.distributed as dist
+
+            dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+            dist.barrier()
+            dist.destroy_process_group()
+            records = on_record()
     finally:  # after Ctrl-C too: the tables so far
-        if done := [records[n] for n in numbers if n in records]:
+        result = {}
+        if rank == 0 and (done := [records[n] for n in numbers if n in records]):
             git = "git describe --always --dirty --abbrev=40 --exclude='*'"  # fails: no checkout
             git = subprocess.run(git, shell=True, cwd=HERE, capture_output=True, text=True)
             result = identity | summarise(done) | {"commit": git.stdout.strip() or None}
@@ -671,7 +696,7 @@ def evaluate(worker: Worker) -> dict:
             write_json(args.out / "results.json", result)
             write_json(args.out / "calvin_results.json", as_calvin(result))
             print(dream.table(result) if args.env == "dream" else tables(result))
-        if len(done) < args.chains:
+        if rank == 0 and len(done) < args.chains:
             print(f"{len(done)} of {args.chains} chains: the same command again goes on from here.")
     return result
 
@@ -772,8 +797,9 @@ def parse(argv=None) -> argparse.Namespace:
     if not 0 <= args.first < args.first + (1 if args.instruction else args.chains) <= 1000:
         parser.error(f"there are chains 0 to 999, not {args.chains} from {args.first} on")
     alone = args.procs == 1 and not args.instruction
-    if args.env == "dream" and not (reads and not args.instruction):
-        parser.error("--env dream takes --checkpoint RUN/agent.pt, and no --instruction")
+    one = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    if args.env == "dream" and not (reads and one and not args.instruction):
+        parser.error("--env dream takes --checkpoint RUN/agent.pt; no --instruction, no torchrun")
     if args.env == "real" and not (args.robot and reads and alone):
         parser.error("--env real takes --robot FILE and --checkpoint; no --instruction, --procs")
     run = Path(args.checkpoint).parent if args.checkpoint else Path("runs") / args.policy

@@ -90,3 +90,18 @@ def test_a_run_goes_on_with_another_number_of_processes(packed, alone, tmp_path)
 def test_a_batch_that_cannot_be_shared_evenly_is_refused(packed, tmp_path):
     done = run(2, packed, tmp_path / "out", "wm", "--steps", "1", "--batch_size", "7")
     assert done.returncode and "7 rows cannot be shared by 2 processes" in done.stderr
+
+
+def test_chains_are_shared_among_processes_and_reported_once(tmp_path):
+    operator = [str(ROOT / "evaluate.py"), "--policy", "operator", "--chains", "5", "--limit", "60"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    for name, how in (("one", []), ("two", launch)):
+        command = [sys.executable, *how, *operator, "--out", str(tmp_path / name)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (json.loads((tmp_path / x / "results.json").read_text()) for x in ("one", "two"))
+    assert one == two and done.stdout.count("Avg. Len.") == 1
+    mine = (tmp_path / "two/chains.jsonl").read_text().splitlines()
+    others = (tmp_path / "two/chains_1.jsonl").read_text().splitlines()
+    assert [json.loads(x)["chain"] for x in mine[1:]] == [0, 2, 4]
+    assert [json.loads(x)["chain"] for x in others[1:]] == [1, 3]
