@@ -6,10 +6,11 @@
 
 The judge is a small network that compares the latent now with that of the attempt's start and says
 which task has been done between them, if any. It learns from the annotated spans of the training
-split: what their last frame shows was done, what it showed well before that was not yet.
-`evaluate.py --env dream` tries every instruction of the benchmark's chains from the same picture in
-both worlds. What the simulator's oracle saw of all tasks then tells how far the judge can be
-believed; where either its precision or its recall is under 0.9, it is not.
+split: what their last frames show was done, what they show well before that was not yet.
+`evaluate.py --env dream` tries each instruction that the benchmark's chains come to from the same
+picture in both worlds. What the simulator's oracle saw of all tasks then tells how far the judge
+can be believed on latents of what was seen; where its precision or recall is under 0.9, it is not.
+How it does on latents that were only imagined, nobody can tell: they have no other truth.
 
 Copy this file together with data.py. Needs: torch, numpy, tqdm. World model, policy: arguments.
 """
@@ -22,7 +23,9 @@ from tqdm import trange
 
 import data as D
 
-NOT_YET, LAST = 8, 2  # frames: a task is not done up to 8 before its span's end, done in the last 2
+# In frames of 1/30 s: up to 16 before its span's end a task is not done, in the last 10 it is; an
+# annotated span goes on for up to 10 after its success (teleop.SETTLE).
+NOT_YET, LAST = 16, 10
 ENOUGH = 5  # attempts in which a task was done, and at least 0.9 of both, for a judgement to count
 STEPS, BATCH = 2000, 256
 
@@ -69,21 +72,22 @@ def train_judge(world, play: D.PlayData, seed: int = 0) -> Judge:
     """A judge of the tasks in `play`'s annotations (its training split), by cross-entropy: half of
     each batch are spans at their end, half the same spans, well before it."""
     device, tasks = world.decoder_in.weight.device, sorted(set(play.tasks))
+    not_yet, last = (-(-n // play.meta["skip"]) for n in (NOT_YET, LAST))  # in rows
     names = torch.tensor([1 + tasks.index(task) for task in play.tasks])
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         s, lengths = latents_of_spans(world, play)
         judge = Judge(world.config.latent, tasks).to(device).train()
         optimizer = torch.optim.AdamW(judge.parameters(), 1e-3, weight_decay=0.05)
-        pool = (lengths > NOT_YET + 1).nonzero()[:, 0]
+        pool = (lengths > not_yet + 1).nonzero()[:, 0]
         for step in trange(STEPS, desc="judge", unit="step"):
             optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / STEPS)
             m = pool[torch.randint(len(pool), (BATCH,))]
             ended = torch.arange(BATCH) % 2 == 0
-            most = lengths[m] - NOT_YET  # frames in which it was surely not done yet
+            most = lengths[m] - not_yet  # frames in which it was surely not done yet
             at = lambda most: (torch.rand(BATCH) * most).long()  # a frame, uniformly
             start = at(most)
-            now = torch.where(ended, lengths[m] - 1 - at(torch.tensor(LAST)), at(most))
+            now = torch.where(ended, lengths[m] - 1 - at(torch.tensor(last)), at(most))
             start = torch.minimum(start, now)
             logits = judge(*(s[m, t].to(device).float() for t in (start, now)))
             loss = F.cross_entropy(logits, torch.where(ended, names[m], 0).to(device))
@@ -98,7 +102,7 @@ def attempt(policy, judge: Judge, obs: dict, embedding, task: str, limit: int) -
     policy.reset()
     policy.act(obs, embedding)
     start = torch.cat(policy.state, -1)
-    for _ in range(policy.skip, limit, policy.skip):
+    for _ in range(policy.skip, limit + 1, policy.skip):
         policy.act(None, embedding)
         if judge.done(start, torch.cat(policy.state, -1)) == task:
             return True

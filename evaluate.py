@@ -177,7 +177,7 @@ def make_calvin(cameras: bool, args):
 # name: function(cameras, args of the command line) -> (environment, oracle)
 ENVIRONMENTS = {"sim": make_sim, "calvin": make_calvin, "dream": make_sim}
 # What a checkpoint's data must agree with, hz times skip being the simulator's rate.
-MUST_AGREE = {"sim": {"hz x skip": 30, "action_scale": [0.02, 0.05], "renderer": "tiny"}}
+MUST_AGREE = {"sim": {"hz x skip": 30, "action_scale": [0.02, 0.05], "renderer": sim.LOOK}}
 MUST_AGREE["dream"] = MUST_AGREE["sim"]
 MUST_AGREE["calvin"] = {"hz x skip": 30, "action_scale": [0.02, 0.05]}  # it can render as both do
 
@@ -200,16 +200,20 @@ def load_policy(path, device: str, sample: bool, env: str):
 
 
 def load_judge(args, world, checkpoint: dict):
-    """Who judges the dream; trained once, on the packed data that the policy was trained on."""
+    """Who judges the dream, and its short name. It is trained once, on the policy's own data."""
     import torch
 
     import data
     import dream
     import train
 
-    path = args.out / f"judge_{train.identity(world.state_dict())}.pt"
+    play = data.PlayData(args.data or checkpoint["run"]["data"], "training")
+    if play.meta != checkpoint["meta"]:
+        raise ValueError(f"{play.path}: {play.meta}, but the policy: {checkpoint['meta']}; --data?")
+    about = str((play.path.resolve(), len(play), dream.NOT_YET, dream.LAST, dream.STEPS)).encode()
+    key = train.identity(world.state_dict() | {"": torch.tensor([*about])})
+    path = args.out / f"judge_{key}.pt"
     if not path.exists():
-        play = data.PlayData(args.data or checkpoint["run"]["data"], "training")
         torch.set_num_threads(os.cpu_count())
         judge = dream.train_judge(world, play)
         torch.set_num_threads(1)
@@ -218,7 +222,7 @@ def load_judge(args, world, checkpoint: dict):
     saved = torch.load(path, map_location=args.device, weights_only=True)
     judge = dream.Judge(world.config.latent, saved["tasks"]).to(args.device)
     judge.load_state_dict(saved["model"])
-    return judge.eval()
+    return judge.eval(), key
 
 
 def read_sentences(args, encoder: str) -> dict[str, tuple]:
@@ -495,7 +499,8 @@ def evaluate_real(args) -> dict:
     data.same_text_encoder(encoder, c["text_encoder"], args.checkpoint)
     sentences = [about["sentence"] for about in tasks.values()]
     embeddings = dict(zip(tasks, data.encode(sentences, encoder), strict=True))
-    dream = json.loads(args.dream.read_text())["tasks"] if args.dream else {}
+    dream = json.loads(args.dream.read_text())["dream"] if args.dream else {}
+    dream = {task: [imagined, n] for task, (imagined, _, n) in dream.items()}
     identity = {"env": "real", "method": c["config"]["method"], "robot": dataclasses.asdict(config)}
     identity |= {k: getattr(args, k) for k in ("checkpoint", "mean", "limit", "seed", "dry_run")}
     records = read_log(args.out / "rollouts.jsonl", identity | {"step": c["step"]})
@@ -555,12 +560,14 @@ class Worker:
             rest = {k: s for k, s in self.sentences.items() if k not in known}
             emb = data.encode(list(rest.values()), encoder) if rest else ()  # (34, 384)
             self.embeddings = known | dict(zip(rest, emb, strict=True))
-            args.renderer = c["meta"]["renderer"]  # what it was trained on is what it must see
+            args.renderer = c["meta"]["renderer"].split("-")[
+                0
+            ]  # what it was trained on is what it must see
             self.info = {"method": c["config"]["method"], "seed": c["run"]["seed"]}
             self.info["training"] = {k: c[k] for k in ("step", "seconds", "run", "meta")}
         self.env, self.oracle = ENVIRONMENTS[args.env](bool(args.checkpoint or args.film), args)
         if args.env == "dream":
-            self.judge = load_judge(args, self.policy.world, c)
+            self.judge, self.info["judge"] = load_judge(args, self.policy.world, c)
 
     def run_chain(self, number: int, film: Path | None = None) -> dict:
         """One chain, from its start pose to the first failure: what chains.jsonl keeps of it."""
@@ -694,7 +701,8 @@ def evaluate(worker: Worker) -> dict:
 
                 result |= dream.summarise(done)
             write_json(args.out / "results.json", result)
-            write_json(args.out / "calvin_results.json", as_calvin(result))
+            if args.env != "dream":
+                write_json(args.out / "calvin_results.json", as_calvin(result))
             print(dream.table(result) if args.env == "dream" else tables(result))
         if rank == 0 and len(done) < args.chains:
             print(f"{len(done)} of {args.chains} chains: the same command again goes on from here.")

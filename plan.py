@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_gather
 from torch.distributions import OneHotCategoricalStraightThrough
 
 
@@ -65,10 +64,14 @@ def sample_plan(logits: Tensor) -> Tensor:
 
 
 def of_all_processes(x: Tensor) -> Tensor:
-    """The rows (M, ...) of all processes that train together, with their gradients."""
+    """The rows (M, ...) of all processes that train together; gradients reach our own rows, times
+    the number of processes, for their mean is what DistributedDataParallel takes."""
     if not (dist.is_available() and dist.is_initialized() and torch.is_grad_enabled()):
         return x
-    return torch.cat(all_gather(x.contiguous()))
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.detach().contiguous())
+    parts[dist.get_rank()] = x + (len(parts) - 1) * (x - x.detach())
+    return torch.cat(parts)
 
 
 # ---------------------------------------------------------------------------- modules

@@ -52,7 +52,9 @@ TRAVEL = {SLIDE: 0.28, DRAWER: 0.22, BUTTON: 0.02, SWITCH: 0.088}  # m, in scene
 LIGHTS = {"lightbulb": ("light_link", (1, 0.95, 0.1)), "led": ("led_link", (0.1, 0.95, 0.15))}
 
 # Plain colours. What is small and worth seeing is bright, what is large differs in shades: with
-# half the squared error as -log p (Eq. 2), a world model draws contrast times area first.
+# half the squared error as -log p (Eq. 2), a world model draws contrast times area first. Other
+# colours are another LOOK, so that no policy is tried in a table that it has never seen.
+LOOK = "tiny-dim"
 WOOD, CABINET, INSIDE = (0.57, 0.555, 0.51), (0.405, 0.44, 0.435), (0.50, 0.525, 0.515)
 DOOR, BROWN, SAND = (0.62, 0.5, 0.35), (0.48, 0.4, 0.36), (0.56, 0.53, 0.46)
 BLACK, WHITE, OFF = (0.33, 0.33, 0.34), (0.62, 0.61, 0.6), (0.34, 0.34, 0.35)

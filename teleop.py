@@ -760,7 +760,7 @@ def rates(n=20, procs=2, seed=0, out=None, make=make_sim):
 
 
 # ---------------------------------------------------------------------------------------- recording
-SIM = {"source": "sim", "renderer": "tiny", "hz": 30, "action_scale": [0.02, 0.05]}
+SIM = {"source": "sim", "renderer": sim.LOOK, "hz": 30, "action_scale": [0.02, 0.05]}
 
 
 def write(path, fill):

@@ -63,6 +63,7 @@ STEPS = {
     "tiny": {"wm": 300, "agent": 200},
 }
 RANKS = {"RANK": "0", "WORLD_SIZE": "1"}  # torchrun's, and what they are without it
+# Given again with more steps, a run goes on, but its schedules are shares of them [D7, D25, D26].
 RESUMABLE = ("steps", "log_every", "validate_every", "checkpoint_every", "device", "out", "data")
 
 
@@ -171,10 +172,11 @@ class Run:
         how = f"{'bf16' if bf16 else 'fp32'} products, {self.steps} steps, {self.ranks} processes"
         print(f"device {self.device}, {how}")
 
-    def part(self, n: int, what: str = "batch_size") -> slice:
+    def part(self, n: int) -> slice:
         """This process's share of n rows; rank r has the r-th of equal parts."""
         if n % self.ranks:
-            raise ValueError(f"{what}: {n} rows cannot be shared by {self.ranks} processes evenly")
+            what = f"{n} rows cannot be shared by {self.ranks} processes evenly"
+            raise ValueError(f"{what}: another --batch_size, or another number of processes")
         n //= self.ranks
         return slice(self.rank * n, self.rank * n + n)
 
@@ -374,9 +376,9 @@ def train_world_model(run: Run) -> None:
 
     run.loop(start, update, validate, save)
     world.eval().requires_grad_(False)
-    latents = [run.first(cache_latents, world, x, run) for x in (data, held_out)]
     if run.rank:
         return
+    latents = [cache_latents(world, x, run) for x in (data, held_out)]
     probe(run, *zip(latents, (data, held_out), strict=True))
     print(
         f"\nworld model: {run.checkpoint_path}\nnext: python train.py --stage agent --preset "

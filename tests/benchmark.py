@@ -133,7 +133,8 @@ def stages(preset: str, precision: str, folder: Path) -> tuple:
     policy = A.Policy(world, agent)
     obs = {"robot_obs": np.zeros(15, np.float32), "rgb_obs": {}}
     obs["rgb_obs"] = {f"rgb_{k}": np.zeros((64, 64, 3), np.uint8) for k in ("static", "gripper")}
-    used = [world, agent.actor, agent.proposal, agent.perceptual, agent.goal_language]
+    used = [world.encoders, world.fuse, world.recurrent_in, world.gru, world.posterior_head]
+    used += [agent.actor, agent.proposal, agent.perceptual, agent.goal_language]
     weights = sum(p.nbytes for m in used for p in m.parameters())
     yield "policy", lambda: policy.act(obs, np.zeros(384, np.float32)), weights, "1 step"
 

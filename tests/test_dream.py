@@ -48,7 +48,7 @@ def test_the_dream_is_seen_once_and_imagined_from_then_on(policy, monkeypatch):
     assert torch.equal(torch.cat([h, z], -1), asked[2][1]) and a.shape == (1, 7)
     assert abs(a[0, 6].item()) == 1  # the threshold of run time [D12]
     assert not dream.attempt(policy, judge, OBS, np.zeros(384), "b", limit=20)
-    assert len(asked) == 6 + 9  # 20 simulator steps: a look, then 9 imagined ones
+    assert len(asked) == 6 + 10  # 20 simulator steps: the effects of 10 actions
 
 
 def test_the_judge_learns_what_the_last_frames_of_spans_show_was_done(policy, tmp_path):

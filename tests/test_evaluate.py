@@ -203,7 +203,7 @@ def fake(monkeypatch, tmp_path):
     checkpoint = {
         "config": {"method": "no_ditto"}, "run": {"seed": 3, "preset": "tiny"}, "step": 9,
         "seconds": 1.5, "text_encoder": "an-encoder",
-        "meta": {"hz": 30, "skip": 1, "action_scale": [0.02, 0.05], "renderer": "tiny"},
+        "meta": {"hz": 30, "skip": 1, "action_scale": [0.02, 0.05], "renderer": sim.LOOK},
     }  # fmt: skip
 
     def encode(sentences, encoder):
@@ -248,7 +248,7 @@ def test_a_policy_for_another_rate_scale_or_renderer_is_refused(fake, key, value
     fake.checkpoint["meta"][key] = value
     with pytest.raises(SystemExit, match=f"agent.pt was trained on data with {key}.*pack"):
         fake.run("--chains", "1")
-    fake.checkpoint["meta"] |= {"hz": 15, "action_scale": [0.02, 0.05], "renderer": "tiny"}
+    fake.checkpoint["meta"] |= {"hz": 15, "action_scale": [0.02, 0.05], "renderer": sim.LOOK}
     fake.policy.skip, fake.env.plan = 2, [4]  # 15 Hz held for two steps is 30 Hz
     assert fake.run("--chains", "1")["avg_len"] == 5
 

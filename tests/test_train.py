@@ -14,6 +14,7 @@ import torch
 
 import data
 import evaluate
+import sim
 import train
 import world_model as W
 
@@ -49,7 +50,7 @@ def write_packed(root, frames=160, seed=0):
         lang = {"sentences": ["go left", "go right", "go up"], "tasks": ["a", "b", "c"]}
         (folder / "lang.json").write_text(json.dumps(lang))
     meta = {
-        "format": 1, "source": "sim", "renderer": "tiny", "hz": 15, "skip": 2,
+        "format": 1, "source": "sim", "renderer": sim.LOOK, "hz": 15, "skip": 2,
         "action_scale": [0.02, 0.05], "text_encoder": data.TEXT_ENCODER,
     }  # fmt: skip
     (root / "meta.json").write_text(json.dumps(meta))
