@@ -804,6 +804,8 @@ def parse(argv=None) -> argparse.Namespace:
         parser.error("--renderer is for --policy operator; a checkpoint needs that of its data")
     if not 0 <= args.first < args.first + (1 if args.instruction else args.chains) <= 1000:
         parser.error(f"there are chains 0 to 999, not {args.chains} from {args.first} on")
+    if args.procs < 1:
+        parser.error(f"--procs {args.procs}: at least 1")
     alone = args.procs == 1 and not args.instruction
     one = int(os.environ.get("WORLD_SIZE", 1)) == 1
     if args.env == "dream" and not (reads and one and not args.instruction):

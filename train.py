@@ -62,6 +62,7 @@ STEPS = {
     "sim": {"wm": 12000, "agent": 2000},
     "tiny": {"wm": 300, "agent": 200},
 }
+DEVICES = ("auto", "cpu", "cuda")
 RANKS = {"RANK": "0", "WORLD_SIZE": "1"}  # torchrun's, and what they are without it
 # Given again with more steps, a run goes on, but its schedules are shares of them [D7, D25, D26].
 RESUMABLE = ("steps", "log_every", "validate_every", "checkpoint_every", "device", "out", "data")
@@ -217,6 +218,11 @@ class Run:
             sys.exit(
                 f"{self.checkpoint_path} was trained with another configuration:\n{lines}\n"
                 "Give the same options to go on with it, or another --out to begin anew."
+            )
+        if c["meta"] != self.data.meta:
+            sys.exit(
+                f"{self.checkpoint_path} was trained on other data, {c['meta']}; "
+                f"{self.config.data} is {self.data.meta}. Give that data, or another --out to begin anew."
             )
         for name, module in modules.items():
             try:
@@ -625,6 +631,12 @@ def parse(arguments: list[str] | None = None) -> tuple[RunConfig, object]:
         kind = boolean if field.type is bool else field.type
         parser.add_argument(f"--{field.name}", type=kind, default=default, metavar=str(default))
     options = vars(parser.parse_args(arguments))
+    for name, allowed in (("precision", ("auto", "fp32", "bf16")), ("device", DEVICES)):
+        if options[name] not in allowed:
+            parser.error(f"--{name} {options[name]}: one of {', '.join(allowed)}")
+    for name in ("log_every", "validate_every", "checkpoint_every"):
+        if options[name] < 1:
+            parser.error(f"--{name} {options[name]}: at least 1")
     pick = lambda cls: cls(**{f.name: options[f.name] for f in dataclasses.fields(cls)})
     return pick(RunConfig), pick(type(model))
 

@@ -133,6 +133,25 @@ def test_a_typo_on_the_command_line_is_an_error(capsys):
     assert "--learningrate" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("option", "value"), [("precision", "half"), ("device", "gpu"), ("log_every", "0")]
+)
+def test_an_impossible_value_is_an_error(option, value, capsys):
+    with pytest.raises(SystemExit):
+        train.parse(["--stage", "wm", f"--{option}", value])
+    assert f"--{option} {value}" in capsys.readouterr().err
+
+
+def test_a_run_does_not_go_on_with_data_of_another_rate(packed, trained, tmp_path):
+    other = tmp_path / "play"
+    shutil.copytree(packed, other)
+    meta = json.loads((other / "meta.json").read_text())
+    (other / "meta.json").write_text(json.dumps(meta | {"hz": 30, "skip": 1}))
+    shutil.copytree(trained, tmp_path / "out")
+    with pytest.raises(SystemExit, match=r"was trained on other data.*'hz': 15"):
+        train.main([*WM, *OFTEN, "--data", str(other), "--out", str(tmp_path / "out")])
+
+
 def test_every_field_of_the_configuration_is_an_option():
     run, model = train.parse([*WM, "--batch_size", "3", "--carry_state", "false", "--seed", "7"])
     assert (run.seed, model.batch_size, model.carry_state) == (7, 3, False)
