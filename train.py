@@ -222,7 +222,7 @@ class Run:
         if c["meta"] != self.data.meta:
             sys.exit(
                 f"{self.checkpoint_path} was trained on other data, {c['meta']}; "
-                f"{self.config.data} is {self.data.meta}. Give that data, or another --out to begin anew."
+                f"{self.config.data} is {self.data.meta}. Give that data, or another --out."
             )
         for name, module in modules.items():
             try:
