@@ -33,8 +33,19 @@ def test_eq8_true_pairs_are_found_and_shuffled_ones_are_not():
 def test_the_temperature_is_trained_and_starts_at_one_over_007():
     align = P.Alignment(16, 8)
     assert math.isclose(float(align.tau.detach().exp()), 1 / 0.07, rel_tol=1e-5)
-    align(torch.randn(4, 16), torch.randn(4, 8))[0].backward()
+    align(torch.randn(4, 16), torch.randn(4, 8), torch.ones(4) > 0)[0].backward()
     assert align.tau.grad.abs() > 0
+
+
+def test_windows_that_do_not_enter_eq_8_do_not_matter_and_one_alone_has_no_negatives():
+    """[D11]"""
+    align, x, y = P.Alignment(16, 8), torch.randn(5, 16), torch.randn(5, 8)
+    some = torch.tensor([True, False, True, True, False])
+    loss, accuracy = align(x, y, some)
+    expected = P.contrastive_loss(align.latent(x[some]), align.text(y[some]), align.tau)
+    assert torch.allclose(loss, expected[0]) and accuracy == expected[1]
+    loss, accuracy = align(x, y, torch.arange(5) == 3)
+    assert loss == 0 and accuracy == 0 and loss.requires_grad
 
 
 def test_plans_are_one_hot_per_categorical_with_the_softmax_gradient():
