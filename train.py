@@ -158,8 +158,8 @@ class Run:
         self.steps = config.steps or STEPS[config.preset][config.stage]
         self.sums, self.count, self.seconds = {}, 0, 0.0
         self.board = None
+        torch.manual_seed(config.seed)
         if self.rank:
-            torch.manual_seed(config.seed)
             return
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -167,7 +167,6 @@ class Run:
             self.board = SummaryWriter(self.out / "tensorboard" / config.stage)
         except ImportError:  # an optional extra
             pass
-        torch.manual_seed(config.seed)
         settings = dataclasses.asdict(config) | dataclasses.asdict(model_config)
         print(json.dumps(settings, indent=1, ensure_ascii=False))
         how = f"{'bf16' if bf16 else 'fp32'} products, {self.steps} steps, {self.ranks} processes"
@@ -515,8 +514,8 @@ class WindowBatches:
         )
         with torch.no_grad():  # after a reset h is one constant vector [D8]
             nothing = torch.tensor([D.NO_ACTION], device=device)
-            part = world.recurrent_in.inputs[1](nothing)
-            self.h_reset = world.recurrent(*world.initial(1), part)[0]
+            a_part = world.recurrent_in.inputs[1](nothing)
+            self.h_reset = world.recurrent(*world.initial(1), a_part)[0]
 
     def batch(self, step: int, reset_start: float | None = None) -> dict[str, Tensor]:
         """Table IV's batch for a step; reset_start overrides [D8]'s probability."""
