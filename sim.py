@@ -54,13 +54,13 @@ LIGHTS = {"lightbulb": ("light_link", (1, 0.95, 0.1)), "led": ("led_link", (0.1,
 # Plain colours. What is small and worth seeing is bright, what is large differs in shades: with
 # half the squared error as -log p (Eq. 2), a world model draws contrast times area first. Other
 # colours are another LOOK, so that no policy is tried in a table that it has never seen.
-LOOK = "tiny-dim"
-WOOD, CABINET, INSIDE = (0.57, 0.555, 0.51), (0.405, 0.44, 0.435), (0.50, 0.525, 0.515)
-DOOR, BROWN, SAND = (0.62, 0.5, 0.35), (0.48, 0.4, 0.36), (0.56, 0.53, 0.46)
-BLACK, WHITE, OFF = (0.33, 0.33, 0.34), (0.62, 0.61, 0.6), (0.34, 0.34, 0.35)
-FLOOR = (0.43, 0.43, 0.44)
-ARM, HAND, FINGER = (0.59, 0.595, 0.60), (0.385, 0.39, 0.405), (0.33, 0.6, 0.6)
-RED, BLUE, PINK, SKY = (0.85, 0.08, 0.05), (0.08, 0.2, 0.9), (1, 0.35, 0.85), (115, 117, 119)
+LOOK = "tiny-plain"
+WOOD, CABINET, INSIDE = (0.56, 0.555, 0.54), (0.49, 0.505, 0.50), (0.53, 0.545, 0.54)
+DOOR, BROWN, SAND = (0.62, 0.53, 0.43), (0.52, 0.48, 0.45), (0.57, 0.555, 0.52)
+BLACK, WHITE, OFF = (0.43, 0.43, 0.435), (0.60, 0.6, 0.595), (0.45, 0.45, 0.455)
+FLOOR = (0.50, 0.50, 0.505)
+ARM, HAND, FINGER = (0.57, 0.575, 0.58), (0.48, 0.48, 0.49), (0.43, 0.59, 0.59)
+RED, BLUE, PINK, SKY = (1, 0.05, 0.05), (0.05, 0.12, 1), (1, 0.1, 0.95), (124, 124, 125)
 # Name: colour, length in x; width and height are 0.04 m.
 BLOCKS = {"block_red": (RED, 0.056), "block_blue": (BLUE, 0.04), "block_pink": (PINK, 0.08)}
 # CALVIN's static camera, 1° wider to see the open drawer whole. The gripper's is
@@ -68,7 +68,7 @@ BLOCKS = {"block_red": (RED, 0.056), "block_blue": (BLUE, 0.04), "block_pink": (
 STATIC_EYE, STATIC_AT = (2.871459, -2.166602, 2.555160), (0.03, -0.076, 0.432)
 STATIC_UP, STATIC_FOV = (0.404140, 0.226298, 0.886262), 11
 GRIPPER_XYZ, GRIPPER_RPY, GRIPPER_FOV = (-0.1, 0, 0), (1.3, 0, -1.57), 75
-SHADING = {"lightDirection": (1, -1.5, 3), "lightAmbientCoeff": 0.6, "lightDiffuseCoeff": 0.4,
+SHADING = {"lightDirection": (1, -1.5, 3), "lightAmbientCoeff": 0.75, "lightDiffuseCoeff": 0.25,
            "lightSpecularCoeff": 0, "shadow": 0}  # fmt: skip
 
 # The table in world coordinates, joints at 0. A "box" is colour, x0, x1, y0, y1, z0, z1. A "slope"

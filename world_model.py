@@ -52,6 +52,7 @@ class WorldModelConfig:
     gain: float = 1.0  # at the start, of the weights before and behind the posterior's sample [D25]
     harden: float = 0.0  # first part of the steps, over which q's mean turns into samples [D25]
     shorter: int = 1  # before the rate falls: batches of so many times more, shorter pieces [D26]
+    cells: bool = False  # a categorical for each of 4 x 4 cells of both images [D27]
 
     @property
     def latent(self) -> int:
@@ -63,9 +64,9 @@ class WorldModelConfig:
 PRESETS = {
     "paper": WorldModelConfig(),
     "sim": WorldModelConfig(
-        batch_size=8, sequence_length=32, deterministic=512, learning_rate=6e-4,
+        batch_size=8, sequence_length=32, deterministic=512, learning_rate=8e-4,
         hidden=512, depth=16, proprioception=True, carry_state=False, decode_every=4, anneal=0.3,
-        gain=3.0, harden=0.1, shorter=4,
+        gain=3.0, harden=0.1, shorter=4, cells=True,
     ),
     "tiny": WorldModelConfig(
         batch_size=8, sequence_length=16, deterministic=64, categoricals=8, classes=8,
@@ -129,55 +130,70 @@ def elbo_loss(
 
 # ---------------------------------------------------------------------------- modules
 def conv_transpose_stride2(x: Tensor, layer: nn.ConvTranspose2d) -> Tensor:
-    """layer(x) for kernels 5 and 6, stride 2, about twice as fast on a CPU. x: (N, C, n, n).
+    """layer(x) for stride 2, about twice as fast on a CPU. x: (N, C, n, n).
 
-    Every output pixel (2i+u, 2j+v) sees at most 3 x 3 input pixels, so the layer is an ordinary
-    3 x 3 convolution with four times the channels (one set per parity u, v), then a pixel shuffle.
-    On a 1 x 1 input it is a plain matrix product.
+    With m = kernel / 2, rounded up, every output pixel (2i+u, 2j+v) sees at most m x m input
+    pixels, so the layer is an ordinary m x m convolution with four times the channels (one set per
+    parity u, v), then a pixel shuffle. On a 1 x 1 input it is a plain matrix product.
     """
-    w, b, n = layer.weight, layer.bias, x.shape[-1]
+    w, b, n, crop = layer.weight, layer.bias, x.shape[-1], layer.padding[0]
     c_in, c_out, k, _ = w.shape
     if n == 1:
         y = (x.flatten(1) @ w.reshape(c_in, -1)).view(-1, c_out, k, k)
         return y.contiguous(memory_format=torch.channels_last) + b.view(1, -1, 1, 1).to(y.dtype)
-    taps = F.pad(w, (0, 6 - k, 0, 6 - k)).reshape(c_in, c_out, 3, 2, 3, 2).flip(2, 4)
-    taps = taps.permute(1, 3, 5, 0, 2, 4).reshape(c_out * 4, c_in, 3, 3)
+    m = (k + 1) // 2
+    taps = F.pad(w, (0, 2 * m - k, 0, 2 * m - k)).reshape(c_in, c_out, m, 2, m, 2).flip(2, 4)
+    taps = taps.permute(1, 3, 5, 0, 2, 4).reshape(c_out * 4, c_in, m, m)
     taps = taps.contiguous(memory_format=torch.channels_last)
-    y = F.pixel_shuffle(F.conv2d(x, taps, b.repeat_interleave(4), padding=2), 2)
-    return y[..., : 2 * n - 2 + k, : 2 * n - 2 + k]
+    y = F.pixel_shuffle(F.conv2d(x, taps, b.repeat_interleave(4), padding=m - 1), 2)
+    seen = slice(crop, 2 * n - 2 + k - crop)
+    return y[..., seen, seen]
 
 
 class ImageEncoder(nn.Module):
-    """One camera: four convolutions (kernel 4, stride 2): (N, 3, 64, 64) -> (N, 32 * depth)."""
+    """One camera: four convolutions (kernel 4, stride 2): (N, 3, 64, 64) -> (N, 8 * depth, n, n).
 
-    def __init__(self, depth: int):
+    64 -> 31 -> 14 -> 6 -> n = 2 pixels; with cells, padded: 64 -> 32 -> 16 -> 8 -> n = 4 [D27].
+    """
+
+    def __init__(self, depth: int, cells: bool = False):
         super().__init__()
-        sizes = [3, depth, 2 * depth, 4 * depth, 8 * depth]  # 64 -> 31 -> 14 -> 6 -> 2 pixels
-        self.convolutions = nn.ModuleList(nn.Conv2d(i, o, 4, stride=2) for i, o in pairwise(sizes))
+        sizes = [3, depth, 2 * depth, 4 * depth, 8 * depth]
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(i, o, 4, stride=2, padding=int(cells)) for i, o in pairwise(sizes)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         for convolution in self.convolutions:
             x = F.elu(convolution(x))
-        return x.flatten(1)
+        return x
 
 
 class ImageDecoder(nn.Module):
-    """One camera: four transposed convolutions: (N, 32 * depth) -> (N, 3, 64, 64)."""
+    """One camera: transposed convolutions, stride 2: (N, 32 * depth) -> (N, 3, 64, 64).
 
-    def __init__(self, depth: int):
+    1 -> 5 -> 13 -> 30 -> 64 pixels; with cells 1 -> 4 -> 8 -> 16 -> 32 -> 64, and each pixel of
+    the 4 x 4 also sees its own categorical of `classes`: (N, classes, 4, 4) [D27].
+    """
+
+    def __init__(self, depth: int, classes: int | None = None):
         super().__init__()
-        sizes = [32 * depth, 4 * depth, 2 * depth, depth, 3]  # 1 -> 5 -> 13 -> 30 -> 64 pixels
+        sizes, kernels = [32 * depth, 4 * depth, 2 * depth, depth, 3], [5, 5, 6, 6]
+        if classes:
+            sizes, kernels = [32 * depth, 8 * depth, *sizes[1:]], [4] * 5
+            self.own = nn.Conv2d(classes, 8 * depth, 1)
         self.layers = nn.ModuleList(
-            nn.ConvTranspose2d(i, o, k, stride=2)
-            for i, o, k in zip(sizes, sizes[1:], (5, 5, 6, 6), strict=False)
+            nn.ConvTranspose2d(i, o, k, stride=2, padding=int(classes is not None and n > 0))
+            for n, ((i, o), k) in enumerate(zip(pairwise(sizes), kernels, strict=True))
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, own: Tensor | None = None) -> Tensor:
         x = x[..., None, None]
         for i, layer in enumerate(self.layers):
+            x = x if i == 0 else F.elu(x)
             # On a GPU the library's own kernel is the fast one.
             x = conv_transpose_stride2(x, layer) if x.device.type == "cpu" else layer(x)
-            x = F.elu(x) if i < 3 else x
+            x = x if i > 0 or own is None else x + self.own(own)
         return x
 
 
@@ -209,9 +225,13 @@ class WorldModel(nn.Module):
             raise ValueError("shorter * decode_every must divide sequence_length [D19, D26]")
         if c.shorter > 1 and c.carry_state:
             raise ValueError("pieces of another length cannot carry the state on: shorter 1 [D26]")
-        embedding, z = 32 * c.depth, c.categoricals * c.classes
-        self.encoders = nn.ModuleDict({k: ImageEncoder(c.depth) for k in ("static", "gripper")})
-        self.fuse = Head((2 * embedding,), embedding)
+        if c.cells and c.categoricals != 2 * 4 * 4:
+            raise ValueError("cells: two images of 4 x 4 cells need 32 categoricals [D27]")
+        cameras, embedding, z = ("static", "gripper"), 32 * c.depth, c.categoricals * c.classes
+        self.encoders = nn.ModuleDict({k: ImageEncoder(c.depth, c.cells) for k in cameras})
+        self.fuse = Head((2 * embedding * (4 if c.cells else 1),), embedding)
+        if c.cells:  # one categorical's logits from one cell's features [D27]
+            self.own = nn.ModuleDict({k: nn.Conv2d(8 * c.depth, c.classes, 1) for k in cameras})
         if c.proprioception:  # [D5] normalised by the training set's mean and deviation
             self.register_buffer("robot_mean", torch.zeros(15))
             self.register_buffer("robot_std", torch.ones(15))
@@ -221,11 +241,15 @@ class WorldModel(nn.Module):
         e = embedding + 15 * c.proprioception
         self.posterior_head = Head((c.deterministic, e), c.hidden, z)
         self.decoder_in = nn.Linear(c.latent, embedding)  # shared by both decoders [D7]
-        self.decoders = nn.ModuleDict({k: ImageDecoder(c.depth) for k in ("static", "gripper")})
+        classes = c.classes if c.cells else None
+        self.decoders = nn.ModuleDict({k: ImageDecoder(c.depth, classes) for k in cameras})
         self.apply(initialise)
         with torch.no_grad():  # [D25]
             self.posterior_head.out.weight.mul_(c.gain)
             self.decoder_in.weight[:, c.deterministic :].mul_(c.gain)
+            for k in cameras if c.cells else ():
+                self.own[k].weight.mul_(c.gain)
+                self.decoders[k].own.weight.mul_(c.gain)
         self.softness = 0.0  # of the posterior's samples, set while training [D25]
         self.to(memory_format=torch.channels_last)
 
@@ -239,15 +263,21 @@ class WorldModel(nn.Module):
         )
 
     def encode(self, images: dict[str, Tensor], robot_obs: Tensor | None = None) -> Tensor:
-        """Per camera (T, B, 3, 64, 64) from `to_float`, robot_obs (T, B, 15) -> e (T, B, E)."""
+        """Per camera (T, B, 3, 64, 64) from `to_float`, robot_obs (T, B, 15) -> e (T, B, E).
+
+        With cells, C*K more numbers end e: what each cell says of its own categorical [D27].
+        """
         T, B = images["static"].shape[:2]
-        parts = [encoder(images[k].flatten(0, 1)) for k, encoder in self.encoders.items()]
-        e = self.fuse(torch.cat(parts, -1)).unflatten(0, (T, B))
+        maps = {k: encoder(images[k].flatten(0, 1)) for k, encoder in self.encoders.items()}
+        e = self.fuse(torch.cat([x.flatten(1) for x in maps.values()], -1)).unflatten(0, (T, B))
         if self.config.proprioception:
             if robot_obs is None:
                 raise ValueError("this world model was trained with proprioception: pass robot_obs")
             robot = (robot_obs - self.robot_mean) / self.robot_std
             e = torch.cat([e, robot.to(e.dtype)], -1)
+        if self.config.cells:
+            own = [self.own[k](x).flatten(2).mT for k, x in maps.items()]  # (T*B, 16, K) each
+            e = torch.cat([e, torch.cat(own, 1).flatten(1).unflatten(0, (T, B))], -1)
         return e
 
     def recurrent(self, h: Tensor, z: Tensor, a_part: Tensor) -> Tensor:
@@ -260,15 +290,23 @@ class WorldModel(nn.Module):
         c = self.config
         return self.prior_head(h).float().unflatten(-1, (c.categoricals, c.classes))
 
-    def posterior(self, h: Tensor, e_part: Tensor) -> Tensor:
-        """Logits (..., C, K) of z_t ~ q_φ(z_t | h_t, x_t); e_part: e through its linear layer."""
+    def posterior(self, h: Tensor, e_part: Tensor, own: Tensor | float = 0.0) -> Tensor:
+        """Logits (..., C, K) of z_t ~ q_φ(z_t | h_t, x_t); e_part: e through its linear layer.
+
+        own: (..., C, K), what the cells add [D27].
+        """
         c = self.config
-        return self.posterior_head(h, e_part).float().unflatten(-1, (c.categoricals, c.classes))
+        q = self.posterior_head(h, e_part).float().unflatten(-1, (c.categoricals, c.classes))
+        return q + own
 
     def decode(self, s: Tensor) -> dict[str, Tensor]:
         """x̂_t ~ p_φ(x̂_t | ŝ_t): s (T, B, k) -> per camera the mean (T, B, 3, 64, 64), [-1, 1]."""
-        x = self.decoder_in(s).flatten(0, 1)
-        return {k: d(x).unflatten(0, s.shape[:2]) for k, d in self.decoders.items()}
+        c, x, own = self.config, self.decoder_in(s).flatten(0, 1), {}
+        if c.cells:  # [D27] (T*B, K, 4, 4) per camera
+            z = s[..., c.deterministic :].flatten(0, 1).unflatten(-1, (2, 4, 4, c.classes))
+            own = dict(zip(self.decoders, z.movedim(-1, 2).unbind(1), strict=True))
+        images = {k: decoder(x, own.get(k)) for k, decoder in self.decoders.items()}
+        return {k: x.unflatten(0, s.shape[:2]) for k, x in images.items()}
 
     # ------------------------------------------------------------------ observing and imagining
     def observe(
@@ -279,15 +317,17 @@ class WorldModel(nn.Module):
         Where reset is true, the state before the step is forgotten (h = z = 0).
         Returns h (T, B, H), z (T, B, C*K), q logits (T, B, C, K).
         """
-        h, z = state
+        c, (h, z) = self.config, state
         keep = (~reset)[..., None].float()
         # Everything that does not depend on the recurrence, for the whole sequence at once:
         a_part = self.recurrent_in.inputs[1](a_prev)  # (T, B, hidden)
-        e_part = self.posterior_head.inputs[1](e)  # (T, B, hidden)
+        E = self.posterior_head.inputs[1].in_features
+        e_part = self.posterior_head.inputs[1](e[..., :E])  # (T, B, hidden)
+        own = e[..., E:].float().unflatten(-1, (-1, c.classes)) if c.cells else [0.0] * len(e)
         hs, zs, qs = [], [], []
         for t in range(e.shape[0]):
             h = self.recurrent(h * keep[t], z * keep[t], a_part[t])
-            q = self.posterior(h, e_part[t])
+            q = self.posterior(h, e_part[t], own[t])
             z = sample_straight_through(q, self.softness * self.training)
             hs.append(h), zs.append(z), qs.append(q)
         return torch.stack(hs), torch.stack(zs), torch.stack(qs)

@@ -12,6 +12,9 @@ import world_model as W
 TINY = W.PRESETS["tiny"]
 
 
+CELLS = replace(TINY, categoricals=32, cells=True)  # [D27]
+
+
 @pytest.fixture
 def world():
     return W.WorldModel(TINY).eval()
@@ -177,9 +180,12 @@ def test_imagination_and_evaluation_never_soften_their_samples(world):
     assert not one_hot(observe())
 
 
-@pytest.mark.parametrize(("n", "kernel"), [(1, 5), (5, 5), (13, 6), (30, 6)])
-def test_the_fast_transposed_convolution_is_the_plain_one(n, kernel):
-    layer = torch.nn.ConvTranspose2d(6, 4, kernel, stride=2).double()
+@pytest.mark.parametrize(
+    ("n", "kernel", "padding"),
+    [(1, 5, 0), (5, 5, 0), (13, 6, 0), (30, 6, 0), (1, 4, 0), (4, 4, 1), (32, 4, 1)],
+)
+def test_the_fast_transposed_convolution_is_the_plain_one(n, kernel, padding):
+    layer = torch.nn.ConvTranspose2d(6, 4, kernel, stride=2, padding=padding).double()
     x = torch.randn(2, 6, n, n, dtype=torch.double, requires_grad=True)
     fast, plain = W.conv_transpose_stride2(x, layer), layer(x)
     assert torch.allclose(fast, plain)
@@ -189,6 +195,34 @@ def test_the_fast_transposed_convolution_is_the_plain_one(n, kernel):
         strict=True,
     ):
         assert torch.allclose(a, b)
+
+
+def test_a_cell_has_its_own_way_into_and_out_of_its_own_categorical():
+    """[D27]: without the heads on the whole image, a cell moves one categorical and one patch."""
+    world, batch = W.WorldModel(CELLS).eval(), sequences(T=1, B=1)
+    torch.nn.init.zeros_(world.posterior_head.out.weight)
+    torch.nn.init.zeros_(world.decoder_in.weight)
+    other = {k: x.clone() for k, x in batch.items()}
+    row, column = 3, 1  # of 4 x 4; its 16 x 16 pixels are seen by neighbours too, others' are not
+    pixels = slice(16 * row + 7, 16 * row + 9), slice(16 * column + 7, 16 * column + 9)
+    other["rgb_gripper"][:, :, pixels[0], pixels[1]] ^= 255
+    q, q2 = (world.filter(b, world.initial(1))[2][0, 0] for b in (batch, other))
+    cell = 16 + 4 * row + column  # the static camera's 16 come first
+    moved = (q - q2).abs().sum(-1)
+    assert moved.argmax() == cell and (moved[:16] == 0).all()
+    z = F.one_hot(torch.zeros(32, dtype=torch.long), 8).float()
+    z2 = z.clone()
+    z2[cell] = z2[cell].roll(1)
+    s, s2 = (torch.cat([torch.zeros(64), z.flatten()])[None, None] for z in (z, z2))
+    images, images2 = world.decode(s), world.decode(s2)
+    assert torch.equal(images["static"], images2["static"])
+    change = (images["gripper"] - images2["gripper"]).abs().sum(2)[0, 0]
+    patches = change.unflatten(0, (4, 16)).unflatten(2, (4, 16)).sum((1, 3))
+    assert patches.argmax() == 4 * row + column
+    far = [r * 4 + c for r in range(4) for c in range(4) if max(abs(r - row), abs(c - column)) > 1]
+    assert (patches.flatten()[far] == 0).all()
+    with pytest.raises(ValueError, match="32 categoricals"):
+        W.WorldModel(replace(CELLS, categoricals=8))
 
 
 def test_imagination_samples_the_prior_and_lets_gradients_reach_the_action(world):
@@ -225,8 +259,9 @@ def test_images_survive_the_way_in_and_out_and_wrong_ones_are_refused():
         W.to_float(torch.zeros(1, 200, 200, 3, dtype=torch.uint8))
 
 
-def test_it_learns_one_batch():
-    world = W.WorldModel(TINY).train()
+@pytest.mark.parametrize("config", [TINY, CELLS])
+def test_it_learns_one_batch(config):
+    world = W.WorldModel(config).train()
     batch = sequences(T=4, B=2)
     # Something to learn: a grey picture whose brightness is told by nothing but the picture.
     for k in ("rgb_static", "rgb_gripper"):
