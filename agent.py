@@ -198,6 +198,10 @@ class Agent(nn.Module):
             raise ValueError(f"method must be one of {METHODS}, got {config.method!r}")
         if config.reward_on not in ("s", "h"):
             raise ValueError(f"reward_on must be 's' or 'h', got {config.reward_on!r}")
+        if not 2 <= config.min_window <= config.max_window <= config.sequence_length:
+            raise ValueError("2 <= min_window <= max_window <= sequence_length, please")
+        if config.features % 8:
+            raise ValueError("features must be a multiple of 8, the transformer's heads [D7]")
         self.config, self.deterministic, c = config, deterministic, config
         shape = (c.plan_categoricals, c.plan_classes)
         self.perceptual = P.PerceptualEncoder(k, c.perceptual_hidden, c.features)

@@ -225,6 +225,8 @@ class WorldModel(nn.Module):
             raise ValueError("shorter * decode_every must divide sequence_length [D19, D26]")
         if c.shorter > 1 and c.carry_state:
             raise ValueError("pieces of another length cannot carry the state on: shorter 1 [D26]")
+        if c.classes > 256:
+            raise ValueError("classes: at most 256, for latents are cached as bytes")
         if c.cells and c.categoricals != 2 * 4 * 4:
             raise ValueError("cells: two images of 4 x 4 cells need 32 categoricals [D27]")
         cameras, embedding, z = ("static", "gripper"), 32 * c.depth, c.categoricals * c.classes

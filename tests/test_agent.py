@@ -10,7 +10,7 @@ import agent as A
 import data
 import world_model as W
 
-CONFIG = replace(A.PRESETS["tiny"], batch_size=8, sequence_length=12)
+CONFIG = replace(A.PRESETS["tiny"], batch_size=8, sequence_length=12, min_window=12, max_window=12)
 TINY = W.PRESETS["tiny"]
 
 
@@ -161,7 +161,11 @@ def test_the_agent_learns_to_steer_a_simple_world():
             return h + 0.1 * a[:, :1] * torch.ones_like(h), z
 
     T, B = 8, 16
-    agent = A.Agent(replace(CONFIG, sequence_length=T, method="no_latent_plan"), 4, 8)
+    agent = A.Agent(
+        replace(CONFIG, sequence_length=T, min_window=T, max_window=T, method="no_latent_plan"),
+        4,
+        8,
+    )
     s = 1 + 0.05 * torch.arange(T)[:, None, None] * torch.ones(T, B, 4)
     s_E = torch.cat([s, torch.zeros(T, B, 4)], -1)
     batch = windows(T, B, M=0) | {"s_E": s_E, "s_0": s_E[0], "align": torch.zeros(0)}
@@ -349,3 +353,16 @@ def test_tracking_has_its_yardsticks(world):
     assert torch.allclose(figures["reward_expert"], torch.tensor(1.0), atol=1e-5)
     still = (batch["a"][:5, :, :6] ** 2).mean()
     assert torch.allclose(figures["mse_still"], still)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"max_window": 40}, "max_window"),
+        ({"min_window": 1}, "min_window"),
+        ({"features": 60}, "8"),
+    ],
+)
+def test_numbers_that_do_not_fit_together_are_refused(change, says):
+    with pytest.raises(ValueError, match=says):
+        A.Agent(replace(A.PRESETS["tiny"], **change), 64, 128)

@@ -221,8 +221,20 @@ def test_a_cell_has_its_own_way_into_and_out_of_its_own_categorical():
     assert patches.argmax() == 4 * row + column
     far = [r * 4 + c for r in range(4) for c in range(4) if max(abs(r - row), abs(c - column)) > 1]
     assert (patches.flatten()[far] == 0).all()
-    with pytest.raises(ValueError, match="32 categoricals"):
-        W.WorldModel(replace(CELLS, categoricals=8))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"categoricals": 8}, "32 categoricals"),
+        ({"classes": 300}, "256"),
+        ({"decode_every": 3}, "decode_every"),
+        ({"shorter": 2}, "shorter"),
+    ],
+)
+def test_numbers_that_do_not_fit_together_are_refused(change, says):
+    with pytest.raises(ValueError, match=says):
+        W.WorldModel(replace(CELLS, **change))
 
 
 def test_imagination_samples_the_prior_and_lets_gradients_reach_the_action(world):
