@@ -143,6 +143,12 @@ def actor_loss(
     return -value + alpha_1 * kl + alpha_2 * contrast  # Eq. 6: L(θ)
 
 
+def real_steps(batch: dict[str, Tensor]) -> Tensor:
+    """(H, B) bool: the steps of each window that are not its held end [D14]."""
+    steps = torch.arange(len(batch["a"]) - 1, device=batch["length"].device)
+    return steps[:, None] < batch["length"] - 1
+
+
 # ---------------------------------------------------------------------------- modules
 def layers(n_in: int, hidden: int, count: int) -> nn.Sequential:
     """`count` fully connected layers, each with LayerNorm (eps 1e-3) and ELU [D7]."""
@@ -269,6 +275,11 @@ class Agent(nn.Module):
         k = self.deterministic if self.config.reward_on == "h" else s_E.shape[-1]
         return intrinsic_reward(s_E[..., :k], s_pi[..., :k])
 
+    def align(self, features: Tensor, g: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Eq. 8's loss () and accuracy () on the windows with a sentence, which come last."""
+        M = len(batch["emb"])
+        return self.alignment(features[-M:], g[-M:], batch["align"])
+
     def losses(self, world, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """One batch of windows, play windows first -> L(θ) (), L(ψ) (), figures.
 
@@ -287,13 +298,10 @@ class Agent(nn.Module):
         kl = P.kl_balanced(q, p, c.delta).mean() if self.with_plan else q.new_zeros(())
         contrast, accuracy = q.new_zeros(()), q.new_zeros(())
         if c.method != "no_alignment":
-            pairs = [x[-len(batch["emb"]) :] for x in (features, g)]
-            contrast, accuracy = self.alignment(*pairs, batch["align"])
+            contrast, accuracy = self.align(features, g, batch)
 
         weight = torch.ones(T - 1, B, device=s_E.device)
-        if c.mask_padding:  # [D14]
-            steps = torch.arange(T - 1, device=s_E.device)[:, None]
-            weight = (steps < batch["length"] - 1).float()
+        weight = real_steps(batch).float() if c.mask_padding else weight  # [D14]
 
         if c.method == "no_ditto" and not c.clone_imagined:
             context = torch.cat([g, plan], -1).expand(T - 1, -1, -1)
@@ -332,9 +340,7 @@ class Agent(nn.Module):
         batch: as `losses` takes it, and gripper (B,), the gripper's command before the window.
         """
         s_E, s_0, actions = batch["s_E"], batch["s_0"], batch["a"][:-1]
-        real = (
-            torch.arange(len(actions), device=s_E.device)[:, None] < batch["length"] - 1
-        )  # (H, B)
+        real = real_steps(batch)
         mean = lambda x: x[real].mean()
         seen = torch.cat([s_0[None], s_E[1:]])
         v = self.perceptual(seen)
@@ -364,8 +370,7 @@ class Agent(nn.Module):
                 h, z = world.imagine_step(h, z, a[t])
                 s_pi.append(torch.cat([h, z], -1))
             figures[f"reward_{name}"] = mean(self.reward(s_E[1:], torch.stack(s_pi)))
-        pairs = [x[-len(batch["emb"]) :] for x in (features, g)]
-        figures["alignment_accuracy"] = self.alignment(*pairs, batch["align"])[1]
+        figures["alignment_accuracy"] = self.align(features, g, batch)[1]
         return figures
 
 

@@ -99,10 +99,10 @@ def sample_straight_through(logits: Tensor, softness: float = 0.0) -> Tensor:
     Straight-through estimation [26]: forward the sample, backward as if it were softmax(logits).
     softness > 0 [D25]: forward, the sample is drawn so far towards its mean, the probabilities.
     """
-    logits = logits.float()
-    gumbel = -torch.empty_like(logits).exponential_().log()  # argmax(logits + gumbel) ~ softmax
-    one_hot = F.one_hot((logits + gumbel).argmax(-1), logits.shape[-1]).to(logits.dtype)
-    probabilities = logits.softmax(-1)
+    probabilities = logits.float().softmax(-1)
+    u = torch.rand_like(probabilities[..., :1])  # the class in whose share of 0..1 it falls:
+    index = (probabilities.cumsum(-1) < u).sum(-1).clamp_max(logits.shape[-1] - 1)
+    one_hot = F.one_hot(index, logits.shape[-1]).to(probabilities.dtype)
     sample = torch.lerp(one_hot, probabilities.detach(), softness)
     return (sample + probabilities - probabilities.detach()).flatten(-2)
 

@@ -68,8 +68,20 @@ def test_recognition_sees_the_whole_window_in_order_and_proposal_only_its_start(
         other[t] += 1
         assert not torch.allclose(recognition(other)[0], logits)
     assert not torch.allclose(recognition(v.flip(0))[0], logits)  # the learned position
-    proposal = P.PlanProposal(16, 8, 32, (4, 5))
-    assert proposal(v[0], torch.randn(2, 8)).shape == (2, 4, 5)
+
+
+def test_the_proposal_learns_which_plan_a_state_and_a_goal_ask_for():
+    """Eq. 7 teaches it, through p alone, what recognition makes of windows it cannot see."""
+    proposal = P.PlanProposal(4, 4, 32, (1, 4))
+    every = torch.cartesian_prod(torch.arange(4), torch.arange(4))
+    v_0, g = F.one_hot(every, 4).float().unbind(1)
+    asked = (v_0.argmax(-1) + g.argmax(-1)) % 4  # neither tells it alone
+    q = 8 * F.one_hot(asked, 4).float()[:, None]
+    optimizer = torch.optim.Adam(proposal.parameters(), 1e-2)
+    for _ in range(200):
+        loss = P.kl_balanced(q, proposal(v_0, g), 0.8).mean()
+        optimizer.zero_grad(), loss.backward(), optimizer.step()
+    assert (proposal(v_0, g).argmax(-1)[:, 0] == asked).all()
 
 
 def test_mean_over_time_before_the_linear_layer_is_the_mean_after_it():
