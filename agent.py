@@ -65,6 +65,7 @@ class AgentConfig:
     transformer_hidden: int = 2048  # [D7]
     transformer_features: int = 4096  # [D7]
     gradient_clip: float = 100.0  # [D7]
+    anneal: float = 0.0  # last part of the steps, over which both learning rates fall to 0 [D7]
     critic_weight_decay: float = 0.0  # 0: Adam, as in Table IV; the authors' code: 0.01 [D6]
     reward_on: str = "s"  # "s" as Eq. 3 says, or "h" as in the authors' code [D3]
     critic_sees_plan: bool = False  # [D4]
@@ -80,7 +81,7 @@ class AgentConfig:
 PRESETS = {
     "paper": AgentConfig(),
     "sim": AgentConfig(
-        batch_size=128, perceptual_hidden=256, plan_hidden=256, plan_categoricals=16,
+        batch_size=64, actor_lr=6e-4, critic_lr=6e-4, anneal=0.3, perceptual_hidden=256, plan_hidden=256, plan_categoricals=16,
         plan_classes=16, actor_layers=4, critic_layers=4, critic_hidden=256, goal_hidden=256,
         transformer_hidden=256, transformer_features=256, reward_on="h", critic_sees_plan=True,
         binary_gripper=True,

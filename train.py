@@ -59,7 +59,7 @@ class RunConfig:
 # Steps of each stage; the paper does not say [D7].
 STEPS = {
     "paper": {"wm": 2_000_000, "agent": 100_000},
-    "sim": {"wm": 12000, "agent": 3000},
+    "sim": {"wm": 12000, "agent": 8000},
     "tiny": {"wm": 300, "agent": 200},
 }
 DEVICES = ("auto", "cpu", "cuda")
@@ -577,9 +577,14 @@ def train_agent(run: Run) -> None:
             loss_actor, loss_critic, figures = losses(batches.batch(step))
         actor_optimizer.zero_grad(), critic_optimizer.zero_grad()
         (loss_actor + loss_critic).backward()  # they share no parameter: see test_eq5, test_eq6
-        for optimizer, name in ((actor_optimizer, "actor"), (critic_optimizer, "critic")):
-            group = optimizer.param_groups[0]["params"]
-            figures[f"gradient_{name}"] = torch.nn.utils.clip_grad_norm_(group, c.gradient_clip)
+        left = min(1.0, (run.steps - step) / max(1.0, c.anneal * run.steps))  # [D7]
+        for name, optimizer, rate in (
+            ("actor", actor_optimizer, c.actor_lr), ("critic", critic_optimizer, c.critic_lr)
+        ):  # fmt: skip
+            group = optimizer.param_groups[0]
+            group["lr"] = rate * left
+            norm = torch.nn.utils.clip_grad_norm_(group["params"], c.gradient_clip)
+            figures[f"gradient_{name}"] = norm
             optimizer.step()
         return figures
 
