@@ -54,10 +54,10 @@ LIGHTS = {"lightbulb": ("light_link", (1, 0.95, 0.1)), "led": ("led_link", (0.1,
 # Plain colours. What is small and worth seeing is bright, what is large differs in shades: with
 # half the squared error as -log p (Eq. 2), a world model draws contrast times area first. Other
 # colours are another LOOK, so that no policy is tried in a table that it has never seen.
-LOOK = "tiny-plain"
+LOOK = "tiny-grey"
 WOOD, CABINET, INSIDE = (0.56, 0.555, 0.54), (0.49, 0.505, 0.50), (0.53, 0.545, 0.54)
-DOOR, BROWN, SAND = (0.62, 0.53, 0.43), (0.52, 0.48, 0.45), (0.57, 0.555, 0.52)
-BLACK, WHITE, OFF = (0.43, 0.43, 0.435), (0.60, 0.6, 0.595), (0.45, 0.45, 0.455)
+DOOR, BROWN, SAND = (0.68, 0.53, 0.38), (0.45, 0.40, 0.36), (0.62, 0.60, 0.53)
+BLACK, WHITE, OFF = (0.37, 0.37, 0.375), (0.60, 0.6, 0.595), (0.45, 0.45, 0.455)
 FLOOR = (0.50, 0.50, 0.505)
 ARM, HAND, FINGER = (0.57, 0.575, 0.58), (0.48, 0.48, 0.49), (0.43, 0.59, 0.59)
 RED, BLUE, PINK, SKY = (1, 0.05, 0.05), (0.05, 0.12, 1), (1, 0.1, 0.95), (124, 124, 125)

@@ -890,16 +890,16 @@ class Recorder:
         # Finish the motion, or let the next skill interrupt it, as in a chain of instructions.
         if rng.random() < 0.6:
             op.run(op.rest, int(rng.integers(2, 40)))
+        self.solved = -SETTLE
         return False
 
     def annotate(self, task, start):
-        """A span of 64 frames, as CALVIN's are, up to this success: it may begin before the skill
-        did, unless the oracle does not agree from there; then it begins where the skill did."""
-        for first in (max(self.t - 63, min(self.infos)), max(self.t - 63, start)):
-            if self.op.oracle(self.infos[first], self.infos[self.t], task):
-                self.spans.append([task, first, self.t])
-                self.solved = self.t
-                return
+        """A span of at most 64 frames, as CALVIN's are, from where the skill began to this success.
+        What came before it says nothing of the sentence."""
+        first = max(self.t - 63, start)
+        if self.op.oracle(self.infos[first], self.infos[self.t], task):
+            self.spans.append([task, first, self.t])
+            self.solved = self.t
 
     def lengthen(self):
         """Moves the last span on to now, if it ended a frame ago and is a success still: the goal

@@ -45,7 +45,7 @@ class WorldModelConfig:
     # ------------------------------------------------------------------ not in Table III [D7]
     hidden: int = 1000  # width of the RSSM's one-hidden-layer heads
     depth: int = 48  # channels of the first convolution; the last has 8 times as many
-    proprioception: bool = False  # append the 15 numbers of robot_obs to e_t [D5]
+    proprioception: bool = False  # x_t is also robot_obs, 15 numbers, encoded and decoded [D5]
     carry_state: bool = True  # sequences continue, with their state, from batch to batch [D10]
     decode_every: int = 1  # reconstruct every n-th frame of a training batch [D19]
     anneal: float = 0.0  # last part of the steps, over which the learning rate falls to 0 [D7]
@@ -73,6 +73,11 @@ PRESETS = {
         learning_rate=1e-3, hidden=64, depth=4, proprioception=True,
     ),
 }  # fmt: skip
+
+
+# [D5] Of robot_obs, decoded are: tcp position, finger width, joints, gripper command. The euler
+# angles jump by 2π, and follow from the joints. σ in units of the training set's deviation.
+ROBOT_DECODED, ROBOT_SIGMA = (0, 1, 2, 6, 7, 8, 9, 10, 11, 12, 13, 14), 0.1
 
 
 # ---------------------------------------------------------------------------- equations
@@ -108,23 +113,26 @@ def sample_straight_through(logits: Tensor, softness: float = 0.0) -> Tensor:
 
 
 def elbo_loss(
-    images: dict[str, Tensor], decoded: dict[str, Tensor], q: Tensor, p: Tensor,
+    x: dict[str, Tensor], decoded: dict[str, Tensor], q: Tensor, p: Tensor,
     beta: float, delta: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """min_φ E_q[ Σ_t -log p_φ(x_t | ŝ_t) + β D_KL(q_φ(z_t | h_t, x_t) ‖ p_φ(ẑ_t | h_t)) ]
 
-    images, decoded: per camera (T', B, 3, 64, 64) in [-1, 1]. q, p: (T, B, C, K) logits.
-    The image likelihood is a Gaussian of unit variance, so -log p is half the squared error; it is
-    summed over pixels, channels and cameras, the KL over categoricals; both are averaged over T
-    and B [D9]. T' < T frames may stand for all [D19]. Returns the loss () and its terms.
+    x, decoded: per camera (T', B, 3, 64, 64) in [-1, 1]; with [D5] also robot (T, B, 12), in σ.
+    q, p: (T, B, C, K) logits. The likelihoods are Gaussians of unit variance, so -log p is half the
+    squared error; it is summed over pixels, channels and cameras, the KL over categoricals; both
+    are averaged over T and B [D9]. T' < T frames may stand for all [D19]. Returns the loss () and
+    its terms.
     """
     error = {
-        camera: 0.5 * F.mse_loss(decoded[camera].float(), x, reduction="sum") / len(x.flatten(0, 1))
-        for camera, x in images.items()
+        name: 0.5
+        * F.mse_loss(decoded[name].float(), true, reduction="sum")
+        / len(true.flatten(0, 1))
+        for name, true in x.items()
     }
     kl = kl_balanced(q, p, delta).mean()
     loss = sum(error.values()) + beta * kl  # Eq. 2: the negative variational lower bound
-    terms = {f"image_{camera}": e.detach() for camera, e in error.items()}
+    terms = {f"x_{name}": e.detach() for name, e in error.items()}
     return loss, terms | {"kl": kl.detach(), "loss": loss.detach()}
 
 
@@ -237,6 +245,7 @@ class WorldModel(nn.Module):
         if c.proprioception:  # [D5] normalised by the training set's mean and deviation
             self.register_buffer("robot_mean", torch.zeros(15))
             self.register_buffer("robot_std", torch.ones(15))
+            self.robot_out = nn.Linear(c.latent, len(ROBOT_DECODED))
         self.recurrent_in = Head((z, 7), c.hidden)
         self.gru = nn.GRUCell(c.hidden, c.deterministic)
         self.prior_head = Head((c.deterministic,), c.hidden, z)
@@ -275,12 +284,15 @@ class WorldModel(nn.Module):
         if self.config.proprioception:
             if robot_obs is None:
                 raise ValueError("this world model was trained with proprioception: pass robot_obs")
-            robot = (robot_obs - self.robot_mean) / self.robot_std
-            e = torch.cat([e, robot.to(e.dtype)], -1)
+            e = torch.cat([e, self.standardise(robot_obs).to(e.dtype)], -1)
         if self.config.cells:
             own = [self.own[k](x).flatten(2).mT for k, x in maps.items()]  # (T*B, 16, K) each
             e = torch.cat([e, torch.cat(own, 1).flatten(1).unflatten(0, (T, B))], -1)
         return e
+
+    def standardise(self, robot_obs: Tensor) -> Tensor:
+        """robot_obs (..., 15) in units of the training set's deviation from its mean [D5]."""
+        return (robot_obs - self.robot_mean) / self.robot_std
 
     def recurrent(self, h: Tensor, z: Tensor, a_part: Tensor) -> Tensor:
         """h_t = f_φ(ŝ_{t-1}, a_{t-1}); a_part: the action's linear layer, already applied."""
@@ -379,9 +391,12 @@ class WorldModel(nn.Module):
         # neighbours tell almost the same, and decoding is most of a step's work.
         n = c.decode_every if self.training else 1
         some = slice(int(torch.randint(n, ())), None, n)
-        images = {k: x[some] for k, x in images.items()}
-        decoded = self.decode(torch.cat([h, z], -1)[some])
-        loss, terms = elbo_loss(images, decoded, q, self.prior(h), c.beta, c.delta)
+        s, x = torch.cat([h, z], -1), {k: x[some] for k, x in images.items()}
+        decoded = self.decode(s[some])
+        if c.proprioception:  # [D5]
+            x["robot"] = self.standardise(batch["robot_obs"])[..., ROBOT_DECODED] / ROBOT_SIGMA
+            decoded["robot"] = self.robot_out(s)
+        loss, terms = elbo_loss(x, decoded, q, self.prior(h), c.beta, c.delta)
         return loss, terms, (h[-1].detach(), z[-1].detach())
 
 

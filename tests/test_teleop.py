@@ -260,27 +260,32 @@ def test_same_seed_same_play_in_any_process_and_another_seed_other_play():
 
 @pytest.fixture
 def span(env, tmp_path, monkeypatch):
-    """span(oracle, last): what is annotated of a skill from frame 70 to 100 of `last` frames."""
+    """span(oracle, last): what is annotated of a skill from `start` to 100 of `last` frames."""
     monkeypatch.setattr(teleop, "_count", lambda: None)
 
-    def play(oracle, last):
+    def play(oracle, last, start=70):
         recorder = teleop.Recorder(env, tmp_path, 0, 1000, np.random.default_rng(0), oracle)
         recorder.obs = obs = {"robot_obs": np.zeros(15), "scene_obs": np.zeros(24), "rgb_obs": {}}
         for t in range(1, last):
             recorder.on_step(np.zeros(7), obs, t)
             if t == 100:
-                recorder.annotate("open_drawer", start=70)
+                recorder.annotate("open_drawer", start)
         return recorder.spans
 
     return play
 
 
-def test_a_span_takes_in_what_was_before_the_skill_and_how_it_settles(span):
+def test_a_span_begins_with_its_skill_and_takes_in_how_it_settles(span):
     """The oracle here agrees from frame 30 on, until frame 106."""
     spans = span(lambda a, b, task: a >= 30 and b <= 106, 120)
-    assert spans == [["open_drawer", 43, 106]]  # 64 frames, both ends included
+    assert spans == [["open_drawer", 70, 106]]
 
 
-def test_a_span_begins_with_its_skill_where_the_oracle_disagrees_from_before(span):
-    spans = span(lambda a, b, task: a >= 70, 130)
-    assert spans == [["open_drawer", 70, 100 + teleop.SETTLE]]
+def test_a_span_has_64_frames_at_most(span):
+    assert span(lambda a, b, task: True, 101, start=20) == [["open_drawer", 37, 100]]
+    end = 100 + teleop.SETTLE
+    assert span(lambda a, b, task: True, 130, start=20) == [["open_drawer", end - 63, end]]
+
+
+def test_a_skill_of_which_the_oracle_saw_too_little_is_no_span(span):
+    assert span(lambda a, b, task: a < 37, 130, start=20) == []

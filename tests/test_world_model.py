@@ -121,7 +121,26 @@ def test_eq2_is_half_squared_error_summed_plus_beta_times_kl():
             kl = torch.distributions.kl_divergence(categorical(q[t, b]), categorical(p[t, b]))
             expected += 0.3 * kl.sum() / (T * B)
     assert torch.allclose(loss, expected, rtol=1e-5)
-    assert set(terms) == {"image_static", "image_gripper", "kl", "loss"}
+    assert set(terms) == {"x_static", "x_gripper", "kl", "loss"}
+
+
+def test_proprioception_is_decoded_but_for_its_euler_angles():
+    """[D5] With a decoder that always says `the mean`, -log p is half the squared distance to it,
+    in a tenth of the training set's deviation."""
+    world = W.WorldModel(W.PRESETS["tiny"]).eval()
+    world.robot_mean += 1.0
+    world.robot_std *= 2.0
+    torch.nn.init.zeros_(world.robot_out.weight)
+    T, B = 3, 2
+    batch = {f"rgb_{k}": torch.zeros(T, B, 64, 64, 3, dtype=torch.uint8) for k in world.encoders}
+    batch |= {"a_prev": torch.zeros(T, B, 7), "reset": torch.zeros(T, B).bool()}
+    batch["robot_obs"] = torch.ones(T, B, 15)
+    term = lambda: float(world.loss(batch, world.initial(B))[1]["x_robot"])
+    assert term() == 0
+    batch["robot_obs"][..., 3:6] = 3.1
+    assert term() == 0
+    batch["robot_obs"][1, 0, 9] = 2.0  # half a deviation off, in one of six frames
+    assert abs(term() - 0.5 * 5**2 / 6) < 1e-4
 
 
 def test_every_nth_frame_estimates_the_reconstruction_without_bias():
