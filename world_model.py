@@ -65,7 +65,7 @@ PRESETS = {
     "paper": WorldModelConfig(),
     "sim": WorldModelConfig(
         batch_size=8, sequence_length=32, deterministic=512, learning_rate=8e-4,
-        hidden=512, depth=16, proprioception=True, carry_state=False, decode_every=4, anneal=0.3,
+        hidden=512, depth=16, proprioception=True, carry_state=False, decode_every=4, anneal=0.6,
         gain=3.0, harden=0.1, shorter=4, cells=True,
     ),
     "tiny": WorldModelConfig(
