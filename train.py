@@ -59,7 +59,7 @@ class RunConfig:
 # Steps of each stage; the paper does not say [D7].
 STEPS = {
     "paper": {"wm": 2_000_000, "agent": 100_000},
-    "sim": {"wm": 10000, "agent": 2500},
+    "sim": {"wm": 8000, "agent": 2500},
     "tiny": {"wm": 300, "agent": 200},
 }
 DEVICES = ("auto", "cpu", "cuda")
@@ -384,7 +384,7 @@ def train_world_model(run: Run) -> None:
     if run.rank:
         return
     latents = [cache_latents(world, x, run) for x in (data, held_out)]
-    probe(run, *zip(latents, (data, held_out), strict=True))
+    probe(run, world, *zip(latents, (data, held_out), strict=True))
     print(
         f"\nworld model: {run.checkpoint_path}\nnext: python train.py --stage agent --preset "
         f"{run.config.preset} --data {run.config.data} --out {run.config.out}"
@@ -442,25 +442,29 @@ def cache_latents(world: W.WorldModel, data: D.PlayData, run: Run) -> D.Latents:
             )[1].view_as(z)  # fmt: skip
         if t >= 0:
             keep = (np.arange(len(frames)) + t)[:, None] < np.minimum(len(data) - starts, length)
-            to_class = lambda z: z.unflatten(-1, (c.categoricals, -1)).argmax(-1)
+            to_class = lambda z: (
+                z[..., : c.categoricals * c.classes].unflatten(-1, (c.categoricals, -1)).argmax(-1)
+            )
             for name, x in (("h", h), ("z", to_class(z)), ("z_reset", to_class(z_reset))):
                 getattr(out, name)[frames[keep]] = x.cpu().numpy()[keep]
     return out.commit()
 
 
-def one_hot(z: np.ndarray, classes: int, device: str) -> Tensor:
-    """(..., C) classes -> (..., C*K) float."""
-    return F.one_hot(torch.from_numpy(z.astype(np.int64)).to(device), classes).flatten(-2).float()
+def stored_z(world: W.WorldModel, data: D.PlayData, z: np.ndarray, rows, device: str) -> Tensor:
+    """Cached classes z (..., C) of the frames `rows` (...) of a split -> z (..., Z) float."""
+    one_hot = F.one_hot(torch.from_numpy(z.astype(np.int64)).to(device), world.config.classes)
+    p = world.pose(torch.from_numpy(data.robot_obs[rows]).to(device))
+    return torch.cat([one_hot.flatten(-2).float(), p], -1)
 
 
-def probe(run: Run, train: tuple, held_out: tuple) -> None:
+def probe(run: Run, world: W.WorldModel, train: tuple, held_out: tuple) -> None:
     """What do the latents know? A small network reads scene_obs from s, trained on the training
     split's latents, judged on the held-out split's; written to probe.json."""
-    c, device = run.model_config, run.device
+    device = run.device
 
     def pairs(latents, data) -> tuple[Tensor, Tensor]:
         rows = np.linspace(0, len(data) - 1, min(len(data), 50_000)).astype(int)
-        z = one_hot(latents.z[rows], c.classes, device)
+        z = stored_z(world, data, latents.z[rows], rows, device)
         s = torch.cat([torch.from_numpy(latents.h[rows]).to(device).float(), z], -1)
         return s, torch.from_numpy(data.scene_obs[rows]).to(device)
 
@@ -504,7 +508,7 @@ class WindowBatches:
 
     def __init__(self, data, latents, c: A.AgentConfig, world, seed: int, device: str, part=None):
         """part: of n windows, the slice that this process reads."""
-        self.latents, self.classes, self.device = latents, world.config.classes, device
+        self.latents, self.world, self.device = latents, world, device
         self.reset_start, self.data = c.reset_start, data
         lengths = (c.sequence_length, c.min_window, c.max_window)
         n = c.batch_size // 2  # half and half [D6]
@@ -522,8 +526,9 @@ class WindowBatches:
         play, language = self.play.batch(step), self.language.batch(step)
         index = torch.cat([play["index"], language["index"]], 1).numpy()  # (T, B)
         h = torch.from_numpy(self.latents.h[index]).to(self.device).float()
-        s_E = torch.cat([h, one_hot(self.latents.z[index], self.classes, self.device)], -1)
-        z_0 = one_hot(self.latents.z_reset[index[0]], self.classes, self.device)
+        z_of = lambda z, rows: stored_z(self.world, self.data, z[rows], rows, self.device)
+        s_E = torch.cat([h, z_of(self.latents.z, index)], -1)
+        z_0 = z_of(self.latents.z_reset, index[0])
         fresh = torch.cat([self.h_reset.expand(len(z_0), -1), z_0], -1)
         chance = self.reset_start if reset_start is None else reset_start
         forget = torch.rand(len(fresh), 1, device=self.device) < chance

@@ -45,7 +45,7 @@ class WorldModelConfig:
     # ------------------------------------------------------------------ not in Table III [D7]
     hidden: int = 1000  # width of the RSSM's one-hidden-layer heads
     depth: int = 48  # channels of the first convolution; the last has 8 times as many
-    proprioception: bool = False  # x_t is also robot_obs, 15 numbers, encoded and decoded [D5]
+    proprioception: bool = False  # x_t is also robot_obs; z_t ends with the arm's pose p_t [D5]
     carry_state: bool = True  # sequences continue, with their state, from batch to batch [D10]
     decode_every: int = 1  # reconstruct every n-th frame of a training batch [D19]
     anneal: float = 0.0  # last part of the steps, over which the learning rate falls to 0 [D7]
@@ -55,9 +55,14 @@ class WorldModelConfig:
     cells: bool = False  # a categorical for each of 4 x 4 cells of both images [D27]
 
     @property
+    def stochastic(self) -> int:
+        """Z, the length of z_t."""
+        return self.categoricals * self.classes + len(POSE) * self.proprioception
+
+    @property
     def latent(self) -> int:
         """k of Table III."""
-        return self.deterministic + self.categoricals * self.classes
+        return self.deterministic + self.stochastic
 
 
 # Two CPU cores or one small GPU need a smaller model of the same kind; Table III's other rows stay.
@@ -75,9 +80,9 @@ PRESETS = {
 }  # fmt: skip
 
 
-# [D5] Of robot_obs, decoded are: tcp position, finger width, joints, gripper command. The euler
-# angles jump by 2π, and follow from the joints. σ in units of the training set's deviation.
-ROBOT_DECODED, ROBOT_SIGMA = (0, 1, 2, 6, 7, 8, 9, 10, 11, 12, 13, 14), 0.1
+# [D5] Of robot_obs, z_t takes in: tcp position, finger width, joints. The euler angles jump by 2π,
+# and follow from the joints. σ: how exactly that is predicted, in the training set's deviations.
+POSE, POSE_SIGMA = (0, 1, 2, 6, 7, 8, 9, 10, 11, 12, 13), 0.03
 
 
 # ---------------------------------------------------------------------------- equations
@@ -118,7 +123,7 @@ def elbo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """min_φ E_q[ Σ_t -log p_φ(x_t | ŝ_t) + β D_KL(q_φ(z_t | h_t, x_t) ‖ p_φ(ẑ_t | h_t)) ]
 
-    x, decoded: per camera (T', B, 3, 64, 64) in [-1, 1]; with [D5] also robot (T, B, 12), in σ.
+    x, decoded: per camera (T', B, 3, 64, 64) in [-1, 1]; with [D5] robot (T - 1, B, 11), in σ.
     q, p: (T, B, C, K) logits. The likelihoods are Gaussians of unit variance, so -log p is half the
     squared error; it is summed over pixels, channels and cameras, the KL over categoricals; both
     are averaged over T and B [D9]. T' < T frames may stand for all [D19]. Returns the loss () and
@@ -245,8 +250,8 @@ class WorldModel(nn.Module):
         if c.proprioception:  # [D5] normalised by the training set's mean and deviation
             self.register_buffer("robot_mean", torch.zeros(15))
             self.register_buffer("robot_std", torch.ones(15))
-            self.robot_out = nn.Linear(c.latent, len(ROBOT_DECODED))
-        self.recurrent_in = Head((z, 7), c.hidden)
+            self.motion = nn.Linear(c.deterministic, len(POSE))
+        self.recurrent_in = Head((c.stochastic, 7), c.hidden)
         self.gru = nn.GRUCell(c.hidden, c.deterministic)
         self.prior_head = Head((c.deterministic,), c.hidden, z)
         e = embedding + 15 * c.proprioception
@@ -257,7 +262,7 @@ class WorldModel(nn.Module):
         self.apply(initialise)
         with torch.no_grad():  # [D25]
             self.posterior_head.out.weight.mul_(c.gain)
-            self.decoder_in.weight[:, c.deterministic :].mul_(c.gain)
+            self.decoder_in.weight[:, c.deterministic : c.deterministic + z].mul_(c.gain)
             for k in cameras if c.cells else ():
                 self.own[k].weight.mul_(c.gain)
                 self.decoders[k].own.weight.mul_(c.gain)
@@ -266,11 +271,11 @@ class WorldModel(nn.Module):
 
     # ------------------------------------------------------------------ the pieces of Eq. 1
     def initial(self, batch: int) -> tuple[Tensor, Tensor]:
-        """h = z = 0: (B, H), (B, C*K)."""
+        """h = z = 0: (B, H), (B, Z)."""
         c, device = self.config, self.decoder_in.weight.device
         return (
             torch.zeros(batch, c.deterministic, device=device),
-            torch.zeros(batch, c.categoricals * c.classes, device=device),
+            torch.zeros(batch, c.stochastic, device=device),
         )
 
     def encode(self, images: dict[str, Tensor], robot_obs: Tensor | None = None) -> Tensor:
@@ -284,7 +289,7 @@ class WorldModel(nn.Module):
         if self.config.proprioception:
             if robot_obs is None:
                 raise ValueError("this world model was trained with proprioception: pass robot_obs")
-            e = torch.cat([e, self.standardise(robot_obs).to(e.dtype)], -1)
+            e = torch.cat([e.float(), self.standardise(robot_obs)], -1)
         if self.config.cells:
             own = [self.own[k](x).flatten(2).mT for k, x in maps.items()]  # (T*B, 16, K) each
             e = torch.cat([e, torch.cat(own, 1).flatten(1).unflatten(0, (T, B))], -1)
@@ -293,6 +298,12 @@ class WorldModel(nn.Module):
     def standardise(self, robot_obs: Tensor) -> Tensor:
         """robot_obs (..., 15) in units of the training set's deviation from its mean [D5]."""
         return (robot_obs - self.robot_mean) / self.robot_std
+
+    def pose(self, robot_obs: Tensor) -> Tensor:
+        """robot_obs (..., 15) -> p (..., 11), the end of z [D5]; else (..., 0)."""
+        if not self.config.proprioception:
+            return robot_obs[..., :0]
+        return self.standardise(robot_obs)[..., POSE]
 
     def recurrent(self, h: Tensor, z: Tensor, a_part: Tensor) -> Tensor:
         """h_t = f_φ(ŝ_{t-1}, a_{t-1}); a_part: the action's linear layer, already applied."""
@@ -317,7 +328,8 @@ class WorldModel(nn.Module):
         """x̂_t ~ p_φ(x̂_t | ŝ_t): s (T, B, k) -> per camera the mean (T, B, 3, 64, 64), [-1, 1]."""
         c, x, own = self.config, self.decoder_in(s).flatten(0, 1), {}
         if c.cells:  # [D27] (T*B, K, 4, 4) per camera
-            z = s[..., c.deterministic :].flatten(0, 1).unflatten(-1, (2, 4, 4, c.classes))
+            z = s[..., c.deterministic :][..., : c.categoricals * c.classes].flatten(0, 1)
+            z = z.unflatten(-1, (2, 4, 4, c.classes))
             own = dict(zip(self.decoders, z.movedim(-1, 2).unbind(1), strict=True))
         images = {k: decoder(x, own.get(k)) for k, decoder in self.decoders.items()}
         return {k: x.unflatten(0, s.shape[:2]) for k, x in images.items()}
@@ -329,7 +341,7 @@ class WorldModel(nn.Module):
         """Filters T observations: e (T, B, E), a_prev (T, B, 7), reset (T, B) bool, state (h, z).
 
         Where reset is true, the state before the step is forgotten (h = z = 0).
-        Returns h (T, B, H), z (T, B, C*K), q logits (T, B, C, K).
+        Returns h (T, B, H), z (T, B, Z), q logits (T, B, C, K).
         """
         c, (h, z) = self.config, state
         keep = (~reset)[..., None].float()
@@ -338,11 +350,12 @@ class WorldModel(nn.Module):
         E = self.posterior_head.inputs[1].in_features
         e_part = self.posterior_head.inputs[1](e[..., :E])  # (T, B, hidden)
         own = e[..., E:].float().unflatten(-1, (-1, c.classes)) if c.cells else [0.0] * len(e)
+        p = e[..., E - 15 : E][..., POSE] if c.proprioception else e[..., :0]  # [D5]
         hs, zs, qs = [], [], []
         for t in range(e.shape[0]):
             h = self.recurrent(h * keep[t], z * keep[t], a_part[t])
             q = self.posterior(h, e_part[t], own[t])
-            z = sample_straight_through(q, self.softness * self.training)
+            z = torch.cat([sample_straight_through(q, self.softness * self.training), p[t]], -1)
             hs.append(h), zs.append(z), qs.append(q)
         return torch.stack(hs), torch.stack(zs), torch.stack(qs)
 
@@ -356,8 +369,10 @@ class WorldModel(nn.Module):
 
     def imagine_step(self, h: Tensor, z: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
         """(h_t, z_t), a_t -> (h_{t+1}, ẑ_{t+1}): one step without an observation. a: (B, 7)."""
+        c, p = self.config, z[..., self.config.categoricals * self.config.classes :]
         h = self.recurrent(h, z, self.recurrent_in.inputs[1](a))
-        return h, sample_straight_through(self.prior(h))
+        p = p + self.motion(h) if c.proprioception else p  # [D5]
+        return h, torch.cat([sample_straight_through(self.prior(h)), p], -1)
 
     def predict(self, batch: dict[str, Tensor], context: int) -> tuple[dict, dict]:
         """Open-loop prediction (Fig. 3): filters `context` frames, then sees only the actions.
@@ -393,9 +408,10 @@ class WorldModel(nn.Module):
         some = slice(int(torch.randint(n, ())), None, n)
         s, x = torch.cat([h, z], -1), {k: x[some] for k, x in images.items()}
         decoded = self.decode(s[some])
-        if c.proprioception:  # [D5]
-            x["robot"] = self.standardise(batch["robot_obs"])[..., ROBOT_DECODED] / ROBOT_SIGMA
-            decoded["robot"] = self.robot_out(s)
+        if c.proprioception:  # [D5] how far the arm moves, from h; not known after a reset
+            p, known = z[..., -len(POSE) :], ~reset[1:, :, None]
+            x["robot"] = (p[1:] - p[:-1]) * known / POSE_SIGMA
+            decoded["robot"] = self.motion(h[1:]) * known / POSE_SIGMA
         loss, terms = elbo_loss(x, decoded, q, self.prior(h), c.beta, c.delta)
         return loss, terms, (h[-1].detach(), z[-1].detach())
 

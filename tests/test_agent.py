@@ -25,7 +25,7 @@ def make_agent(**changes):
 
 def windows(T=12, B=8, M=4):
     z = torch.nn.functional.one_hot(torch.randint(0, 8, (T, B, 8)), 8).flatten(-2).float()
-    s = torch.cat([torch.randn(T, B, 64).tanh(), z], -1)
+    s = torch.cat([torch.randn(T, B, 64).tanh(), z, torch.randn(T, B, TINY.latent - 128)], -1)
     return {
         "s_E": s,
         "s_0": s[0],

@@ -68,7 +68,7 @@ def test_eq1_the_action_before_a_step_enters_its_h(world):
 
 
 def test_eq1_the_recurrent_state_is_a_gru_of_z_and_a_written_out(world):
-    h, z, a = torch.randn(4, 64), torch.randn(4, 64), torch.randn(4, 7)
+    h, z, a = torch.randn(4, 64), torch.randn(4, TINY.stochastic), torch.randn(4, 7)
     head = world.recurrent_in
     both = torch.cat([head.inputs[0].weight, head.inputs[1].weight], 1)  # one layer on (z, a)
     x = torch.cat([z, a], 1) @ both.T + head.inputs[0].bias
@@ -124,23 +124,30 @@ def test_eq2_is_half_squared_error_summed_plus_beta_times_kl():
     assert set(terms) == {"x_static", "x_gripper", "kl", "loss"}
 
 
-def test_proprioception_is_decoded_but_for_its_euler_angles():
-    """[D5] With a decoder that always says `the mean`, -log p is half the squared distance to it,
-    in a tenth of the training set's deviation."""
+def test_proprioception_is_part_of_z_and_its_motion_is_predicted():
+    """[D5] With a prior that says `it stays`, -log p is half the squared motion, in σ."""
     world = W.WorldModel(W.PRESETS["tiny"]).eval()
     world.robot_mean += 1.0
     world.robot_std *= 2.0
-    torch.nn.init.zeros_(world.robot_out.weight)
+    torch.nn.init.zeros_(world.motion.weight)
     T, B = 3, 2
     batch = {f"rgb_{k}": torch.zeros(T, B, 64, 64, 3, dtype=torch.uint8) for k in world.encoders}
     batch |= {"a_prev": torch.zeros(T, B, 7), "reset": torch.zeros(T, B).bool()}
     batch["robot_obs"] = torch.ones(T, B, 15)
     term = lambda: float(world.loss(batch, world.initial(B))[1]["x_robot"])
     assert term() == 0
-    batch["robot_obs"][..., 3:6] = 3.1
+    batch["robot_obs"][..., 3:6] = torch.randn(T, B, 3)  # euler angles
     assert term() == 0
-    batch["robot_obs"][1, 0, 9] = 2.0  # half a deviation off, in one of six frames
-    assert abs(term() - 0.5 * 5**2 / 6) < 1e-4
+    batch["robot_obs"][2, 0, 9] = 1.06  # a σ: 0.03 deviations of 2.0
+    assert abs(term() - 0.5 / 4) < 1e-4  # in one of four steps
+    batch["reset"][2, 0] = True  # nobody knows from where it came
+    assert term() == 0
+
+    h, z, _ = world.filter(batch, world.initial(B))
+    assert torch.allclose(z[2, 0, -11:], torch.tensor([0.0] * 6 + [0.03] + [0.0] * 4), atol=1e-5)
+    torch.nn.init.constant_(world.motion.bias, 0.5)
+    _, z_1 = world.imagine_step(h[2], z[2], torch.zeros(B, 7))
+    assert torch.allclose(z_1[:, -11:], z[2, :, -11:] + 0.5, atol=1e-5)
 
 
 def test_every_nth_frame_estimates_the_reconstruction_without_bias():
@@ -190,7 +197,7 @@ def test_imagination_and_evaluation_never_soften_their_samples(world):
     """[D25] is for the posterior while training; the agent is trained on one-hot latents."""
     world.softness = 0.5
     h, z = world.initial(2)
-    one_hot = lambda z: set(z.detach().round(decimals=4).unique().tolist()) == {0.0, 1.0}
+    one_hot = lambda z: set(z[..., :64].detach().round(decimals=4).unique().tolist()) == {0.0, 1.0}
     assert one_hot(world.imagine_step(h, z, torch.zeros(2, 7))[1])
     x = torch.zeros(3, 2, world.posterior_head.inputs[1].in_features)
     observe = lambda: world.observe(x, torch.zeros(3, 2, 7), torch.zeros(3, 2) > 0, (h, z))[1]
@@ -232,7 +239,9 @@ def test_a_cell_has_its_own_way_into_and_out_of_its_own_categorical():
     z = F.one_hot(torch.zeros(32, dtype=torch.long), 8).float()
     z2 = z.clone()
     z2[cell] = z2[cell].roll(1)
-    s, s2 = (torch.cat([torch.zeros(64), z.flatten()])[None, None] for z in (z, z2))
+    s, s2 = (
+        torch.cat([torch.zeros(64), z.flatten(), torch.zeros(11)])[None, None] for z in (z, z2)
+    )
     images, images2 = world.decode(s), world.decode(s2)
     assert torch.equal(images["static"], images2["static"])
     change = (images["gripper"] - images2["gripper"]).abs().sum(2)[0, 0]
@@ -260,8 +269,8 @@ def test_imagination_samples_the_prior_and_lets_gradients_reach_the_action(world
     h, z = world.initial(3)
     a = torch.zeros(3, 7, requires_grad=True)
     h1, z1 = world.imagine_step(h, z, a)
-    assert z1.shape == (3, TINY.categoricals * TINY.classes)
-    assert torch.equal(z1.unflatten(-1, (8, 8)).sum(-1).round(), torch.ones(3, 8))
+    assert z1.shape == (3, TINY.stochastic)
+    assert torch.equal(z1[:, :64].unflatten(-1, (8, 8)).sum(-1).round(), torch.ones(3, 8))
     for out in (h1, z1):
         gradient = torch.autograd.grad((out * torch.randn_like(out)).sum(), a, retain_graph=True)[0]
         assert gradient.abs().sum() > 0
@@ -270,7 +279,7 @@ def test_imagination_samples_the_prior_and_lets_gradients_reach_the_action(world
 def test_zeta_resets_happen_in_training_only():
     world = W.WorldModel(replace(TINY, zeta=1.0))
     batch = sequences()
-    state = (torch.randn(3, 64), torch.randn(3, 64))
+    state = (torch.randn(3, 64), torch.randn(3, TINY.stochastic))
     ends = []
     for mode in (True, False):
         for start in (state, world.initial(3)):
