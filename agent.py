@@ -69,6 +69,7 @@ class AgentConfig:
     critic_weight_decay: float = 0.0  # 0: Adam, as in Table IV; the authors' code: 0.01 [D6]
     reward_on: str = "s"  # "s" as Eq. 3 says, or "h" as in the authors' code [D3]
     critic_sees_plan: bool = False  # [D4]
+    critic_gradient: bool = True  # the actor's gradient passes through the critic, too [D28]
     reset_start: float = 0.5  # how often a window starts from a state without history [D8]
     mask_padding: bool = False  # leave the held end of short windows out of Eqs. 5 and 6 [D14]
     clone_imagined: bool = (
@@ -84,8 +85,7 @@ PRESETS = {
         batch_size=64, actor_lr=6e-4, critic_lr=6e-4, anneal=0.3, perceptual_hidden=256,
         plan_hidden=256, plan_categoricals=16, plan_classes=16, actor_layers=4, critic_layers=4,
         critic_hidden=256, goal_hidden=256, transformer_hidden=256, transformer_features=256,
-        reward_on="h", critic_sees_plan=True,
-        binary_gripper=True,
+        reward_on="h", critic_sees_plan=True, critic_gradient=False, lam=0.8, binary_gripper=True,
     ),
 }  # fmt: skip
 PRESETS["tiny"] = replace(
@@ -322,7 +322,8 @@ class Agent(nn.Module):
         else:
             critic_plan = plan if c.critic_sees_plan else plan[:, :0]  # g, plan: not detached [D24]
             x = torch.cat([s_pi, torch.cat([g, critic_plan], -1).expand(T, -1, -1)], -1)
-            v_lambda = lambda_return(r, self.slow_critic(x), c.gamma, c.lam, weight)
+            v = self.slow_critic(x if c.critic_gradient else x.detach())  # [D28]
+            v_lambda = lambda_return(r, v, c.gamma, c.lam, weight)
             loss_critic = critic_loss(self.critic(x[:-1].detach()), v_lambda, weight)
             loss_actor = actor_loss(v_lambda, kl, contrast, c.alpha_1, c.alpha_2, weight)
             figures |= {"v_lambda": v_lambda.mean()}

@@ -153,6 +153,17 @@ def test_eq6_reaches_the_actor_through_the_dynamics_and_leaves_phi_unchanged(wor
     assert gradient is None or gradient.abs().sum() == 0
 
 
+def test_the_actor_climbs_the_critic_only_where_it_may(world, monkeypatch):
+    """[D28]: with a reward that nothing changes, only the critic has a gradient for the actor."""
+    monkeypatch.setattr(A.Agent, "reward", lambda self, s_E, s_pi: torch.ones(s_E.shape[:-1]))
+    for may in (True, False):
+        agent = make_agent(alpha_1=0.0, alpha_2=0.0, critic_gradient=may)
+        loss_actor, loss_critic, _ = agent.losses(world, windows())
+        (gradient,) = gradients(loss_actor, [agent.actor.mean.weight])
+        assert (gradient is not None and bool(gradient.abs().sum() > 0)) == may
+        assert gradients(loss_critic, [agent.critic.net[-1].weight])[0].abs().sum() > 0
+
+
 def test_the_agent_learns_to_steer_a_simple_world():
     """A world whose state is moved by the action; the expert always moves by 0.5."""
 
