@@ -353,7 +353,7 @@ def train_world_model(run: Run) -> None:
         left = (run.steps - step) / max(1.0, c.anneal * run.steps)
         optimizer.param_groups[0]["lr"] = c.learning_rate * min(1.0, left)  # [D7]
         world.softness = max(0.0, 1 - (step + 1) / max(1.0, c.harden * run.steps))  # [D25]
-        batch = to_device((pieces if left > 1 else sequences).batch(step), device)  # [D26]
+        batch = to_device((pieces if world.softness else sequences).batch(step), device)  # [D26]
         if not c.carry_state:
             state = world.initial(batch["reset"].shape[1])
         world.train()

@@ -51,7 +51,7 @@ class WorldModelConfig:
     anneal: float = 0.0  # last part of the steps, over which the learning rate falls to 0 [D7]
     gain: float = 1.0  # at the start, of the weights before and behind the posterior's sample [D25]
     harden: float = 0.0  # first part of the steps, over which q's mean turns into samples [D25]
-    shorter: int = 1  # before the rate falls: batches of so many times more, shorter pieces [D26]
+    shorter: int = 1  # until samples are hard: batches of so many times more, shorter pieces [D26]
     cells: bool = False  # a categorical for each of 4 x 4 cells of both images [D27]
 
     @property
@@ -71,7 +71,7 @@ PRESETS = {
     "sim": WorldModelConfig(
         batch_size=8, sequence_length=32, deterministic=512, learning_rate=8e-4,
         hidden=512, depth=16, proprioception=True, carry_state=False, decode_every=4, anneal=0.6,
-        gain=3.0, harden=0.1, shorter=4, cells=True,
+        gain=3.0, harden=0.15, shorter=4, cells=True,
     ),
     "tiny": WorldModelConfig(
         batch_size=8, sequence_length=16, deterministic=64, categoricals=8, classes=8,
@@ -250,7 +250,7 @@ class WorldModel(nn.Module):
         if c.proprioception:  # [D5] normalised by the training set's mean and deviation
             self.register_buffer("robot_mean", torch.zeros(15))
             self.register_buffer("robot_std", torch.ones(15))
-            self.motion = nn.Linear(c.deterministic, len(POSE))
+            self.motion = nn.Linear(c.deterministic + 7, len(POSE))
         self.recurrent_in = Head((c.stochastic, 7), c.hidden)
         self.gru = nn.GRUCell(c.hidden, c.deterministic)
         self.prior_head = Head((c.deterministic,), c.hidden, z)
@@ -371,7 +371,7 @@ class WorldModel(nn.Module):
         """(h_t, z_t), a_t -> (h_{t+1}, ẑ_{t+1}): one step without an observation. a: (B, 7)."""
         c, p = self.config, z[..., self.config.categoricals * self.config.classes :]
         h = self.recurrent(h, z, self.recurrent_in.inputs[1](a))
-        p = p + self.motion(h) if c.proprioception else p  # [D5]
+        p = p + self.motion(torch.cat([h, a], -1)) if c.proprioception else p  # [D5]
         return h, torch.cat([sample_straight_through(self.prior(h)), p], -1)
 
     def predict(self, batch: dict[str, Tensor], context: int) -> tuple[dict, dict]:
@@ -408,10 +408,11 @@ class WorldModel(nn.Module):
         some = slice(int(torch.randint(n, ())), None, n)
         s, x = torch.cat([h, z], -1), {k: x[some] for k, x in images.items()}
         decoded = self.decode(s[some])
-        if c.proprioception:  # [D5] how far the arm moves, from h; not known after a reset
+        if c.proprioception:  # [D5] how far the arm moves; not known after a reset
             p, known = z[..., -len(POSE) :], ~reset[1:, :, None]
             x["robot"] = (p[1:] - p[:-1]) * known / POSE_SIGMA
-            decoded["robot"] = self.motion(h[1:]) * known / POSE_SIGMA
+            motion = self.motion(torch.cat([h, batch["a_prev"]], -1)[1:])
+            decoded["robot"] = motion * known / POSE_SIGMA
         loss, terms = elbo_loss(x, decoded, q, self.prior(h), c.beta, c.delta)
         return loss, terms, (h[-1].detach(), z[-1].detach())
 
