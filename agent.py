@@ -85,7 +85,7 @@ PRESETS = {
         batch_size=64, actor_lr=6e-4, critic_lr=6e-4, anneal=0.3, perceptual_hidden=256,
         plan_hidden=256, plan_categoricals=16, plan_classes=16, actor_layers=4, critic_layers=4,
         critic_hidden=256, goal_hidden=256, transformer_hidden=256, transformer_features=256,
-        reward_on="h", critic_sees_plan=True, critic_gradient=False, lam=0.8, binary_gripper=True,
+        critic_sees_plan=True, critic_gradient=False, lam=0.8, binary_gripper=True,
     ),
 }  # fmt: skip
 PRESETS["tiny"] = replace(
