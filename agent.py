@@ -85,7 +85,7 @@ PRESETS = {
         batch_size=64, actor_lr=6e-4, critic_lr=6e-4, anneal=0.3, perceptual_hidden=256,
         plan_hidden=256, plan_categoricals=16, plan_classes=16, actor_layers=4, critic_layers=4,
         critic_hidden=256, goal_hidden=256, transformer_hidden=256, transformer_features=256,
-        critic_sees_plan=True, critic_gradient=False, lam=0.8, binary_gripper=True,
+        critic_sees_plan=True, critic_gradient=False, lam=0.5, binary_gripper=True,
     ),
 }  # fmt: skip
 PRESETS["tiny"] = replace(
@@ -171,6 +171,8 @@ class Actor(nn.Module):
         self.body = layers(n_in, hidden, count)
         self.mean = nn.Linear(hidden, 7)
         self.log_std = nn.Linear(hidden, 7)
+        with torch.no_grad():
+            self.mean.weight.mul_(0.01)  # first actions around 0, not at tanh's flat ends [D7]
 
     def forward(self, x: Tensor, sample: bool = True) -> Tensor:
         """x: (..., k + g + C*K). Returns actions (..., 7) in (-1, 1); without `sample`, tanh(mean).

@@ -715,7 +715,8 @@ def predict(args, context: int = 5, frames: int = 200, clips: int = 8) -> dict:
 
     Writes prediction.png and .gif (truth above prediction), and prediction.json with PSNR (dB)
     and SSIM of each step after the context, over all clips: of the prediction, of the
-    reconstruction from the posterior, which sees every frame, and of the last context frame, held.
+    reconstruction from the posterior, which sees every frame, and of the last context frame, held;
+    with proprioception [D5] also the distance from the tcp, in cm.
     """
     import imageio.v3 as imageio
     import torch
@@ -737,6 +738,14 @@ def predict(args, context: int = 5, frames: int = 200, clips: int = 8) -> dict:
     ssim = functools.partial(structural_similarity, data_range=255, channel_axis=-1)
     result = {"checkpoint": args.checkpoint, "step": checkpoint["step"], "hz": play.meta["hz"]}
     result |= {"context": context, "frames": frames, "clips": clips, "seed": args.seed}
+    if "tcp" in unseen:  # [D5] medians over the clips
+        tcp = batch["robot_obs"][..., :3].numpy()  # (T, B, 3)
+        for name, x in {
+            "prediction": unseen["tcp"].cpu().numpy(),
+            "copy": tcp[context - 1],
+        }.items():
+            error = 100 * np.median(np.linalg.norm(x - tcp, axis=-1), axis=-1)
+            result[f"tcp_cm_{name}"] = np.round(error[context:], 2).tolist()
     strip, film = [], []
     for k in tqdm(world.encoders, desc="prediction", unit="camera"):
         truth = batch[f"rgb_{k}"].numpy()  # (T, B, 64, 64, 3)
@@ -762,6 +771,9 @@ def predict(args, context: int = 5, frames: int = 200, clips: int = 8) -> dict:
         curves = [np.array(result[f"{measure}_{key}"]) for measure in ("psnr", "ssim")]
         parts = [[c[a:b].mean() for c in curves] for a, b in ((0, 10), (10, 50), (50, last))]
         print(f"{key:<34}" + "".join(f"{p:>9.1f}{s:>5.2f}" for p, s in parts))
+    for key in [k for k in result if k.startswith("tcp")]:
+        parts = [np.mean(result[key][a:b]) for a, b in ((0, 10), (10, 50), (50, last))]
+        print(f"{key:<34}" + "".join(f"{p:>9.1f} cm  " for p in parts))
     return result
 
 

@@ -378,7 +378,8 @@ class WorldModel(nn.Module):
         """Open-loop prediction (Fig. 3): filters `context` frames, then sees only the actions.
 
         batch: data.Sequences' (T, B, ...). Returns per camera uint8 (T, B, 64, 64, 3): every frame
-        reconstructed from the posterior, and predicted (the same during the context).
+        reconstructed from the posterior, and predicted (the same during the context); with
+        proprioception [D5] also tcp (T, B, 3), m.
         """
         h, z, _ = self.filter(batch, self.initial(batch["reset"].shape[1]))
         s = torch.cat([h, z], -1)
@@ -386,8 +387,15 @@ class WorldModel(nn.Module):
         for a in batch["a_prev"][context:]:
             h, z = self.imagine_step(h, z, a)
             predicted.append(torch.cat([h, z], -1))
-        seen, unseen = self.decode(s), self.decode(torch.stack(predicted))
-        return tuple({k: to_uint8(x) for k, x in images.items()} for images in (seen, unseen))
+
+        def seen_in(s: Tensor) -> dict[str, Tensor]:
+            out = {k: to_uint8(x) for k, x in self.decode(s).items()}
+            if self.config.proprioception:
+                tcp = s[..., -len(POSE) :][..., :3]
+                out["tcp"] = tcp * self.robot_std[:3] + self.robot_mean[:3]
+            return out
+
+        return seen_in(s), seen_in(torch.stack(predicted))
 
     def loss(
         self, batch: dict[str, Tensor], state: tuple[Tensor, Tensor]
