@@ -355,12 +355,12 @@ def test_tracking_has_its_yardsticks(world):
     steps = torch.cat([torch.zeros(1, 8, 7), batch["a"][:-1]]).cumsum(0).repeat(1, 1, 10)[..., :64]
     batch["s_E"][..., :64] = batch["s_E"][0, :, :64] + steps
     batch["s_0"] = batch["s_E"][0]
-    figures = make_agent().eval().track(Replay(), batch)
+    figures = make_agent(reward_on="h").eval().track(Replay(), batch)
     assert torch.allclose(figures["reward_expert"], torch.tensor(1.0), atol=1e-5)
     assert figures["reward_hold"] < 0.9
     # The held end of a short window does not count.
     batch["length"][:], batch["s_E"][6:] = 6, 0
-    figures = make_agent().eval().track(Replay(), batch)
+    figures = make_agent(reward_on="h").eval().track(Replay(), batch)
     assert torch.allclose(figures["reward_expert"], torch.tensor(1.0), atol=1e-5)
     still = (batch["a"][:5, :, :6] ** 2).mean()
     assert torch.allclose(figures["mse_still"], still)

@@ -224,28 +224,32 @@ def test_the_fast_transposed_convolution_is_the_plain_one(n, kernel, padding):
 
 
 def test_a_cell_has_its_own_way_into_and_out_of_its_own_categorical():
-    """[D27]: without the heads on the whole image, a cell moves one categorical and one patch."""
-    world, batch = W.WorldModel(CELLS).eval(), sequences(T=1, B=1)
-    torch.nn.init.zeros_(world.posterior_head.out.weight)
-    torch.nn.init.zeros_(world.decoder_in.weight)
+    """[D27]: without the heads on the whole image, a cell moves its categorical and its patch most
+    (the mean over worlds with other weights: neighbours' convolutions overlap), and none afar."""
+    batch = sequences(T=1, B=1)
     other = {k: x.clone() for k, x in batch.items()}
     row, column = 3, 1  # of 4 x 4; its 16 x 16 pixels are seen by neighbours too, others' are not
     pixels = slice(16 * row + 7, 16 * row + 9), slice(16 * column + 7, 16 * column + 9)
     other["rgb_gripper"][:, :, pixels[0], pixels[1]] ^= 255
-    q, q2 = (world.filter(b, world.initial(1))[2][0, 0] for b in (batch, other))
     cell = 16 + 4 * row + column  # the static camera's 16 come first
-    moved = (q - q2).abs().sum(-1)
-    assert moved.argmax() == cell and (moved[:16] == 0).all()
     z = F.one_hot(torch.zeros(32, dtype=torch.long), 8).float()
     z2 = z.clone()
     z2[cell] = z2[cell].roll(1)
-    s, s2 = (
-        torch.cat([torch.zeros(64), z.flatten(), torch.zeros(11)])[None, None] for z in (z, z2)
-    )
-    images, images2 = world.decode(s), world.decode(s2)
-    assert torch.equal(images["static"], images2["static"])
-    change = (images["gripper"] - images2["gripper"]).abs().sum(2)[0, 0]
-    patches = change.unflatten(0, (4, 16)).unflatten(2, (4, 16)).sum((1, 3))
+    moved, patches = 0, 0
+    for _ in range(20):
+        world = W.WorldModel(CELLS).eval().requires_grad_(False)
+        torch.nn.init.zeros_(world.posterior_head.out.weight)
+        torch.nn.init.zeros_(world.decoder_in.weight)
+        q, q2 = (world.filter(b, world.initial(1))[2][0, 0] for b in (batch, other))
+        moved = moved + (q - q2).abs().sum(-1)
+        s = [
+            torch.cat([torch.zeros(64), x.flatten(), torch.zeros(11)])[None, None] for x in (z, z2)
+        ]
+        images, images2 = (world.decode(x) for x in s)
+        assert torch.equal(images["static"], images2["static"])
+        change = (images["gripper"] - images2["gripper"]).abs().sum(2)[0, 0]
+        patches = patches + change.unflatten(0, (4, 16)).unflatten(2, (4, 16)).sum((1, 3))
+    assert moved.argmax() == cell and (moved[:16] == 0).all()
     assert patches.argmax() == 4 * row + column
     far = [r * 4 + c for r in range(4) for c in range(4) if max(abs(r - row), abs(c - column)) > 1]
     assert (patches.flatten()[far] == 0).all()
