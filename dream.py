@@ -23,9 +23,9 @@ from tqdm import trange
 
 import data as D
 
-# In frames of 1/30 s: up to 16 before its span's end a task is not done, in the last 10 it is; an
-# annotated span goes on for up to 10 after its success (teleop.SETTLE).
-NOT_YET, LAST = 16, 10
+# In frames of 1/30 s: up to 16 before its span's end a task is not done, in the last 2 it is; an
+# annotated span goes on for up to 10 after its success (teleop.SETTLE), or for none.
+NOT_YET, LAST = 16, 2
 ENOUGH = 5  # attempts in which a task was done, and at least 0.9 of both, for a judgement to count
 STEPS, BATCH = 2000, 256
 
@@ -63,7 +63,7 @@ def latents_of_spans(world, play: D.PlayData, batch: int = 64) -> tuple[Tensor, 
         frames = play.frames(np.minimum(first + np.arange(lengths.max())[:, None], last - 1))
         frames["reset"][0], frames["a_prev"][0] = True, torch.tensor(D.NO_ACTION)
         frames = {k: x.to(device) for k, x in frames.items()}
-        h, z, _ = world.filter(frames, world.initial(len(first)))  # (L, B, H), (L, B, C*K)
+        h, z, _ = world.filter(frames, world.initial(len(first)))  # (L, B, H), (L, B, Z)
         out[i : i + batch] = torch.cat([h, z], -1).transpose(0, 1).half().cpu()
     return out, torch.from_numpy(lengths)
 

@@ -716,7 +716,7 @@ def predict(args, context: int = 5, frames: int = 200, clips: int = 8) -> dict:
     Writes prediction.png and .gif (truth above prediction), and prediction.json with PSNR (dB)
     and SSIM of each step after the context, over all clips: of the prediction, of the
     reconstruction from the posterior, which sees every frame, and of the last context frame, held;
-    with proprioception [D5] also the distance from the tcp, in cm.
+    with proprioception [D5] also how far the tcp is from the truth, in cm, median over clips.
     """
     import imageio.v3 as imageio
     import torch

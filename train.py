@@ -97,8 +97,12 @@ def load_checkpoint(path: Path, stage: str, device: str) -> dict:
 def load_world_model(checkpoint: dict, device: str) -> W.WorldModel:
     """The frozen world model of a checkpoint of either stage."""
     part = checkpoint if checkpoint["stage"] == "wm" else checkpoint["world_model"]
-    world = W.WorldModel(W.WorldModelConfig(**part["config"])).to(device)
-    world.load_state_dict(part["model"])
+    try:
+        world = W.WorldModel(W.WorldModelConfig(**part["config"])).to(device)
+        world.load_state_dict(part["model"])
+    except (RuntimeError, TypeError) as error:
+        what = "this world model was trained by another version of world_model.py; train it again"
+        raise ValueError(f"{what}: {error}") from error
     return world.eval().requires_grad_(False)
 
 

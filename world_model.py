@@ -6,8 +6,9 @@
     e_t       e           (T, B, E)        both images, encoded and fused                App. A
     a_{t-1}   a_prev      (T, B, 7)        the action that led to x_t                    App. D
     h_t       h           (T, B, H)        deterministic recurrent state                 Eq. 1
-    z_t       z           (T, B, C*K)      C one-hot categoricals of K classes, flattened Eq. 1
-    s_t       s           (T, B, k)        latent state (h_t, z_t), k = H + C*K          Eq. 1
+    z_t       z           (T, B, Z)        C one-hot categoricals of K classes, flattened Eq. 1
+    p_t                   (T, B, 11)       with proprioception, the end of z: arm's pose D5
+    s_t       s           (T, B, k)        latent state (h_t, z_t), k = H + Z            Eq. 1
     q, p      q, p        (T, B, C, K)     logits of the posterior and of the prior      Eq. 1
 
               x_0        x_1        x_2            One step: first h from the step before, then
@@ -34,7 +35,7 @@ class WorldModelConfig:
     sequence_length: int = 50  # L
     deterministic: int = 1024  # H
     categoricals: int = 32  # C
-    classes: int = 32  # K; the latent has k = H + C*K = 2048 dimensions
+    classes: int = 32  # K; the latent has k = H + C*K = 2048 dimensions, or more [D5]
     beta: float = 0.3  # β, KL loss scale
     delta: float = 0.8  # δ, KL balancing, on the prior's term [D1]
     zeta: float = 0.01  # ζ, RSSM reset probability
@@ -61,7 +62,7 @@ class WorldModelConfig:
 
     @property
     def latent(self) -> int:
-        """k of Table III."""
+        """k of Table III (and the pose, with proprioception)."""
         return self.deterministic + self.stochastic
 
 
@@ -126,8 +127,8 @@ def elbo_loss(
     x, decoded: per camera (T', B, 3, 64, 64) in [-1, 1]; with [D5] robot (T - 1, B, 11), in σ.
     q, p: (T, B, C, K) logits. The likelihoods are Gaussians of unit variance, so -log p is half the
     squared error; it is summed over pixels, channels and cameras, the KL over categoricals; both
-    are averaged over T and B [D9]. T' < T frames may stand for all [D19]. Returns the loss () and
-    its terms.
+    are averaged over T and B [D9]. T' < T frames may stand for all [D19]. robot is a motion, given
+    h_t and a_{t-1}. Returns the loss () and its terms.
     """
     error = {
         name: 0.5
@@ -238,6 +239,8 @@ class WorldModel(nn.Module):
             raise ValueError("shorter * decode_every must divide sequence_length [D19, D26]")
         if c.shorter > 1 and c.carry_state:
             raise ValueError("pieces of another length cannot carry the state on: shorter 1 [D26]")
+        if c.shorter > 1 and not c.harden:
+            raise ValueError("shorter pieces last as long as samples harden: --harden 0.1 [D26]")
         if c.classes > 256:
             raise ValueError("classes: at most 256, for latents are cached as bytes")
         if c.cells and c.categoricals != 2 * 4 * 4:
