@@ -446,9 +446,7 @@ def cache_latents(world: W.WorldModel, data: D.PlayData, run: Run) -> D.Latents:
             )[1].view_as(z)  # fmt: skip
         if t >= 0:
             keep = (np.arange(len(frames)) + t)[:, None] < np.minimum(len(data) - starts, length)
-            to_class = lambda z: (
-                z[..., : c.categoricals * c.classes].unflatten(-1, (c.categoricals, -1)).argmax(-1)
-            )
+            to_class = lambda z: z[..., : c.discrete].unflatten(-1, (c.categoricals, -1)).argmax(-1)
             for name, x in (("h", h), ("z", to_class(z)), ("z_reset", to_class(z_reset))):
                 getattr(out, name)[frames[keep]] = x.cpu().numpy()[keep]
     return out.commit()

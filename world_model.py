@@ -56,9 +56,14 @@ class WorldModelConfig:
     cells: bool = False  # a categorical for each of 4 x 4 cells of both images [D27]
 
     @property
+    def discrete(self) -> int:
+        """C*K, the length of z_t's one-hots, which come first."""
+        return self.categoricals * self.classes
+
+    @property
     def stochastic(self) -> int:
-        """Z, the length of z_t."""
-        return self.categoricals * self.classes + len(POSE) * self.proprioception
+        """Z, the length of z_t: its one-hots, then p_t [D5]."""
+        return self.discrete + len(POSE) * self.proprioception
 
     @property
     def latent(self) -> int:
@@ -245,7 +250,7 @@ class WorldModel(nn.Module):
             raise ValueError("classes: at most 256, for latents are cached as bytes")
         if c.cells and c.categoricals != 2 * 4 * 4:
             raise ValueError("cells: two images of 4 x 4 cells need 32 categoricals [D27]")
-        cameras, embedding, z = ("static", "gripper"), 32 * c.depth, c.categoricals * c.classes
+        cameras, embedding, z = ("static", "gripper"), 32 * c.depth, c.discrete
         self.encoders = nn.ModuleDict({k: ImageEncoder(c.depth, c.cells) for k in cameras})
         self.fuse = Head((2 * embedding * (4 if c.cells else 1),), embedding)
         if c.cells:  # one categorical's logits from one cell's features [D27]
@@ -331,7 +336,7 @@ class WorldModel(nn.Module):
         """x̂_t ~ p_φ(x̂_t | ŝ_t): s (T, B, k) -> per camera the mean (T, B, 3, 64, 64), [-1, 1]."""
         c, x, own = self.config, self.decoder_in(s).flatten(0, 1), {}
         if c.cells:  # [D27] (T*B, K, 4, 4) per camera
-            z = s[..., c.deterministic :][..., : c.categoricals * c.classes].flatten(0, 1)
+            z = s[..., c.deterministic :][..., : c.discrete].flatten(0, 1)
             z = z.unflatten(-1, (2, 4, 4, c.classes))
             own = dict(zip(self.decoders, z.movedim(-1, 2).unbind(1), strict=True))
         images = {k: decoder(x, own.get(k)) for k, decoder in self.decoders.items()}
@@ -372,7 +377,7 @@ class WorldModel(nn.Module):
 
     def imagine_step(self, h: Tensor, z: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
         """(h_t, z_t), a_t -> (h_{t+1}, ẑ_{t+1}): one step without an observation. a: (B, 7)."""
-        c, p = self.config, z[..., self.config.categoricals * self.config.classes :]
+        c, p = self.config, z[..., self.config.discrete :]
         h = self.recurrent(h, z, self.recurrent_in.inputs[1](a))
         p = p + self.motion(torch.cat([h, a], -1)) if c.proprioception else p  # [D5]
         return h, torch.cat([sample_straight_through(self.prior(h)), p], -1)
@@ -420,7 +425,7 @@ class WorldModel(nn.Module):
         s, x = torch.cat([h, z], -1), {k: x[some] for k, x in images.items()}
         decoded = self.decode(s[some])
         if c.proprioception:  # [D5] how far the arm moves; not known after a reset
-            p, known = z[..., -len(POSE) :], ~reset[1:, :, None]
+            p, known = z[..., c.discrete :], ~reset[1:, :, None]
             x["robot"] = (p[1:] - p[:-1]) * known / POSE_SIGMA
             motion = self.motion(torch.cat([h, batch["a_prev"]], -1)[1:])
             decoded["robot"] = motion * known / POSE_SIGMA
