@@ -115,7 +115,7 @@ def _key(sentence: str) -> str:
 
 @lru_cache
 def embedding_table() -> dict[str, np.ndarray]:
-    """The committed sentences of the play table, embedded by TEXT_ENCODER: {sentence: (384,)}."""
+    """The committed sentences, embedded by TEXT_ENCODER: {sentence: (384,)}."""
     if not (ASSETS / "embeddings.npz").exists():  # data.py was copied out alone
         return {}
     with np.load(ASSETS / "embeddings.npz", allow_pickle=False) as z:
@@ -139,11 +139,15 @@ def encode(sentences: list[str], encoder: str = TEXT_ENCODER, table: bool = True
 
 
 def embed(encoder: str = TEXT_ENCODER, assets: Path = ASSETS) -> None:
-    """Writes embeddings.npz beside sentences.json: the embedding of every sentence in that."""
+    """Writes embeddings.npz: every sentence of sentences.json, then those of tabletop.json."""
     spec = json.loads((assets / "sentences.json").read_text())
     same_text_encoder(encoder, spec["text_encoder"], assets / "sentences.json")
     every = {s for t in spec["tasks"].values() for kind in ("train", "validation") for s in t[kind]}
-    e = encode(every := sorted(every), encoder, table=False)
+    rows = json.loads((assets / "tabletop.json").read_text())["rows"]
+    robot = {x["sentence"] for row in rows for x in row["tasks"].values()} - every
+    parts = sorted(every), sorted(robot)  # apart: in other batches the last bits differ
+    e = np.concatenate([encode(part, encoder, table=False) for part in parts])
+    every = parts[0] + parts[1]
     if e.shape != (len(every), EMBEDDING) or not np.isfinite(e).all():
         raise DataError(f"{encoder} gave {e.shape}, not {(len(every), EMBEDDING)} finite numbers.")
     with open(part := assets / "embeddings.part", "wb") as f:
@@ -254,6 +258,8 @@ def plan_split(folder: Path, skip: int, lang_folder: str) -> dict:
     with naming(folder / "recording.json", "Correct it") as path:
         about = CALVIN | (json.loads(path.read_text()) if path.exists() else {})
         meta = {k: about[k] for k in CALVIN}
+        if (frame := about.get("frame", "base")) != "base":  # of relative actions; absent: base
+            meta["frame"] = frame
     scene = meta["source"] != "robot"  # a real scene has no scene_obs: zeros stand for it
     sizes = {k: x.shape for k, x in read_frame(folder, int(ids[0, 0]), scene, {}).items()}
     spans, emb = np.zeros((0, 2), int), np.zeros((0, EMBEDDING), np.float32)
@@ -509,7 +515,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--skip", type=int, default=1, help="keep every N-th frame")
     p.add_argument("--lang-folder", default=f"lang_{TEXT_ENCODER}", help="or: none")
     p.add_argument("--procs", type=int, default=os.cpu_count())
-    p = sub.add_parser("embed", help="assets/sentences.json -> assets/embeddings.npz")
+    p = sub.add_parser("embed", help="the sentences in assets/ -> assets/embeddings.npz")
     p.add_argument("--encoder", default=TEXT_ENCODER, help="name on the hub, or a local folder")
     p = sub.add_parser("annotate", help="spans.csv -> the language of a recording")
     p.add_argument("folder", help="recording: a folder with training/, validation/")
