@@ -31,6 +31,7 @@ import json
 import os
 import select
 import signal
+import socket
 import sys
 import threading
 import time
@@ -39,6 +40,7 @@ from pathlib import Path
 import numpy as np
 
 CAMERAS = ("rgb_static", "rgb_gripper")
+PORT = 1337  # libfranka's, for commands
 SHORTEST = 20  # frames of the shortest window (Table IV): shorter episodes are of no use
 # The intersection of Panda's (FER) and FR3's joint limits, rad.
 Q_LOW = np.array([-2.7437, -1.7628, -2.8973, -3.0421, -2.8065, 0.5445, -2.8973])
@@ -108,24 +110,46 @@ class RobotConfig:
     )
 
 
+def alike(x, like) -> bool:
+    """x is of the kind of `like`, a field's default: as many numbers, all finite."""
+    if isinstance(like, tuple):
+        return isinstance(x, tuple) and len(x) == len(like) and all(map(alike, x, like))
+    if isinstance(like, float):
+        return type(x) in (int, float) and bool(np.isfinite(x))
+    return type(x) is type(like)
+
+
 def load_config(path) -> RobotConfig:
     """SETUP.json -> RobotConfig. RobotError: a field that does not exist, or is of another kind."""
     try:
         given = json.loads(Path(path).read_text())
+        if not isinstance(given, dict):
+            raise ValueError(f"it holds {given!r:.40}, not one object {{...}}")
     except (OSError, ValueError) as error:
         raise RobotError(f"{path}: {error}. Give a JSON file of RobotConfig's fields.") from error
-    known = {f.name: f.default for f in dataclasses.fields(RobotConfig)}
+    known = dataclasses.asdict(RobotConfig())
     for k, x in given.items():
-        numbers = (int, float) if isinstance(known.get(k), float) else type(known.get(k))
+        if k not in known:
+            raise RobotError(f"{path}: no field is called {k}; they and their defaults: {known}")
         if isinstance(x, list):
             given[k] = x = tuple(tuple(v) if isinstance(v, list) else v for v in x)
-        if k not in known or not (known[k] is None or isinstance(x, numbers)):
-            raise RobotError(f"{path}: {k} = {x!r}; the fields and their defaults are {known}")
+        like = known[k]
+        if k.endswith("_crop"):
+            like = None if x is None else (0, 0, 0, 0)
+        elif k == "neutral":  # one pose or more
+            like = like[:1] * len(x) if x and isinstance(x, tuple) else like
+        if not alike(x, like):
+            raise RobotError(f"{path}: {k} = {x!r}, expected something like {like!r}")
     c = RobotConfig(**given)
     if c.frame not in ("base", "tool") or c.control not in ("impedance", "pose"):
         raise RobotError(f"{path}: frame is base or tool, control is impedance or pose")
-    if (np.array(c.box_low) >= c.box_high).any() or c.record_hz % c.hz:
-        raise RobotError(f"{path}: box_low is not below box_high, or record_hz no multiple of hz")
+    if (np.array(c.box_low) >= c.box_high).any():
+        raise RobotError(f"{path}: box_low {c.box_low} is not below box_high {c.box_high}")
+    for k in ("hz", "record_hz", "policy_size", "recorded_size", "action_scale"):
+        if np.min(getattr(c, k)) <= 0:
+            raise RobotError(f"{path}: {k} = {getattr(c, k)} must be above 0")
+    if c.record_hz % c.hz:
+        raise RobotError(f"{path}: record_hz {c.record_hz} is no multiple of hz {c.hz}")
     return c
 
 
@@ -186,13 +210,14 @@ def tilt(R) -> float:
 
 
 def relative_action(c: RobotConfig, T, T_next, gripper: float) -> np.ndarray:
-    """The action (7,) that moves commanded pose T to T_next: App. E's difference of commands."""
+    """The action (7,) that moves commanded pose T to T_next: App. E's difference of commands. The
+    arm's six may be beyond -1 and 1: what is recorded is clipped."""
     R, dp = T[:3, :3], T_next[:3, 3] - T[:3, 3]
     dR = T_next[:3, :3] @ R.T
     if c.frame == "tool":
         dp, dR = R.T @ dp, R.T @ T_next[:3, :3]
     arm = np.concatenate([dp / c.action_scale[0], to_euler(dR) / c.action_scale[1]])
-    return np.append(np.clip(arm, -1, 1), gripper)
+    return np.append(arm, gripper)
 
 
 # ------------------------------------------------------------------ safety
@@ -226,7 +251,9 @@ def safe_target(c: RobotConfig, T, action, M, q) -> tuple[np.ndarray, list[str]]
 
     T, M (4, 4); action, q (7,). Whatever comes in, what goes out is finite, in the box, no more
     tilted than max_tilt and on the leash to M; it is a clamped, speed-limited step from T, or
-    from where the leash pulled T back to. Raises Unsafe where there is no such pose.
+    from where the leash pulled T back to. That retreat is at once, whatever the speed limit: it
+    is as far as the arm itself was moved, and a target left behind would pull with more force.
+    Raises Unsafe where there is no such pose.
     """
     a = np.asarray(action, float)
     if a.shape != (7,) or not np.isfinite(a).all():
@@ -446,14 +473,21 @@ class Arm:
         f, c, self.grip_job = self.franky, self.c, None
         want = f.RealtimeConfig.Enforce if c.realtime else f.RealtimeConfig.Ignore
         try:
+            socket.create_connection((c.host, PORT), 3).close()  # libfranka waits for a minute
             self.robot = f.Robot(c.host, realtime_config=want)
             self.hand = f.Gripper(c.host)
+            self.width = float(self.hand.width)
+        except f.RealtimeException as error:
+            raise RobotError(
+                f'{error} See "Kernel" in the README; for a simulated arm the set-up says '
+                '"realtime": false.'
+            ) from error
         except f.IncompatibleVersionException as error:
             raise RobotError(
                 f"{c.host}: {error}. Panda and FR3 need different wheels of "
                 "franky-control, see the README."
             ) from error
-        except self.errors as error:
+        except (*self.errors, OSError) as error:
             raise RobotError(
                 f"no arm at {c.host}: {error}. Is the address right, the arm "
                 "unlocked, FCI active, nobody else connected?"
@@ -595,12 +629,15 @@ class RealEnv:
         self.cameras, self.log, self.terminal, self.interrupted = cameras or {}, None, None, False
         self.arm = arm or Arm(c)
         self.clock = time.monotonic if clock == "wall" else lambda: self.arm.state().time
-        if not cameras:
-            for name, spec, crop in zip(
-                CAMERAS, (c.static, c.gripper), (c.static_crop, c.gripper_crop), strict=True
-            ):
+        try:
+            for name in CAMERAS if not cameras else ():
+                spec, crop = getattr(c, name[4:]), getattr(c, f"{name[4:]}_crop")
                 self.cameras[name] = Camera(spec, crop, c.recorded_size)
-        self.T, self.gripper, self.verdict, self.next_tick, self.recoveries = None, 1.0, None, 0, 0
+        except BaseException:
+            self.close()  # a thread that reads the hand must not outlive this
+            raise
+        self.gripper = 1.0 if self.arm.width > 0.07 else -1.0  # what it does now; 0.08 m is open
+        self.T, self.verdict, self.next_tick, self.recoveries = None, None, 0, 0
         self.robot_time, self.misses = (None, 0.0), collections.deque(maxlen=15)
         if threading.current_thread() is threading.main_thread():
             self.handler = signal.signal(signal.SIGINT, self._on_interrupt)
@@ -695,11 +732,15 @@ class RealEnv:
         )
         speed = [x * c.hz for x in c.action_scale]
         print(
-            f"box {c.box_low} to {c.box_high} m; an action of 1: {c.action_scale[0]} m, "
-            f"{c.action_scale[1]} rad in the {c.frame} frame, {c.hz} times a second "
-            f"({speed[0]:.2f} m/s, {speed[1]:.2f} rad/s); at most {c.max_speed} m/s, "
-            f"{c.max_turn} rad/s"
+            f"an action of 1: {c.action_scale[0]} m, {c.action_scale[1]} rad in the {c.frame} "
+            f"frame, {c.hz} times a second ({speed[0]:.2f} m/s, {speed[1]:.2f} rad/s)\n"
+            f"box {c.box_low} to {c.box_high} m; at most {c.max_speed} m/s, {c.max_turn} rad/s; "
+            f"leash {c.leash[0]} m, {c.leash[1]} rad; tilt {c.max_tilt} rad; joints "
+            f"{c.joint_margin} rad from their limits; stiffness {c.stiffness[0]:.0f} N/m, "
+            f"{c.stiffness[1]:.0f} Nm/rad"
         )
+        if c.record_hz != c.hz:
+            print(f"play is recorded at {c.record_hz} Hz, then thinned to {c.hz}")
         print("DRY RUN: nothing will move" if self.dry_run else moves)
         if self.ask("Emergency stop in hand, box free of people? Go on?", "yn") == "n":
             raise RobotError("the operator said no")
@@ -709,7 +750,7 @@ class RealEnv:
         """Home to the joint angles in robot_obs (15,) (None: neutral pose 0) and open the hand.
         scene_obs: the operator has set the scene. Returns the observation."""
         q = self.config.neutral[0] if robot_obs is None else robot_obs[7:14]
-        self.verdict, self.gripper, self.recoveries = None, 1.0, 0
+        self.verdict, self.recoveries = None, 0
         try:
             s = self.arm.state()
             check_homing(self.config, s.q, q, s.F_T_EE)
@@ -719,6 +760,7 @@ class RealEnv:
                 while not self.arm.grip(True):
                     self._watch()
                     time.sleep(0.01)
+            self.gripper = 1.0
         except self.arm.errors as error:
             self._recover(error)  # so that the next attempt finds an arm that listens
             self._stop(f"homing: {error}")
@@ -768,10 +810,13 @@ class RealEnv:
     # -------------------------------------------------------------- inside a tick
     def _guard(self, work, *args):
         """Whatever goes wrong in a tick ends here: recovered, or the arm at rest and Stopped."""
+        began = time.monotonic()
         try:
             return work(*args)
         except self.arm.errors as error:
             self._recover(error)
+            if (lost := time.monotonic() - began) > self.config.patience:
+                self._stop(f"{type(error).__name__}: {error}; it took {lost:.1f} s to recover")
         except (Unsafe, RobotError) as error:
             self._stop(str(error))
         return self._guard(self._observe)
@@ -912,6 +957,7 @@ class Recorder:
 
     def __init__(self, folder, split: str, c: RobotConfig, thin: int = 2):
         self.place, self.thin, self.pending, self.count = Path(folder) / split, thin, None, 0
+        self.clipped = 0  # of this episode's actions
         scale = tuple(round(s * thin, 9) for s in c.action_scale)
         self.c = dataclasses.replace(c, action_scale=scale)
         about = {"source": "robot", "renderer": "camera", "hz": c.hz // thin}
@@ -948,7 +994,9 @@ class Recorder:
             return
         if self.pending is not None:  # now that frame's action is known: it led to this one
             T_before, frame = self.pending
-            frame["rel_actions"] = relative_action(self.c, T_before, T, gripper)
+            a = relative_action(self.c, T_before, T, gripper)
+            frame["rel_actions"] = np.clip(a, -1, 1)
+            self.clipped += bool(np.abs(a).max() > 1.001)
             frame["actions"] = np.r_[T[:3, 3], to_euler(T[:3, :3]), gripper]
             path = self.place / f"episode_{self.next:07d}.npz"
             np.savez(self.place / "part.npz", **frame)
@@ -977,18 +1025,14 @@ class Recorder:
 
 
 def record(env: RealEnv, folder, split: str, source=None, thin: int = 2) -> int:
-    """One episode of play, until the source returns None or the operator presses n. Its frames.
+    """One episode of play, until the source returns None or the operator presses n. The hand begins
+    as it is. Returns its frames, and prints which they are and how many actions were clipped.
 
     source(obs) -> action (7,) of env.config's scale at its rate, by any teleoperation; None: a
     person guides the arm by its buttons, and g opens and closes the hand.
     """
-    recorder, gripper, obs, more = (
-        Recorder(folder, split, env.config, thin),
-        1.0,
-        env.resume(),
-        True,
-    )
-    keys, pressed = env.key, []
+    recorder, obs, more = Recorder(folder, split, env.config, thin), env.resume(), True
+    keys, pressed, gripper = env.key, [], env.gripper
 
     def key():
         pressed.append(keys() or "")
@@ -1009,7 +1053,13 @@ def record(env: RealEnv, folder, split: str, source=None, thin: int = 2) -> int:
             more = "n" not in pressed
     finally:  # whatever ended it, what was recorded stays
         env.key, n = keys, recorder.end()
-        env.note("episode", frames=n)
+        env.note("episode", frames=n, clipped=recorder.clipped)
+        if n:
+            share, first = recorder.clipped / n, recorder.first - n
+            print(f"frames {first} to {first + n - 1} are kept; {share:.0%} of the actions were "
+                  "clipped", flush=True)  # fmt: skip
+        else:
+            print(f"fewer than {SHORTEST} frames: none is kept", flush=True)
     return n
 
 
@@ -1028,16 +1078,19 @@ def main(argv=None):
     a = parser.parse_args(argv)
     env = None
     try:
-        env = RealEnv(recording(load_config(a.setup)), dry_run=a.command == "check")
-        env.check("check.png", moves="you move the arm, the hand moves by itself")
+        c, looks = load_config(a.setup), a.command == "check"
+        env = RealEnv(c if looks else recording(c), dry_run=looks)
+        env.check("check.png", moves="you move the arm, g moves the hand")
         while a.command == "record" and env.ask("n: a new episode, q: enough", "nq") == "n":
             print("recording; n ends the episode, g opens and closes the hand", flush=True)
             try:
-                print(record(env, a.folder, a.split), "frames kept", flush=True)
+                record(env, a.folder, a.split)
             except Stopped as stop:
                 print(f"stopped: {stop}", flush=True)
     except (RobotError, Unsafe) as error:
         sys.exit(f"robot.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("Ctrl-C: all that was recorded is kept; the same command adds to it")
     finally:
         if env:
             env.close()
