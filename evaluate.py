@@ -13,7 +13,7 @@ its actions are held:   look, act   step, judge   step, judge   look, act   step
     torchrun --nproc-per-node 8 evaluate.py --checkpoint RUN/agent.pt --device cuda --out DIR
     python evaluate.py --env dream --checkpoint RUN/agent.pt --chains 200 --out DIR    (Table II)
     python evaluate.py --checkpoint RUN/wm.pt --predict data/play --out DIR             (Fig. 3)
-    python evaluate.py --env real --robot SETUP.json --checkpoint RUN/agent.pt --out DIR
+    python evaluate.py --env real --robot SETUP.json --checkpoint RUN/agent.pt --out DIR [--dream]
     python evaluate.py --env calvin --scene task_D_D --checkpoint RUN/agent.pt --out DIR
     python evaluate.py --chains-json FILE     all 1000 chains and start states, to compare
 
@@ -24,6 +24,7 @@ function in ENVIRONMENTS. Needs: all of the project.
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -191,7 +192,8 @@ def load_policy(path, device: str, sample: bool, env: str):
     torch.set_num_threads(1)  # the cores are for --procs
     policy, checkpoint = train.load_agent(path, device, sample)
     policy.seed = torch.manual_seed  # whence its samples come
-    have = checkpoint["meta"] | {"hz x skip": round(checkpoint["meta"]["hz"] * policy.skip, 6)}
+    have = {"frame": "base"} | checkpoint["meta"]  # only other frames are named
+    have |= {"hz x skip": round(have["hz"] * policy.skip, 6)}
     for key, want in MUST_AGREE[env].items():
         if have[key] != want:
             what = f"{path} was trained on data with {key} {have[key]}, --env {env} has {want}"
@@ -290,7 +292,7 @@ class Filmed:
 
     def save(self):
         """Write a GIF or MP4; a long one is thinned, but not the ends of the attempts."""
-        if self.film:
+        if self.film and self.frames:  # none: it ended before its first step
             import imageio.v3 as imageio
 
             thin = -(-len(self.frames) // FILM_FRAMES)
@@ -376,7 +378,7 @@ def read_log(path: Path, identity: dict, ours: bool = True) -> dict[int, dict]:
     if ours:
         os.truncate(path, len(whole.encode()))
     was, *records = map(json.loads, whole.splitlines())
-    if was != json.loads(json.dumps(identity)):
+    if was != (identity := json.loads(json.dumps(identity))):
         keys = [k for k in was | identity if was.get(k) != identity.get(k)]
         changes = ", ".join(f"{k} was {was.get(k)!r} and is {identity.get(k)!r}" for k in keys)
         raise SystemExit(f"{path} holds another evaluation: {changes}. Give another --out.")
@@ -389,19 +391,34 @@ def operator_says(start, info, task) -> bool:
     return info["operator"] == "success"
 
 
-def real_results(records: list[dict], setup: dict, dream: dict) -> dict:
+def read_tasks(path: Path) -> dict:
+    """A set-up's task file: the rows of its table, their tasks, chains. DataError: unusable."""
+    import data
+
+    with data.naming(path, "Give it rows, tasks and chains as assets/tabletop.json has them"):
+        setup = json.loads(path.read_text())
+        scenes = [x["scene"] for x in setup["chains"]]  # all there, and strings?
+        tasks = {t: x for row in setup["rows"] for t, x in row["tasks"].items()}
+        scenes += [x["scene"] + x["sentence"] for x in tasks.values()]
+        if unknown := {t for x in setup["chains"] for t in x["tasks"]} - set(tasks):
+            raise ValueError(f"chains have {sorted(unknown)}, which no row has")
+    return setup
+
+
+def real_results(records: list[dict], setup: dict) -> dict:
     """Table II's figures; rates per row: both vegetables' tasks are rows' parts, judged apart."""
     chains = [r["solved"] for r in records if len(r["tasks"]) > 1]
-    tasks, rows = {}, []
-    for task in (t for row in setup["rows"] for t in row["tasks"]):
-        if solved := [r["solved"] for r in records if r["tasks"] == [task]]:
-            tasks[task] = [sum(solved), len(solved)]
+    counts, rows = {"real": {}, "dream": {}}, []
+    for r in records:
+        if len(r["tasks"]) == 1:
+            n = counts["dream" if r.get("dream") else "real"].setdefault(r["tasks"][0], [0, 0])
+            n[0], n[1] = n[0] + r["solved"], n[1] + 1
     for row in setup["rows"]:
-        ours, imagined = ([n[t] for t in row["tasks"] if t in n] for n in (tasks, dream))
-        sums = [np.sum(x, 0).tolist() if x else None for x in (ours, imagined)]
-        about = {"row": row["row"], "paper": row.get("paper")}
-        rows.append(about | {"real": sums[0], "dream": sums[1]})
-    return {"tasks": tasks, "rows": rows, "chains": chains}
+        parts = {k: [n[t] for t in row["tasks"] if t in n] for k, n in counts.items()}
+        sums = {k: np.sum(x, 0).tolist() if x else None for k, x in parts.items()}
+        rows.append({"row": row["row"], "paper": row.get("paper")} | sums)
+    result = {"tasks": counts["real"], "rows": rows, "chains": chains}
+    return result | {"paper_chains": setup.get("paper_chains")}
 
 
 def real_table(result: dict) -> str:
@@ -410,8 +427,9 @@ def real_table(result: dict) -> str:
     line = lambda name, n, *cells: f"{name:<38}{n:>5}" + "".join(f"{x:>10}" for x in cells)
     paper = lambda row: [f"{x}%" for x in row["paper"]] if row["paper"] else ["-"] * 3
     rows, chains = result["rows"], result["chains"]
+    ours = ("dry run" if result["dry_run"] else "real", "dream")
     lines = [line("", "", "here", "", "paper", "", ""),
-             line("Task / Method", "n", "real", "dream", "LUMOS", "HULC", "W. Model")]  # fmt: skip
+             line("Task / Method", "n", *ours, "LUMOS", "HULC", "W. Model")]  # fmt: skip
     for r in rows:
         n = r["real"][1] if r["real"] else 0
         lines.append(line(r["row"], n, share(r["real"]), share(r["dream"]), *paper(r)))
@@ -421,7 +439,9 @@ def real_table(result: dict) -> str:
     columns = [mean([p[k] for p in known]) for k in range(3)]
     lines.append(line("Average over tasks", "", rate("real"), rate("dream"), *columns))
     length = f"{np.mean(chains):.2f}" if chains else "-"
-    return "\n".join([*lines, line("Average no. of sequential tasks", len(chains), length)])
+    paper = [f"{x:.2f}" for x in result["paper_chains"] or ()]
+    last = line("Average no. of sequential tasks", len(chains), length, "-", *paper)
+    return "\n".join([*lines, last])
 
 
 def real_rollout(env, policy, embeddings: dict, tasks: dict, job: tuple, args) -> dict | None:
@@ -436,12 +456,14 @@ def real_rollout(env, policy, embeddings: dict, tasks: dict, job: tuple, args) -
         return None
     env.start_log(f"{stem}.jsonl")
     film, steps, solved, began = Filmed(env, Path(f"{stem}.{args.format}"), 1), [], 0, time.time()
+    outcome = "error"
     try:
         pose = np.zeros(15)
         pose[7:14] = env.config.neutral[k % len(env.config.neutral)]
         obs = env.reset(pose)
         if tasks[names[0]].get("held"):
-            env.ask("Hold it between the fingers; c closes them", "c")
+            if env.ask("Hold it between the fingers: c closes them, a abort", "ca") == "a":
+                raise robot.Stopped("abort")
             for _ in range(env.config.hz):
                 obs = env.follow(-1.0)
         np.savez(f"{stem}_start.npz", robot_obs=obs["robot_obs"], **obs["rgb_obs"])  # for "dream"
@@ -453,9 +475,9 @@ def real_rollout(env, policy, embeddings: dict, tasks: dict, job: tuple, args) -
             ok, n = attempt(film, operator_says, policy, embeddings, task, args.limit)
             steps.append(n)
             if not ok:
-                answer = env.ask("The time is over: s success, f failed, r repeat", "sfr")  # [D22]
-                if answer == "r":
-                    raise robot.Stopped("repeat")
+                text = "The time is over: s success, f failed, r repeat, a abort"  # [D22]
+                if (answer := env.ask(text, "sfra")) in "ra":
+                    raise robot.Stopped({"r": "repeat", "a": "abort"}[answer])
                 ok = answer == "s"
             film.snap(solved=ok)
             solved += ok
@@ -468,72 +490,122 @@ def real_rollout(env, policy, embeddings: dict, tasks: dict, job: tuple, args) -
             text = f"Stopped: {outcome}. f counts as a failure, r repeats it, a aborts"
             answer = env.ask(text, "fra")
             outcome = {"f": f"failed: {outcome}", "r": "repeat", "a": "abort"}[answer]
+    except KeyboardInterrupt:
+        outcome = "interrupted"
+        raise
     finally:
         env.rest()
+        record = {"chain": name, "tasks": names, "solved": solved, "steps": steps}
+        record |= {"outcome": outcome, "began": began, "seconds": time.time() - began}
+        record |= {"log": Path(stem).name}
+        env.note("outcome", **record)
+        env.start_log(None)
         film.save()
-    record = {"chain": name, "tasks": names, "solved": solved, "steps": steps, "outcome": outcome}
-    record |= {"began": began, "seconds": time.time() - began, "log": Path(stem).name}
-    env.note("outcome", **record)
-    env.start_log(None)
     if outcome == "repeat":
         return real_rollout(env, policy, embeddings, tasks, job, args)
     return None if outcome == "abort" else record
 
 
+def dreamed_rollout(policy, embedding, sentence: str, record: dict, args) -> dict | None:
+    """A rollout's task once more in the world model alone, from the same first picture: a film,
+    judged by a person as Table II's last column was. None: enough for now."""
+    import torch
+
+    import world_model
+
+    stem = str(args.out / "rollouts" / record["log"])
+    start = dict(np.load(f"{stem}_start.npz"))
+    obs = {"robot_obs": start.pop("robot_obs"), "rgb_obs": start}
+    film = Filmed(None, Path(f"{stem}_dream.{args.format}"))
+    k = int(record["chain"].split("/")[-1])
+    policy.seed(int(np.random.default_rng((args.seed, k)).integers(2**63)))
+    policy.reset()
+    for t in range(0, args.limit + 1, policy.skip):
+        policy.act(None if t else obs, embedding)
+        with torch.no_grad():
+            seen = policy.world.decode(torch.cat(policy.state, -1)[None])
+        seen = [world_model.to_uint8(seen[k])[0, 0].cpu().numpy() for k in ("static", "gripper")]
+        film.frames.append((*seen, f"dream  {sentence}", None))
+    film.save()
+    answer = ""
+    while answer not in ("s", "f", "q"):
+        answer = input(f"{film.film}: {sentence}. s success, f failed, q enough for now: ").strip()
+    dream = {"chain": f"dream/{record['chain']}", "dream": True, "tasks": record["tasks"]}
+    return None if answer == "q" else dream | {"solved": int(answer == "s"), "log": record["log"]}
+
+
 def evaluate_real(args) -> dict:
-    """Table II: --rollouts of each task and the chains of five, with a person as the judge."""
+    """Table II: --rollouts of each task and the chains of five, with a person as the judge; with
+    --dream each single task's rollout again, in the world model."""
     import data
     import robot
 
-    config = robot.load_config(args.robot)
-    setup = json.loads(args.tasks.read_text())
+    config, setup = robot.load_config(args.robot), read_tasks(args.tasks)
     tasks = {t: about for row in setup["rows"] for t, about in row["tasks"].items()}
     every = itertools.product(tasks.items(), range(args.rollouts))
     jobs = [(f"{t}/{k:02}", x["scene"], [t], k) for (t, x), k in every]
     chains = setup["chains"][args.first : args.first + args.chains]
     jobs += [(f"chain/{k:02}", x["scene"], x["tasks"], k) for k, x in enumerate(chains, args.first)]
     MUST_AGREE["real"] = {"hz x skip": config.hz, "action_scale": list(config.action_scale)}
-    MUST_AGREE["real"]["renderer"] = "camera"
+    MUST_AGREE["real"] |= {"frame": config.frame, "renderer": "camera"}
     policy, c = load_policy(args.checkpoint, args.device, not args.mean, "real")
     encoder = args.text_encoder or c["text_encoder"]
     data.same_text_encoder(encoder, c["text_encoder"], args.checkpoint)
     sentences = [about["sentence"] for about in tasks.values()]
     embeddings = dict(zip(tasks, data.encode(sentences, encoder), strict=True))
-    dream = json.loads(args.dream.read_text())["dream"] if args.dream else {}
-    dream = {task: [imagined, n] for task, (imagined, _, n) in dream.items()}
-    identity = {"env": "real", "method": c["config"]["method"], "robot": dataclasses.asdict(config)}
+    identity = {"env": "real", "method": c["config"]["method"], "step": c["step"]}
     identity |= {k: getattr(args, k) for k in ("checkpoint", "mean", "limit", "seed", "dry_run")}
-    records = read_log(args.out / "rollouts.jsonl", identity | {"step": c["step"]})
-    (args.out / "rollouts").mkdir(exist_ok=True)
-    env = robot.RealEnv(config, args.dry_run)
+    identity |= {f"robot.{k}": x for k, x in dataclasses.asdict(config).items()}
+    log = args.out / "rollouts.jsonl"
+    records = read_log(log, identity, ours=False)  # of another evaluation? Nothing is written yet
+
+    def rollouts():
+        env = robot.RealEnv(config, args.dry_run)
+        try:
+            obs, sentence = env.get_obs(), next(iter(embeddings.values()))
+            policy.act(obs, sentence)  # the first is slow
+            began = time.perf_counter()
+            policy.act(obs, sentence)
+            seconds, period = time.perf_counter() - began, 1 / config.hz
+            if seconds > period:
+                what = f"the policy takes {seconds:.3f} s, a step {period:.3f} s"
+                raise robot.RobotError(f"{what}: a faster --device, or fewer other programs")
+            print(f"policy: {1000 * seconds:.0f} ms of {1000 * period:.0f}; {len(todo)} rollouts")
+            (args.out / "rollouts").mkdir(parents=True, exist_ok=True)
+            env.check(args.out / "check.png")
+            read_log(log, identity)  # begins it
+            for job in todo:
+                yield real_rollout(env, policy, embeddings, tasks, job, args)
+        finally:
+            env.close()
+
+    def dreams():
+        for r in todo:
+            task = r["tasks"][0]
+            yield dreamed_rollout(policy, embeddings[task], tasks[task]["sentence"], r, args)
+
+    todo = [job for job in jobs if job[0] not in records]
+    if args.dream:
+        todo = [r for r in records.values() if len(r["tasks"]) == 1 and "dream" not in r]
+        todo = [r for r in todo if f"dream/{r['chain']}" not in records]
+        todo = [r for r in todo if (args.out / "rollouts" / f"{r['log']}_start.npz").exists()]
+        if not records:
+            raise ValueError(f"{log} has no rollouts: make them first, without --dream")
+    done, result = 0, {}
     try:
-        obs, sentence = env.get_obs(), next(iter(embeddings.values()))
-        policy.act(obs, sentence)  # the first is slow
-        began = time.perf_counter()
-        policy.act(obs, sentence)
-        seconds, period = time.perf_counter() - began, 1 / config.hz
-        if seconds > period:
-            what = f"the policy takes {seconds:.3f} s, a step {period:.3f} s"
-            raise robot.RobotError(f"{what}: a faster --device, or fewer other programs")
-        print(f"policy: {1000 * seconds:.0f} ms of {1000 * period:.0f}; {len(jobs)} rollouts")
-        env.check(args.out / "check.png")
-        for job in jobs:
-            if job[0] in records:
-                continue
-            if (record := real_rollout(env, policy, embeddings, tasks, job, args)) is None:
-                break
-            with (args.out / "rollouts.jsonl").open("a") as file:
-                file.write(json.dumps(record) + "\n")
-            records[job[0]] = record
+        with contextlib.closing(dreams() if args.dream else rollouts()) as made:
+            for record in itertools.takewhile(bool, made):
+                with log.open("a") as file:
+                    file.write(json.dumps(record) + "\n")
+                records[record["chain"]] = record
+                done += 1
     finally:
-        env.close()
-        result = real_results([*records.values()], setup, dream)
-        part = args.out / "part_results.json"
-        part.write_text(json.dumps(identity | result, indent=1) + "\n")
-        os.replace(part, args.out / "results.json")
-        print(real_table(result))
-        left = sum(job[0] not in records for job in jobs)
-        print(f"{left} rollouts are left: the same command again goes on from here." * (left > 0))
+        if log.exists():
+            result = identity | real_results([*records.values()], setup)
+            write_json(args.out / "results.json", result)
+            print(real_table(result))
+            if left := len(todo) - done:
+                print(f"{left} rollouts are left: the same command again goes on from here.")
     return result
 
 
@@ -801,7 +873,7 @@ def parse(argv=None) -> argparse.Namespace:
     add("--tasks", type=Path, default=HERE / "assets/tabletop.json", help="real: tasks and chains")
     add("--rollouts", type=int, default=20, help="real: of each task, before the chains")
     add("--data", help="dream: packed data for its judge, if the policy's has moved")
-    add("--dream", type=Path, help="real: results.json of the same tasks in the world model")
+    add("--dream", action="store_true", help="real: its rollouts again, in the world model")
     add("--dry-run", action="store_true", help="real: everything but the motion")
     add("--sentences", type=Path, help="of the 34 tasks: JSON, or validation/lang_...")
     add("--chains-json", type=Path, metavar="FILE", help="only write the 1000 chains")
@@ -814,7 +886,9 @@ def parse(argv=None) -> argparse.Namespace:
         parser.error("give --checkpoint RUN/agent.pt, or --policy operator (for no --instruction)")
     if reads and args.renderer:
         parser.error("--renderer is for --policy operator; a checkpoint needs that of its data")
-    if not 0 <= args.first < args.first + (1 if args.instruction else args.chains) <= 1000:
+    least = 0 if args.env == "real" else 1  # there are single tasks, too
+    n = 1 if args.instruction else args.chains
+    if not (0 <= args.first <= args.first + n <= 1000 and n >= least):
         parser.error(f"there are chains 0 to 999, not {args.chains} from {args.first} on")
     if args.procs < 1:
         parser.error(f"--procs {args.procs}: at least 1")
@@ -825,7 +899,8 @@ def parse(argv=None) -> argparse.Namespace:
     if args.env == "real" and not (args.robot and reads and alone):
         parser.error("--env real takes --robot FILE and --checkpoint; no --instruction, --procs")
     run = Path(args.checkpoint).parent if args.checkpoint else Path("runs") / args.policy
-    args.out = args.out or run / ("predict" if args.predict else f"evaluate_{args.env}")
+    name = f"evaluate_{args.env}{'_dry_run' * args.dry_run}"
+    args.out = args.out or run / ("predict" if args.predict else name)
     return args
 
 
@@ -838,6 +913,9 @@ def main(argv=None) -> dict:
             return evaluate_real(args)
         except (ValueError, RuntimeError, OSError, robot.RobotError, robot.Stopped) as error:
             raise SystemExit(f"evaluate.py: {error}") from error
+        except KeyboardInterrupt:
+            text = "Ctrl-C: what is on record is kept; the same command again goes on from there."
+            raise SystemExit(text) from None
     if args.chains_json:
         return write_chains(args.chains_json)
     try:

@@ -388,7 +388,8 @@ def train_world_model(run: Run) -> None:
     if run.rank:
         return
     latents = [cache_latents(world, x, run) for x in (data, held_out)]
-    probe(run, world, *zip(latents, (data, held_out), strict=True))
+    if data.meta["source"] != "robot":  # a real scene has no scene_obs
+        probe(run, world, *zip(latents, (data, held_out), strict=True))
     print(
         f"\nworld model: {run.checkpoint_path}\nnext: python train.py --stage agent --preset "
         f"{run.config.preset} --data {run.config.data} --out {run.config.out}"
@@ -611,9 +612,10 @@ def train_agent(run: Run) -> None:
     run.loop(start, update, validate, save)
     if run.rank:
         return
+    env = "real --robot SETUP.json" if data.meta["source"] == "robot" else "sim"
     print(
         f"\nagent: {run.checkpoint_path}\n"
-        f"next: python evaluate.py --env sim --checkpoint {run.checkpoint_path}"
+        f"next: python evaluate.py --env {env} --checkpoint {run.checkpoint_path}"
     )
 
 

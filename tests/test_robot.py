@@ -5,6 +5,8 @@ protocol. They are paced by the arm's own clock, so a slow machine changes nothi
 """
 
 import dataclasses
+import hashlib
+import io
 import json
 import os
 import shutil
@@ -189,7 +191,7 @@ def hostile(rng, c):
 def test_10000_random_and_hostile_actions_never_exceed_a_bound(frame, jumpy):
     """jumpy: the measured pose is anywhere each time; else it follows the target with a lag."""
     rng, c = np.random.default_rng(7), dataclasses.replace(C, frame=frame)
-    T, M, sent, refused, limited = pose(), pose(), 0, 0, set()
+    T, M, M_before, sent, refused, limited = pose(), pose(), pose(), 0, 0, set()
     for _ in range(10_000):
         a, far, q = hostile(rng, c)
         if jumpy:
@@ -215,13 +217,16 @@ def test_10000_random_and_hostile_actions_never_exceed_a_bound(frame, jumpy):
         assert lead <= 0.3 + 1e-6
         assert np.arccos(np.clip(-RT[2, 2], -1, 1)) <= 1.0 + 1e-9
         np.testing.assert_allclose(RT @ RT.T, np.eye(3), atol=1e-9)
-        if "pulled back" not in notes:  # that is no step but a retreat towards the arm
-            step = p - before[:3, 3]
-            assert np.linalg.norm(step) <= 0.4 / 15 + 1e-9
-            assert frame == "tool" or (np.abs(step) <= 0.02 + 1e-9).all()
-        if "turned back" not in notes:
-            angle = np.arccos(np.clip((np.trace(RT @ before[:3, :3].T) - 1) / 2, -1, 1))
-            assert angle <= 1.2 / 15 + 1e-6
+        # A retreat towards the arm comes on top; it is as far as the arm itself was moved.
+        step, moved = p - before[:3, 3], np.linalg.norm(m - M_before[:3, 3])
+        assert np.linalg.norm(step) <= 0.4 / 15 + 1e-9 + moved * ("pulled back" in notes)
+        assert frame == "tool" or "pulled back" in notes or (np.abs(step) <= 0.02 + 1e-9).all()
+        angle, turned = (
+            np.arccos(np.clip((np.trace(A[:3, :3] @ B[:3, :3].T) - 1) / 2, -1, 1))
+            for A, B in ((T, before), (M, M_before))
+        )
+        assert angle <= 1.2 / 15 + 1e-6 + turned * ("turned back" in notes)
+        M_before = M.copy()
     assert refused > 1000 and sent > 1000  # both happened, or this shows nothing
     assert limited >= {"clamped", "speed", "box", "leash", "turn", "tilt"} - (
         set() if jumpy else {"leash"}
@@ -282,15 +287,27 @@ def test_a_wrong_setup_names_the_field(tmp_path):
         ('{"hosst": "1"}', "hosst"),
         ('{"hz": "fast"}', "hz"),
         ("{", "JSON"),
+        ("[1]", "object"),
+        ('{"box_low": [0.3, 0.1]}', "box_low"),
+        ('{"action_scale": [0.02]}', "action_scale"),
+        ('{"static_crop": [0, 200, 100]}', "static_crop"),
+        ('{"neutral": [[0, 0, 0]]}', "neutral"),
+        ('{"neutral": []}', "neutral"),
+        ('{"hz": 0}', "hz"),
+        ('{"action_scale": [0.0, 0.05]}', "action_scale"),
+        ('{"max_speed": NaN}', "max_speed"),
+        ('{"record_hz": 31}', "record_hz"),
         ('{"frame": "world"}', "frame"),
         ('{"box_low": [0.9, 0, 0]}', "box_low"),
     ):
         (tmp_path / "setup.json").write_text(text)
         with pytest.raises(R.RobotError, match=match):
             R.load_config(tmp_path / "setup.json")
-    (tmp_path / "setup.json").write_text('{"host": "1.2.3.4", "leash": [0.04, 0.2], "dynamics": 1}')
+    given = {"host": "1.2.3.4", "leash": [0.04, 0.2], "dynamics": 1, "gripper_crop": [0, 9, 1, 10]}
+    (tmp_path / "setup.json").write_text(json.dumps(given | {"neutral": [[0] * 7, [0.5] * 7]}))
     c = R.load_config(tmp_path / "setup.json")
     assert (c.host, c.leash, c.dynamics) == ("1.2.3.4", (0.04, 0.2), 1)
+    assert c.gripper_crop == (0, 9, 1, 10) and c.neutral[1] == (0.5,) * 7
 
 
 # ------------------------------------------------------------------ cameras, from recorded files
@@ -407,6 +424,14 @@ def test_a_recorded_realsense_file_plays_through_the_drivers_pipeline(tmp_path):
 # ------------------------------------------------------------------ with a kinematic double
 class Lost(Exception):
     pass
+
+
+def test_a_missing_camera_leaves_no_arm_open(monkeypatch):
+    opened = []
+    monkeypatch.setattr(R, "Arm", lambda c: opened.append(Double()) or opened[0])
+    with pytest.raises(R.RobotError, match="expected opencv"):
+        R.RealEnv(dataclasses.replace(C, static="webcam"))
+    assert opened[0].calls == ["stop"]  # it was closed
 
 
 class Double:
@@ -530,6 +555,24 @@ def test_errors_are_recovered_twice_and_then_end_the_rollout(double):
     assert double.arm.calls[-1] == "stop"
 
 
+def test_what_took_longer_than_patience_to_recover_ends_the_rollout(double):
+    double.reset()
+    double.config = dataclasses.replace(double.config, patience=0.05)
+    double.arm.broken, double.arm.recover = [Lost("silence")], lambda error: time.sleep(0.1)
+    with pytest.raises(R.Stopped, match=r"silence; it took .* s to recover"):
+        double.step(act(0.5))
+    assert double.arm.calls[-1] == "stop"
+
+
+def test_the_check_tells_the_policys_scale_and_every_limit(double, tmp_path, capsys):
+    double.keys.append("y")
+    double.check(tmp_path / "check.png")
+    text = capsys.readouterr().out
+    for word in ("0.02 m, 0.05 rad", "15 times", "recorded at 30 Hz", "box (0.3", "0.4 m/s",
+                 "leash 0.05 m, 0.3 rad", "tilt 1.0", "joints 0.1 rad", "1000 N/m"):  # fmt: skip
+        assert word in text
+
+
 def test_an_arm_that_a_hand_stopped_is_not_started_again(double):
     double.reset()
     state = double.arm.state
@@ -649,6 +692,41 @@ def test_guided_by_hand_the_commanded_pose_is_the_measured_one_and_only_the_hand
     env.close()
 
 
+def test_a_hand_that_holds_something_keeps_it_when_an_episode_begins(tmp_path):
+    arm, c = Double(), dataclasses.replace(R.recording(C), max_frame_age=30.0)
+    arm.width = 0.04
+    env = R.RealEnv(c, arm=arm, cameras={k: Noise() for k in R.CAMERAS}, clock="robot",
+                    key=lambda: "n")  # fmt: skip
+    R.record(env, tmp_path / "play", "training")
+    assert env.get_obs()["robot_obs"][14] == -1
+    env.close()
+    assert set(arm.calls) == {"stop"}
+
+
+def test_actions_beyond_one_are_clipped_and_counted(tmp_path):
+    recorder = R.Recorder(tmp_path, "training", R.recording(C))
+    images = {k: np.zeros((200, 200, 3), np.uint8) for k in R.CAMERAS}
+    for x in (0.4, 0.42, 0.45, 0.46):  # m: an action of 1, one of 1.5, one of 0.5
+        for _ in range(2):
+            recorder.add(pose(x=x), 1.0, images, np.zeros(15))
+    actions = [np.load(p)["rel_actions"][0] for p in sorted(tmp_path.glob("*/episode_*.npz"))]
+    np.testing.assert_allclose(actions, [1, 1, 0.5], atol=1e-9)
+    assert recorder.clipped == 1
+
+
+def test_ctrl_c_in_a_recording_says_that_everything_is_kept(tmp_path, monkeypatch):
+    class Interrupted:
+        check = close = lambda self, *_, **__: None
+
+        def ask(self, *_):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(R, "RealEnv", lambda *_, **__: Interrupted())
+    (tmp_path / "setup.json").write_text("{}")
+    with pytest.raises(SystemExit, match=r"Ctrl-C.*kept.*same command"):
+        R.main(["record", str(tmp_path / "setup.json"), str(tmp_path / "play"), "training"])
+
+
 def test_annotated_play_has_the_language_of_its_spans(folder, tmp_path):
     spans = tmp_path / "spans.csv"
     spans.write_text("start,end,sentence,task\n"
@@ -664,6 +742,15 @@ def test_annotated_play_has_the_language_of_its_spans(folder, tmp_path):
     assert told["tasks"].tolist() == ["open_drawer", "Push the drawer  shut"]
     batch = D.Windows(data, 8, kind="lang").batch(0)
     assert set(batch["span"].tolist()) <= {0, 1}
+
+
+def test_the_frame_of_relative_actions_travels_with_the_data(folder, tmp_path):
+    for name in ("base", "tool"):
+        for path in folder.glob("*/recording.json"):
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"frame": name}))
+        D.pack(folder, tmp_path / name, lang_folder="none", procs=1)
+        meta = D.PlayData(tmp_path / name, "training").meta
+        assert meta.get("frame", "base") == name  # absent in what was packed before: base
 
 
 @pytest.mark.parametrize(
@@ -697,7 +784,9 @@ def session(tmp_path, monkeypatch):
 
         def act(self, obs, embedding):
             self.steps += 1
-            if self.steps == 4 and self.key:
+            if self.steps == 4 and self.key == "ctrl-c":
+                os.kill(os.getpid(), signal.SIGINT)
+            elif self.steps == 4 and self.key:
                 made[-1].keys.append(self.key)
             return act(0.1)
 
@@ -734,12 +823,12 @@ def session(tmp_path, monkeypatch):
 
     monkeypatch.setattr(R, "RealEnv", environment)
 
-    def run(answers, keys=(), rollouts=2):
+    def run(answers, keys=(), rollouts=2, more=()):
         script[:], during[:] = list(answers), list(keys)
         command = "--env real --checkpoint agent.pt --limit 8 --rollouts".split()
         files = {"--robot": "setup.json", "--tasks": "tasks.json", "--out": "out"}
         files = [x for k, name in files.items() for x in (k, str(tmp_path / name))]
-        return E.main([*command, str(rollouts), *files])
+        return E.main([*command, str(rollouts), *files, *more])
 
     run.made, run.out, run.checkpoint = made, tmp_path / "out", checkpoint
     return run
@@ -770,9 +859,10 @@ def test_chains_of_five_count_what_was_solved_in_a_row(session):
 
 
 def test_a_policy_of_another_rate_or_scale_is_refused_before_anything_moves(session):
-    for key, value in (("hz", 30), ("action_scale", [0.01, 0.05]), ("renderer", "tiny")):
-        session.checkpoint["meta"] |= {"hz": 15, "action_scale": [0.02, 0.05], "renderer": "camera"}
-        session.checkpoint["meta"][key] = value
+    good = dict(session.checkpoint["meta"])
+    wrong = {"hz": 30, "action_scale": [0.01, 0.05], "renderer": "tiny", "frame": "tool"}
+    for key, value in wrong.items():
+        session.checkpoint["meta"] = good | {key: value}
         with pytest.raises(SystemExit, match=key):
             session("")
     assert session.made == []
@@ -784,12 +874,150 @@ def test_an_operator_who_says_no_ends_it_and_nothing_moved(session):
     assert set(session.made[0].arm.calls) <= {"stop"}
 
 
+@pytest.mark.parametrize(("key", "outcome"), [("f", "failed"), ("a", "abort"), ("r", "repeat")])
+def test_a_rollout_that_ends_before_its_first_step_has_its_outcome(
+    session, monkeypatch, key, outcome
+):
+    def home(self, q, check):  # the operator presses the key while the arm is homing
+        if not session.out.joinpath("rollouts/a_00_1.jsonl").exists():
+            session.made[-1].keys.append(key)
+        check()
+
+    monkeypatch.setattr(Double, "home", home)
+    result = session("yg" + {"f": "q", "a": "", "r": "gq"}[key], ["s"])
+    assert result["tasks"] == {"f": {"a": [0, 1]}, "a": {}, "r": {"a": [1, 1]}}[key]
+    log = [json.loads(x) for x in (session.out / "rollouts/a_00_0.jsonl").read_text().splitlines()]
+    assert log[-1]["event"] == "outcome" and log[-1]["outcome"] == outcome
+    assert not session.out.joinpath("rollouts/a_00_0.gif").exists()
+
+
+def test_homing_that_is_refused_is_judged_by_the_operator(session, monkeypatch):
+    def home(self, q, check):
+        raise Lost("blocked")
+
+    monkeypatch.setattr(Double, "home", home)
+    assert session("ygfq")["tasks"] == {"a": [0, 1]}
+    assert "blocked" in (session.out / "rollouts.jsonl").read_text()
+
+
+def test_ctrl_c_keeps_everything_and_says_how_to_go_on(session, capsys):
+    with pytest.raises(SystemExit, match=r"Ctrl-C.*same command"):
+        session("ygg", ["s", "ctrl-c"])
+    assert "33.3%" not in (text := capsys.readouterr().out) and "100.0%" in text
+    log = (session.out / "rollouts/a_01_0.jsonl").read_text().splitlines()
+    assert json.loads(log[-1])["outcome"] == "interrupted"
+    assert session("ygq", ["s"])["tasks"] == {"a": [2, 2]}
+
+
+def test_single_tasks_alone_and_an_abort_when_asked(session):
+    assert session("yggq", ["s", "s"], more=["--chains", "0"])["tasks"] == {"a": [2, 2]}
+    session("yga", more=["--chains", "0"])  # "c closes them, a abort"
+    session("ygca", [None], more=["--chains", "0"])  # "The time is over: ... a abort"
+    outcomes = [json.loads(p.read_text().splitlines()[-1])["outcome"]
+                for p in sorted((session.out / "rollouts").glob("b_00_*.jsonl"))]  # fmt: skip
+    assert outcomes == ["abort", "abort"]
+
+
+def test_what_fails_before_the_first_motion_leaves_no_record_behind(session, monkeypatch, tmp_path):
+    def unreachable(*_):
+        raise R.RobotError("no arm at 1.2.3.4")
+
+    working = R.RealEnv
+    monkeypatch.setattr(R, "RealEnv", unreachable)
+    with pytest.raises(SystemExit, match="no arm"):
+        session("")
+    monkeypatch.setattr(R, "RealEnv", working)
+    with pytest.raises(SystemExit, match="said no"):
+        session("n")
+    (tmp_path / "setup.json").write_text('{"max_frame_age": 30.0, "max_state_age": 20.0}')
+    assert session("ygq", ["s"])["tasks"] == {"a": [1, 1]}
+    (tmp_path / "setup.json").write_text('{"max_frame_age": 30.0, "max_state_age": 10.0}')
+    only = r"another evaluation: robot.max_state_age was 20.0 and is 10.0. Give another"
+    with pytest.raises(SystemExit, match=only):
+        session("")
+
+
+def test_a_dry_run_has_a_folder_and_a_column_of_its_own(session, tmp_path):
+    import evaluate as E
+
+    command = "--env real --robot x.json --checkpoint runs/robot/agent.pt".split()
+    outs = [E.parse([*command, *more]).out.name for more in ((), ("--dry-run",))]
+    assert outs == ["evaluate_real", "evaluate_real_dry_run"]
+    result = session("ygq", ["s"], more=["--dry-run"])
+    heads = [E.real_table(result | {"dry_run": dry}).splitlines()[1] for dry in (True, False)]
+    assert "dry run" in heads[0] and "real" not in heads[0] and "real" in heads[1]
+
+
+def test_a_task_file_without_chains_is_named(session, tmp_path):
+    setup = json.loads((tmp_path / "tasks.json").read_text())
+    for wrong, match in (({"rows": setup["rows"]}, "'chains'"), ([], "tabletop.json"),
+                         (setup | {"chains": [{"scene": "", "tasks": ["c"]}]}, "'c'")):  # fmt: skip
+        (tmp_path / "tasks.json").write_text(json.dumps(wrong))
+        with pytest.raises(SystemExit, match=rf"tasks.json.*{match}"):
+            session("")
+
+
+@pytest.fixture(scope="module")
+def learned(played, tmp_path_factory):
+    """A run of two steps on the recorded play, at the size of the tests, and its policy."""
+    import train
+
+    root = tmp_path_factory.mktemp("learned")
+    (root / "spans.csv").write_text("start,end,sentence,task\n"
+        "3,30,pull out the drawer,a\n10,45,pull out the drawer,a\n"
+        "60,90,pull out the drawer,a\n")  # fmt: skip
+    shutil.copytree(played[0], root / "play")
+    D.main(["annotate", str(root / "play"), str(root / "spans.csv")])
+    D.pack(root / "play", root / "packed", procs=1)
+    for stage in ("wm", "agent"):
+        train.main(["--stage", stage, "--preset", "tiny", "--steps", "2", "--data",
+                    str(root / "packed"), "--out", str(root / "run")])  # fmt: skip
+    return root / "run", train.load_agent(root / "run" / "agent.pt")[0]
+
+
+def test_play_of_a_robot_trains_and_no_probe_asks_for_the_scene_that_it_lacks(learned):
+    files = {p.name for p in learned[0].iterdir()}
+    assert "agent.pt" in files and "probe.json" not in files
+
+
+def test_rollouts_are_dreamed_again_from_their_first_pictures_and_judged(
+    session, learned, monkeypatch, capsys
+):
+    import train
+
+    session("yggsq", ["s", None])  # two rollouts of a
+    policy, looks = learned[1], []
+    act_on = policy.act
+    monkeypatch.setattr(policy, "act", lambda obs, e: looks.append(obs) or act_on(obs, e))
+    monkeypatch.setattr(train, "load_agent", lambda *_: (policy, session.checkpoint))
+    monkeypatch.setattr(R, "RealEnv", None)  # no robot
+
+    def dreams(keys):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(keys))
+        row = session("", more=["--dream"])["rows"][0]
+        return row["real"], row["dream"]
+
+    assert dreams("x\ns\nq\n") == ([2, 2], [1, 1])
+    assert "1 rollouts are left" in capsys.readouterr().out
+    start = np.load(session.out / "rollouts/a_00_0_start.npz")
+    for k in R.CAMERAS:
+        np.testing.assert_array_equal(looks[0]["rgb_obs"][k], start[k])
+    assert looks[1:9] == [None] * 8 and looks[9] is not None  # --limit 8
+    assert (session.out / "rollouts/a_00_0_dream.gif").stat().st_size > 1000
+    assert dreams("f\n") == ([2, 2], [1, 2])  # goes on with the second
+    assert dreams("") == ([2, 2], [1, 2])
+    assert "50.0%" in capsys.readouterr().out
+
+
 def test_the_task_file_is_the_papers_22_tasks_in_14_rows_and_20_chains():
     setup = json.loads((HERE.parent / "assets/tabletop.json").read_text())
     tasks = [t for row in setup["rows"] for t in row["tasks"]]
     assert len(setup["rows"]) == 14 and len(tasks) == len(set(tasks)) == 22
     for k, average in enumerate((67.68, 63.39, 75.89)):  # Table II: over its rows
         assert abs(np.mean([row["paper"][k] for row in setup["rows"]]) - average) < 0.01
+    assert setup["paper_chains"] == [2.05, 1.90]  # its last row
+    sentences = {x["sentence"] for row in setup["rows"] for x in row["tasks"].values()}
+    assert sentences <= set(D.embedding_table())  # no text encoder needed
     chains = [tuple(c["tasks"]) for c in setup["chains"]]
     assert len(set(chains)) == 20 and all(len(c) == 5 for c in chains)
     for chain in chains:  # lifted things are placed before the next is lifted
@@ -798,6 +1026,14 @@ def test_the_task_file_is_the_papers_22_tasks_in_14_rows_and_20_chains():
             assert lift.split("_")[:2] == ["lift", place.split("_")[1]] and place.startswith(
                 "place"
             )
+
+
+def test_the_play_tables_embeddings_are_what_they_were_before_the_robots_were_added():
+    """Checkpoints are trained on these bits. A new sentence goes behind them."""
+    with np.load(HERE.parent / "assets/embeddings.npz") as z:
+        rows = z["embeddings"][:442]
+    digest = hashlib.sha256(rows.tobytes()).hexdigest()
+    assert digest == "3b1deb80af9a12b880a9b76553fb114905009e75ba660302d84e0366c0547e8f"
 
 
 # ------------------------------------------------------------------ end to end, on loopback
@@ -831,17 +1067,24 @@ class Simulated:
             time.sleep(0.02)
         return np.load(path)
 
+    def during(self, begin, end):
+        """history() in a time of the wall clock; too busy a machine cannot tell of real time."""
+        h = self.history()
+        h = h[(h[:, 0] >= begin) & (h[:, 0] <= end)]
+        factor = np.ptp(h[:, 1]) / (end - begin) if len(h) else 0.0
+        if factor < 0.5:
+            pytest.skip(f"the simulator runs at {factor:.2f} of real time: the machine is too busy")
+        return h
+
     def travel(self, begin, end):
         """The longest distance (m) between two places of the tool in a time of the wall clock."""
-        h = self.history()
-        p = h[(h[:, 0] >= begin) & (h[:, 0] <= end), 2:5]
-        assert len(p) > 5, "the simulator was too slow to tell"
+        p = self.during(begin, end)[:, 2:5]
         return float(np.linalg.norm(p.max(0) - p.min(0)))
 
     def comes_to_rest(self, since, within=3.0):
         """Seconds from `since` (wall clock) until the tool stays within 2 mm for good."""
         time.sleep(within)
-        h = self.history()
+        h = self.during(since - 0.5, time.time())
         away = np.linalg.norm(h[:, 2:5] - h[-1, 2:5], axis=1) > 0.002
         assert (h[:, 0] < since + within - 0.5).any()
         last = h[away & (h[:, 0] > since), 0]
@@ -997,6 +1240,7 @@ def test_a_stale_state_holds_and_goes_on(env, simulated, request):
     assert "state is" in hold["reason"][0] and "resumed" in kinds and "error" not in kinds
 
 
+@pytest.mark.parametrize("env", [{"patience": 8.0}], indirect=True)
 def test_a_connection_silent_for_2_5_s_is_rebuilt_and_nothing_jumps(env, simulated, request):
     when = drive(env, 60, at=20, fault=lambda: silence(simulated, 2.5))
     log = events(env)
@@ -1009,6 +1253,13 @@ def test_a_connection_silent_for_2_5_s_is_rebuilt_and_nothing_jumps(env, simulat
     step = np.linalg.norm(np.diff(h[h[:, 0] > when, 2:5], axis=0), axis=1)  # per 10 ms
     assert step.max() < 0.006
     assert simulated.travel(back["wall"], time.time()) > 0.02
+
+
+def test_a_connection_silent_for_longer_than_patience_ends_the_rollout(env, simulated):
+    with pytest.raises(R.Stopped, match=r"Network.*s to recover"):
+        drive(env, 60, at=20, fault=lambda: silence(simulated, 4.5))
+    assert events(env)[-1]["event"] == "stopped"
+    assert simulated.comes_to_rest(time.time(), 1.5) < 0.5
 
 
 def test_a_preempted_motion_is_taken_up_again(env, simulated, request):
@@ -1092,11 +1343,19 @@ def test_the_hand_follows_the_sign_of_the_action(env, simulated):
     assert simulated.history()[-1, 6] > 0.07
 
 
-def test_a_wrong_address_is_an_error_before_anything_else(films):
+@pytest.mark.parametrize("host", ["127.9.9.9", "10.255.255.1", "no.such.name"])
+def test_a_wrong_address_is_an_error_before_anything_else_and_soon(host):
     needs_franky()
-    c = dataclasses.replace(C, host="127.9.9.9", realtime=False)
-    with pytest.raises(R.RobotError, match=r"no arm at 127.9.9.9"):
+    c, began = dataclasses.replace(C, host=host, realtime=False), time.monotonic()
+    with pytest.raises(R.RobotError, match=rf"no arm at {host}"):
         R.Arm(c)
+    assert time.monotonic() - began < 10  # libfranka alone: a minute
+
+
+@pytest.mark.skipif(os.path.exists("/sys/kernel/realtime"), reason="a real-time kernel")
+def test_without_a_real_time_kernel_the_error_names_the_simulators_setting(simulated):
+    with pytest.raises(R.RobotError, match='"realtime": false'):
+        R.Arm(dataclasses.replace(C, host=simulated.host))
 
 
 def test_the_check_shows_everything_and_moves_nothing(env, simulated, tmp_path, capsys):
