@@ -8,7 +8,10 @@ BIN := .venv/bin
 DEMO := runs/demo
 PROCS ?= 2
 
-.PHONY: demo test robot-test clean
+# The real robot's optional packages, and a simulated arm.
+ROBOT := franky-control==2.0.0 franky-sim==1.0.4 opencv-python-headless==5.0.0.93 pyrealsense2==2.59.1.11053
+
+.PHONY: demo test robot robot-test clean
 .DELETE_ON_ERROR:
 
 .venv/ready: requirements.txt
@@ -20,9 +23,11 @@ test: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q -rs tests
 
-# The real robot's tests, against a simulated arm: the packages that they need are optional.
-robot-test: .venv/ready
-	$(BIN)/pip install --quiet franky-control==2.0.0 franky-sim==1.0.4 opencv-python-headless pyrealsense2
+robot: .venv/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.txt $(ROBOT)
+
+# The real robot's tests, against a simulated arm.
+robot-test: robot
 	$(BIN)/python -m pytest -q -s -rs tests/test_robot.py
 
 # Every step resumes or is skipped when it was done, so an interrupted demo can be started again.

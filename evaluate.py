@@ -439,8 +439,8 @@ def real_table(result: dict) -> str:
     columns = [mean([p[k] for p in known]) for k in range(3)]
     lines.append(line("Average over tasks", "", rate("real"), rate("dream"), *columns))
     length = f"{np.mean(chains):.2f}" if chains else "-"
-    paper = [f"{x:.2f}" for x in result["paper_chains"] or ()]
-    last = line("Average no. of sequential tasks", len(chains), length, "-", *paper)
+    paper = [f"{x:.2f}" for x in result["paper_chains"] or ()] or ["-", "-"]
+    last = line("Average no. of sequential tasks", len(chains), length, "-", *paper, "-")
     return "\n".join([*lines, last])
 
 
