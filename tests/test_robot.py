@@ -347,7 +347,7 @@ def test_a_film_plays_as_a_camera_in_rgb_cropped_and_again_from_its_start(tmp_pa
 def test_a_camera_that_repeats_one_picture_grows_old(tmp_path):
     camera = R.Camera(f"opencv:{film(tmp_path / 'film.avi')}", None, 200)
     try:
-        still = camera.grab()
+        still = camera.read()[0]  # grab() is the camera's own thread's: OpenCV bears no second one
         camera.grab = lambda: time.sleep(0.03) or still
         time.sleep(0.6)
         _, stamp = camera.read()
