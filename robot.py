@@ -472,6 +472,7 @@ class Arm:
     def connect(self):
         f, c, self.grip_job = self.franky, self.c, None
         want = f.RealtimeConfig.Enforce if c.realtime else f.RealtimeConfig.Ignore
+        print(f"waiting for the arm at {c.host}", flush=True)
         try:
             socket.create_connection((c.host, PORT), 3).close()  # libfranka waits for a minute
             self.robot = f.Robot(c.host, realtime_config=want)
