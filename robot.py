@@ -31,7 +31,6 @@ import json
 import os
 import select
 import signal
-import socket
 import sys
 import threading
 import time
@@ -40,7 +39,6 @@ from pathlib import Path
 import numpy as np
 
 CAMERAS = ("rgb_static", "rgb_gripper")
-PORT = 1337  # libfranka's, for commands
 SHORTEST = 20  # frames of the shortest window (Table IV): shorter episodes are of no use
 # The intersection of Panda's (FER) and FR3's joint limits, rad.
 Q_LOW = np.array([-2.7437, -1.7628, -2.8973, -3.0421, -2.8065, 0.5445, -2.8973])
@@ -472,9 +470,9 @@ class Arm:
     def connect(self):
         f, c, self.grip_job = self.franky, self.c, None
         want = f.RealtimeConfig.Enforce if c.realtime else f.RealtimeConfig.Ignore
-        print(f"waiting for the arm at {c.host}", flush=True)
+        # No probe of the port before: an arm has one client at a time, and that would be the probe.
+        print(f"waiting for the arm at {c.host}, up to a minute", flush=True)
         try:
-            socket.create_connection((c.host, PORT), 3).close()  # libfranka waits for a minute
             self.robot = f.Robot(c.host, realtime_config=want)
             self.hand = f.Gripper(c.host)
             self.width = float(self.hand.width)
@@ -488,7 +486,7 @@ class Arm:
                 f"{c.host}: {error}. Panda and FR3 need different wheels of "
                 "franky-control, see the README."
             ) from error
-        except (*self.errors, OSError) as error:
+        except self.errors as error:
             raise RobotError(
                 f"no arm at {c.host}: {error}. Is the address right, the arm "
                 "unlocked, FCI active, nobody else connected?"

@@ -1343,20 +1343,11 @@ def test_the_hand_follows_the_sign_of_the_action(env, simulated):
     assert simulated.history()[-1, 6] > 0.07
 
 
-def test_a_wrong_address_is_an_error_before_anything_else_and_soon(monkeypatch, capsys):
+def test_a_wrong_address_is_an_error_and_what_is_waited_for_is_told(capsys):
     needs_franky()
-    c, waits = dataclasses.replace(C, host="127.9.9.9", realtime=False), []
+    c = dataclasses.replace(C, host="127.9.9.9", realtime=False)
     with pytest.raises(R.RobotError, match=r"no arm at 127.9.9.9"):
         R.Arm(c)
-
-    def nobody_answers(address, timeout):
-        waits.append((address, timeout))
-        raise TimeoutError("timed out")
-
-    monkeypatch.setattr(R.socket, "create_connection", nobody_answers)
-    with pytest.raises(R.RobotError, match=r"no arm at 127.9.9.9: timed out"):
-        R.Arm(c)
-    assert waits == [(("127.9.9.9", 1337), 3)]  # libfranka alone: a minute
     assert "waiting for the arm at 127.9.9.9" in capsys.readouterr().out
 
 
