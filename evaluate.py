@@ -298,8 +298,9 @@ class Filmed:
             thin = -(-len(self.frames) // FILM_FRAMES)
             frames = [f for i, f in enumerate(self.frames) if i % thin == 0 or f[3] is not None]
             rate = {".gif": {"duration": 1000 // FILM_FPS, "loop": 0}, ".mp4": {"fps": FILM_FPS}}
-            film, how = np.stack([draw(*f) for f in frames]), rate[self.film.suffix]
-            write(self.film, lambda part: imageio.imwrite(part, film, **how))
+            frames, kind = np.stack([draw(*f) for f in frames]), self.film.suffix
+            film = imageio.imwrite("<bytes>", frames, extension=kind, **rate[kind])
+            write(self.film, lambda part: part.write_bytes(film))
 
 
 def draw(static, gripper, caption: str, solved: bool | None) -> np.ndarray:
@@ -789,10 +790,11 @@ def predict(args, context: int = 5, frames: int = 200, clips: int = 8) -> dict:
         strip += [np.concatenate(both[moments, b], 1) for b in (0, 1)]
         film.append(np.concatenate(both[:, :4].swapaxes(0, 1), 2))  # (T, 128, 4 * 64, 3)
     double = lambda x: x.repeat(2, -3).repeat(2, -2)
-    strip, film = double(np.concatenate(strip)), double(np.concatenate(film, 1))
-    how = {"duration": 1000 / play.meta["hz"], "loop": 0}
-    write(args.out / "prediction.png", lambda part: imageio.imwrite(part, strip))
-    write(args.out / "prediction.gif", lambda part: imageio.imwrite(part, film, **how))
+    picture = imageio.imwrite("<bytes>", double(np.concatenate(strip)), extension=".png")
+    write(args.out / "prediction.png", lambda part: part.write_bytes(picture))
+    film, how = double(np.concatenate(film, 1)), {"duration": 1000 / play.meta["hz"], "loop": 0}
+    film = imageio.imwrite("<bytes>", film, extension=".gif", **how)
+    write(args.out / "prediction.gif", lambda part: part.write_bytes(film))
     write_json(args.out / "prediction.json", result, None)
     last = frames - context
     print(f"{'PSNR (dB), SSIM in steps':<34}{'1-10':>14}{'11-50':>14}{f'51-{last}':>14}")

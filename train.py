@@ -344,7 +344,8 @@ class Run:
     def picture(self, name: str, step: int, image: np.ndarray) -> None:
         """(H, W, 3) uint8, kept as pictures/name_step.png and shown in TensorBoard."""
         path = self.out / "pictures" / f"{name}_{step:07d}.png"
-        write(path, lambda part: imageio.imwrite(part, image))
+        png = imageio.imwrite("<bytes>", image, extension=".png")
+        write(path, lambda part: part.write_bytes(png))
         if self.board:
             self.board.add_image(name, image, step, dataformats="HWC")
 

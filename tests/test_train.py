@@ -223,13 +223,16 @@ def test_a_device_that_is_not_there_is_told(packed, trained, tmp_path):
 
 
 def test_a_picture_that_cannot_be_written_costs_no_step(packed, tmp_path, monkeypatch):
-    def full(part, image):
-        part.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+    replace = os.replace
+
+    def full(part, path):
+        if path.suffix == ".png":
+            raise OSError(28, "No space left on device")
+        replace(part, path)
 
     argv = [*WM, "--validate_every", "3", "--data", packed, "--out", str(tmp_path), "--steps", "3"]
     with monkeypatch.context() as patch:
-        patch.setattr(train.imageio, "imwrite", full)
+        patch.setattr(train.os, "replace", full)
         with pytest.raises(SystemExit, match=r"prediction_0000003\.png: .*space left.*Make room"):
             train.main(argv)
     assert not list((tmp_path / "pictures").iterdir())
