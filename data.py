@@ -242,21 +242,27 @@ def annotate(folder, spans, encoder: str = TEXT_ENCODER) -> None:
 
 def plan_split(folder: Path, skip: int, lang_folder: str) -> dict:
     """What is known of a split without reading its frames (but the first), checked."""
-    with naming(folder / "ep_start_end_ids.npy", "A recording in CALVIN's format has it") as path:
+    remedy = "It holds an episode's first and last frame per row; correct it, or record again"
+    with naming(folder / "ep_start_end_ids.npy", remedy) as path:
         ids = np.load(path, allow_pickle=False).astype(np.int64, casting="same_kind").reshape(-1, 2)
         ids = ids[np.argsort(ids[:, 0])] + (0, 1)  # from here on [start, end)
         length = (ids[:, 1] - ids[:, 0]) // skip  # an episode's last, incomplete step is left out
         if short := (ids[length < MIN_LEN] - (0, 1)).tolist():
-            raise ValueError(f"{short} are shorter than a window, {MIN_LEN} frames at skip {skip}")
+            what = f"{path}: {short} are shorter than a window, {MIN_LEN} frames at skip {skip}"
+            raise DataError(f"{what}. Record longer episodes, or lower --skip.")
         if not len(ids) or (ids[1:, 0] < ids[:-1, 1]).any():
             raise ValueError(f"{len(ids)} episodes; there must be one, and none may overlap")
         names = {e.name for e in os.scandir(folder)}
         if gone := [i for e in ids for i in range(*e) if f"episode_{i:07d}.npz" not in names]:
-            raise ValueError(f"episode_{gone[0]:07d}.npz is missing, {len(gone)} files are")
+            what = f"{folder}/episode_{gone[0]:07d}.npz is missing, and {len(gone) - 1} more"
+            raise DataError(f"{what}. Copy or record them again, or take them out of {path.name}.")
     steps = [np.arange(i, i + n * skip) for i, n in zip(ids[:, 0], length, strict=True)]
     frame_ids = np.concatenate(steps).reshape(-1, skip)  # packed row r is of frames frame_ids[r]
     with naming(folder / "recording.json", "Correct it") as path:
         about = CALVIN | (json.loads(path.read_text()) if path.exists() else {})
+        numbers = np.array([about["hz"], *about["action_scale"]])
+        if numbers.shape != (3,) or numbers.dtype.kind not in "if" or not (numbers > 0).all():
+            raise ValueError(f"hz, action_scale are {numbers.tolist()}, not 1 + 2 positive numbers")
         meta = {k: about[k] for k in CALVIN}
         if (frame := about.get("frame", "base")) != "base":  # of relative actions; absent: base
             meta["frame"] = frame
@@ -329,8 +335,9 @@ def pack(src, dst, skip: int = 1, lang_folder=f"lang_{TEXT_ENCODER}", procs: int
     key, old = json.dumps([str(src), meta, total]), part / "packing.json"
     if dst.exists() or (old.exists() and old.read_text() != key):
         raise DataError(f"{dst} exists, or {part} of another recording or options. Remove it.")
-    part.mkdir(parents=True, exist_ok=True)
-    old.write_text(key)
+    with naming(part, "Make room, or give another folder"):
+        part.mkdir(parents=True, exist_ok=True)
+        old.write_text(key)
     size = total * sum(int(np.prod(s)) * DTYPES[k]().itemsize for k, s in SHAPES.items()) / 1e9
     free, had = shutil.disk_usage(part).free / 1e9, sum(f.stat().st_size for f in part.glob("*/*"))
     print(f"{total} frames take {size:.2f} GB; {free:.2f} are free, {had / 1e9:.2f} already taken")
@@ -354,12 +361,14 @@ def pack(src, dst, skip: int = 1, lang_folder=f"lang_{TEXT_ENCODER}", procs: int
                 with open(dots, "a") as f:
                     f.write(".")
                 bar.update(len(x))
-            for k, x in p["small"].items():
-                np.save(out / f"{k}.npy", x)
-            (out / "lang.json").write_text(json.dumps(p["lang"]))
-    np.savez(part / "validation" / "instructions.npz", **told)
-    (part / "meta.json").write_text(json.dumps(meta))
-    os.rename(part, dst)
+            with naming(out, "Make room, repeat the command: it goes on"):
+                for k, x in p["small"].items():
+                    np.save(out / f"{k}.npy", x)
+                (out / "lang.json").write_text(json.dumps(p["lang"]))
+    with naming(part, "Make room, repeat the command: it goes on"):
+        np.savez(part / "validation" / "instructions.npz", **told)
+        (part / "meta.json").write_text(json.dumps(meta))
+        os.rename(part, dst)
     print(f"{dst}: {total} frames, {size:.2f} GB")
 
 
@@ -375,7 +384,8 @@ class PlayData:
             self.meta = json.loads((Path(root) / "meta.json").read_text())
             lang = json.loads((self.path / "lang.json").read_text())
             for k in (*SHAPES, "episodes", "spans", "span_emb"):
-                setattr(self, k, np.load(self.path / f"{k}.npy", mmap_mode="r"))
+                with naming(self.path / f"{k}.npy", f"Copy it anew, or pack {root} again") as path:
+                    setattr(self, k, np.load(path, mmap_mode="r"))
         self.sentences, self.tasks = lang["sentences"], lang["tasks"]
         self.longest = int(np.diff(self.episodes).max())  # frames of the longest episode
         self.is_start = np.zeros(len(self), bool)
@@ -410,7 +420,8 @@ class Sequences:
         long = data.episodes[np.diff(data.episodes)[:, 0] >= L]  # the others cannot hold a sequence
         self.pool = np.concatenate([np.arange(0), *(np.arange(*bounds) for bounds in long)])
         if (least := len(data) if carry else len(self.pool)) < L or B < 1:
-            raise DataError(f"{B} sequences of {L} in {least} frames: record more or lower L.")
+            what = f"{data.path}: {B} sequences of {L} in {least} frames"
+            raise DataError(f"{what}: record more or lower L.")
         self.chunk = -(-len(data) // B)  # frames from one row's start to the next
         self.steps_per_epoch = -(-self.chunk // L)
 
@@ -445,8 +456,11 @@ class Windows:
         """part: which of a batch's B windows this process reads, a slice."""
         self.data, self.B, self.T, self.kind, self.seed, self.part = data, B, T, kind, seed, part
         bounds = {"play": data.episodes, "lang": data.spans}[kind]
-        if not len(bounds) or not 1 <= min_len <= max_len <= T:
-            raise DataError(f"no {kind} windows of {min_len}..{max_len} in {T}: pack language too.")
+        if not 1 <= min_len <= max_len <= T:
+            raise DataError(f"no windows of {min_len} to {max_len} frames fit in {T}.")
+        if not len(bounds):
+            what = f"{data.path} has no language, which the agent needs"
+            raise DataError(f"{what}: annotate the recording, pack without --lang-folder none.")
         places = np.maximum(np.diff(bounds)[:, 0] - min_len + 1, 1)  # admissible starts in each
         self.span = np.repeat(np.arange(len(bounds)), places)
         place = np.arange(len(self.span)) - np.repeat(np.cumsum(places) - places, places)
@@ -522,6 +536,9 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("spans", help="CSV file with the columns start,end,sentence,task")
     p.add_argument("--encoder", default=TEXT_ENCODER, help="name on the hub, or a local folder")
     args = vars(parser.parse_args(argv))
+    for name in ("skip", "procs"):
+        if args.get(name, 1) < 1:
+            parser.error(f"--{name} {args[name]}: at least 1")
     try:
         {"pack": pack, "embed": embed, "annotate": annotate}[args.pop("command")](**args)
     except DataError as e:

@@ -28,6 +28,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import importlib.util
 import itertools
 import json
 import multiprocessing
@@ -298,9 +299,9 @@ class Filmed:
             thin = -(-len(self.frames) // FILM_FRAMES)
             frames = [f for i, f in enumerate(self.frames) if i % thin == 0 or f[3] is not None]
             rate = {".gif": {"duration": 1000 // FILM_FPS, "loop": 0}, ".mp4": {"fps": FILM_FPS}}
-            part = self.film.with_name(f"part_{self.film.name}")
-            imageio.imwrite(part, np.stack([draw(*f) for f in frames]), **rate[part.suffix])
-            os.replace(part, self.film)
+            frames, kind = np.stack([draw(*f) for f in frames]), self.film.suffix
+            film = imageio.imwrite("<bytes>", frames, extension=kind, **rate[kind])
+            write(self.film, lambda part: part.write_bytes(film))
 
 
 def draw(static, gripper, caption: str, solved: bool | None) -> np.ndarray:
@@ -355,26 +356,52 @@ def write_chains(path: Path) -> None:
         start = state._asdict() | {"grasped": 0}
         out.append({"initial_state": start, "tasks": tasks, "robot_obs": robot_obs})
         out[-1]["scene_obs"] = scene_obs
-    path.write_text(json.dumps(out, indent=1) + "\n")
+    write_json(path, out)
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Beside its place, then renamed."""
+@contextlib.contextmanager
+def writing(path: Path):
+    """A disk that is full, or may not be written, ends the run with the file and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        what = f"evaluate.py: cannot write {path}: {error.strerror or error}"
+        remedy = "Make room, or correct the path, and repeat the command: it goes on"
+        raise SystemExit(f"{what}. {remedy}.") from error
+
+
+def write(path: Path, fill) -> None:
+    """fill(part) writes beside, then it is renamed: the file is old or new, never half of one."""
     part = path.with_name(f"part_{path.name}")
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(part, path)
+    with writing(path):
+        try:
+            fill(part)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content, indent: int | None = 1) -> None:
+    write(path, lambda part: part.write_text(json.dumps(content, indent=indent) + "\n"))
 
 
 def read_log(path: Path, identity: dict, ours: bool = True) -> dict[int, dict]:
     """Finished chains by number. Ours to write: starts it, and cuts off a half-written line."""
-    text = path.read_text() if path.exists() else ""
+    text = path.read_text(errors="surrogateescape") if path.exists() else ""
     whole = text[: text.rfind("\n") + 1]
     if not whole and not ours:
         return {}
     if not whole:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(identity) + "\n")
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(identity) + "\n")
         return {}
+    for n, line in enumerate(whole.splitlines(), 1):
+        try:
+            json.loads(line.encode())["chain" if n > 1 else "env"]
+        except (ValueError, TypeError, KeyError) as error:
+            remedy = "Remove it: its chain runs again" if n > 1 else "Give another --out"
+            raise SystemExit(f"{path}: line {n} is damaged ({error}). {remedy}.") from error
     if ours:
         os.truncate(path, len(whole.encode()))
     was, *records = map(json.loads, whole.splitlines())
@@ -746,11 +773,11 @@ def evaluate(worker: Worker) -> dict:
     todo = [n for n in numbers[rank::ranks] if n not in records or not films.get(n, log).exists()]
     bar = {"total": len(todo), "unit": "chain", "position": rank}
     try:
-        with log.open("a") as file, tqdm(**bar) as bar:
+        with tqdm(**bar) as bar:
             for record in finished(worker, [(n, films.get(n)) for n in todo]):
                 if record["chain"] not in records:  # else only its film was missing
-                    file.write(json.dumps(record) + "\n")
-                    file.flush()
+                    with writing(log), log.open("a") as file:
+                        file.write(json.dumps(record) + "\n")
                 records[record["chain"]] = record
                 lengths = [records[n]["solved"] for n in numbers if n in records]
                 bar.set_postfix_str(f"Avg. Len. {np.mean(lengths):.2f}", refresh=False)
@@ -772,10 +799,10 @@ def evaluate(worker: Worker) -> dict:
                 import dream
 
                 result |= dream.summarise(done)
+            print(dream.table(result) if args.env == "dream" else tables(result))
             write_json(args.out / "results.json", result)
             if args.env != "dream":
                 write_json(args.out / "calvin_results.json", as_calvin(result))
-            print(dream.table(result) if args.env == "dream" else tables(result))
         if rank == 0 and len(done) < args.chains:
             print(f"{len(done)} of {args.chains} chains: the same command again goes on from here.")
     return result
@@ -802,6 +829,8 @@ def predict(args, context: int = 5, frames: int = 200, clips: int = 8) -> dict:
     world = train.load_world_model(checkpoint, args.device)
     play = data.PlayData(args.predict, "validation")
     frames = min(frames, play.longest)
+    with writing(args.out):
+        args.out.mkdir(parents=True, exist_ok=True)
     batch = data.Sequences(play, clips, frames, args.seed, carry=False).batch(0)
     with torch.no_grad():
         torch.manual_seed(args.seed)
@@ -832,11 +861,12 @@ def predict(args, context: int = 5, frames: int = 200, clips: int = 8) -> dict:
         strip += [np.concatenate(both[moments, b], 1) for b in (0, 1)]
         film.append(np.concatenate(both[:, :4].swapaxes(0, 1), 2))  # (T, 128, 4 * 64, 3)
     double = lambda x: x.repeat(2, -3).repeat(2, -2)
-    args.out.mkdir(parents=True, exist_ok=True)
-    imageio.imwrite(args.out / "prediction.png", double(np.concatenate(strip)))
-    film = double(np.concatenate(film, 1))
-    imageio.imwrite(args.out / "prediction.gif", film, duration=1000 / play.meta["hz"], loop=0)
-    (args.out / "prediction.json").write_text(json.dumps(result) + "\n")
+    picture = imageio.imwrite("<bytes>", double(np.concatenate(strip)), extension=".png")
+    write(args.out / "prediction.png", lambda part: part.write_bytes(picture))
+    film, how = double(np.concatenate(film, 1)), {"duration": 1000 / play.meta["hz"], "loop": 0}
+    film = imageio.imwrite("<bytes>", film, extension=".gif", **how)
+    write(args.out / "prediction.gif", lambda part: part.write_bytes(film))
+    write_json(args.out / "prediction.json", result, None)
     last = frames - context
     print(f"{'PSNR (dB), SSIM in steps':<34}{'1-10':>14}{'11-50':>14}{f'51-{last}':>14}")
     for key in [k[5:] for k in result if k.startswith("psnr")]:
@@ -890,8 +920,13 @@ def parse(argv=None) -> argparse.Namespace:
     n = 1 if args.instruction else args.chains
     if not (0 <= args.first <= args.first + n <= 1000 and n >= least):
         parser.error(f"there are chains 0 to 999, not {args.chains} from {args.first} on")
-    if args.procs < 1:
-        parser.error(f"--procs {args.procs}: at least 1")
+    for name, least in (("procs", 1), ("limit", 1), ("film", 0), ("seed", 0)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name} {getattr(args, name)}: at least {least}")
+    if args.instruction is not None and not args.instruction.strip():
+        parser.error("--instruction: give a sentence")
+    if args.format == "mp4" and not importlib.util.find_spec("imageio_ffmpeg"):
+        parser.error("--format mp4: pip install imageio-ffmpeg, or take gif")
     alone = args.procs == 1 and not args.instruction
     one = int(os.environ.get("WORLD_SIZE", 1)) == 1
     if args.env == "dream" and not (reads and one and not args.instruction):
@@ -926,7 +961,8 @@ def main(argv=None) -> dict:
         raise SystemExit(f"evaluate.py: {error}") from error
     if not args.instruction:
         return evaluate(worker)
-    args.out.mkdir(parents=True, exist_ok=True)
+    with writing(args.out):
+        args.out.mkdir(parents=True, exist_ok=True)
     film = args.out / f"instruction.{args.format}"
     seen = worker.follow(args.instruction, args.first, film)
     print(*[f"{task} at step {step}" for task, step in seen.items()], sep="\n")

@@ -1063,6 +1063,9 @@ def main(argv=None):
         p.add_argument("--env", choices=("sim", "calvin"), default="sim")
         calvin.add_options(p)
     a = parser.parse_args(argv)
+    for name, least in (("n", 1), ("procs", 1), ("seed", 0)):
+        if getattr(a, name, least) < least:
+            parser.error(f"--{name} {getattr(a, name)}: at least {least}")
     make, about = make_sim, SIM
     try:
         if a.env == "calvin":

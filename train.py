@@ -22,6 +22,7 @@ import math
 import os
 import sys
 import time
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -69,40 +70,79 @@ RESUMABLE = ("steps", "log_every", "validate_every", "checkpoint_every", "device
 
 
 # ---------------------------------------------------------------------------- checkpoints
-def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Written beside, then renamed: the file is the old one or the new one, never half of one."""
-    part = path.with_suffix(".part")
+@contextmanager
+def writing(path: Path):
+    """A disk that is full, or may not be written, ends the run with the file and the remedy."""
     try:
-        torch.save(checkpoint, part)
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
-        sys.exit(f"could not write {path}: {error}. Is the disk full? The last checkpoint is kept.")
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter
+        remedy = "Make room, repeat the command: it goes on from the last checkpoint"
+        sys.exit(f"could not write {path}: {error}. {remedy}.")
+
+
+def write(path: Path, fill) -> None:
+    """fill(part) writes beside, then it is renamed: the file is old or new, never half of one."""
+    part = path.with_name(f"part_{path.name}")
+    with writing(path):
+        try:
+            fill(part)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def save_checkpoint(path: Path, checkpoint: dict) -> None:
+    write(path, lambda part: torch.save(checkpoint, part))
+
+
+def check_device(device: str) -> None:
+    """ValueError: this machine does not have it, or this torch was built without it."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        what = f"--device {device} cannot be used here: {error}"
+        raise ValueError(f"{what}. Give --device cpu, or install a torch for it.") from error
 
 
 def load_checkpoint(path: Path, stage: str, device: str) -> dict:
-    """A plain dict of one of the two stages. Raises ValueError naming the file and the remedy."""
+    """A plain dict of one of the two stages, and its path. Raises ValueError naming the file and
+    the remedy."""
     if not Path(path).exists():
         raise ValueError(f"{path} does not exist; make it with: python train.py --stage {stage}")
+    check_device(device)
+    remedy = f"copy it anew, or remove it and train again: python train.py --stage {stage}"
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} is no checkpoint of train.py, or damaged: {error}") from error
+        what = f"{path} is no checkpoint of train.py, or damaged"
+        raise ValueError(f"{what}; {remedy} ({error})") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("stage") != stage:
         got = checkpoint.get("stage") if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise ValueError(f"{path} holds stage {got!r}; this needs one of --stage {stage}")
-    return checkpoint
+    needs = "config model meta run step seconds text_encoder optimizer random".split()
+    needs += ["world_model"] if stage == "agent" else []
+    if missing := [k for k in needs if k not in checkpoint]:
+        raise ValueError(f"{path} lacks {', '.join(missing)}; {remedy}")
+    return checkpoint | {"path": str(path)}
+
+
+@contextmanager
+def fitting(path, file: str):
+    """A checkpoint that is not of this code's model is told by name: ValueError."""
+    try:
+        yield
+    except (RuntimeError, TypeError, KeyError, ValueError) as error:
+        what = f"{path} was trained by another version of {file}, or is damaged"
+        what += "; train it again, or use the code that it was trained with"
+        raise ValueError(f"{what}: {type(error).__name__}: {error}") from error
 
 
 def load_world_model(checkpoint: dict, device: str) -> W.WorldModel:
     """The frozen world model of a checkpoint of either stage."""
     part = checkpoint if checkpoint["stage"] == "wm" else checkpoint["world_model"]
-    try:
+    with fitting(checkpoint["path"], "world_model.py"):
         world = W.WorldModel(W.WorldModelConfig(**part["config"])).to(device)
         world.load_state_dict(part["model"])
-    except (RuntimeError, TypeError) as error:
-        what = "this world model was trained by another version of world_model.py; train it again"
-        raise ValueError(f"{what}: {error}") from error
     return world.eval().requires_grad_(False)
 
 
@@ -110,12 +150,13 @@ def load_agent(path, device: str = "cpu", sample: bool = True) -> tuple[A.Policy
     """runs/.../agent.pt -> the policy that acts, and the checkpoint's other entries."""
     checkpoint = load_checkpoint(Path(path), "agent", device)
     world = load_world_model(checkpoint, device)
-    agent = A.Agent(
-        A.AgentConfig(**checkpoint["config"]), world.config.deterministic, world.config.latent
-    ).to(device)
-    agent.load_state_dict(checkpoint.pop("model"))
+    with fitting(path, "agent.py"):
+        config, sizes = A.AgentConfig(**checkpoint["config"]), world.config
+        agent = A.Agent(config, sizes.deterministic, sizes.latent).to(device)
+        agent.load_state_dict(checkpoint.pop("model"))
+        policy = A.Policy(world, agent, skip=checkpoint["meta"]["skip"], sample=sample)
     checkpoint.pop("world_model"), checkpoint.pop("optimizer")
-    return A.Policy(world, agent, skip=checkpoint["meta"]["skip"], sample=sample), checkpoint
+    return policy, checkpoint
 
 
 def identity(weights: dict[str, Tensor]) -> str:
@@ -143,13 +184,15 @@ class Run:
         self.device = config.device
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        bf16 = config.precision == "bf16" or (config.precision == "auto" and has_bf16(self.device))
         kind = self.device
-        self.autocast = lambda: torch.autocast(kind, torch.bfloat16, enabled=bf16)
         self.rank, self.ranks = (int(os.environ.get(k, n)) for k, n in RANKS.items())
+        if self.ranks > 1 and kind == "cuda":
+            self.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        check_device(self.device)
+        bf16 = config.precision == "bf16" or (config.precision == "auto" and has_bf16(kind))
+        self.autocast = lambda: torch.autocast(kind, torch.bfloat16, enabled=bf16)
         if self.ranks > 1:  # under torchrun
             if kind == "cuda":
-                self.device = f"cuda:{os.environ['LOCAL_RANK']}"
                 torch.cuda.set_device(self.device)
             if not dist.is_initialized():  # the others wait while rank 0 caches latents
                 dist.init_process_group(
@@ -160,7 +203,7 @@ class Run:
         self.checkpoint_path = self.out / f"{config.stage}.pt"
         self.log_path = self.out / f"{config.stage}.jsonl"
         self.steps = config.steps or STEPS[config.preset][config.stage]
-        self.sums, self.count, self.seconds = {}, 0, 0.0
+        self.sums, self.count, self.seconds, self.validated = {}, 0, 0.0, set()
         self.board = None
         torch.manual_seed(config.seed)
         if self.rank:
@@ -244,8 +287,12 @@ class Run:
         # Records after the checkpoint belong to steps that will be done again.
         if self.log_path.exists():
             lines = self.log_path.read_text().splitlines(keepends=True)
-            kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= c["step"]]
-            self.log_path.write_text("".join(kept))
+            with D.naming(self.log_path, "Remove the damaged line"):
+                records = [json.loads(x) for x in lines if x.endswith("\n")]
+                records = [r for r in records if r["step"] <= c["step"]]
+                self.validated = {r["step"] for r in records if r["kind"] == "validate"}
+            text = "".join(json.dumps(r) + "\n" for r in records)
+            write(self.log_path, lambda part: part.write_text(text))
         print(f"going on from step {c['step']} of {self.checkpoint_path}")
         return c["step"], c
 
@@ -288,7 +335,7 @@ class Run:
             return
         record = {"step": step, "kind": kind, "hours": round(self.seconds / 3600, 4)}
         record |= {k: float(f"{float(v):.5g}") for k, v in figures.items()}
-        with self.log_path.open("a") as f:
+        with writing(self.log_path), self.log_path.open("a") as f:
             f.write(json.dumps(record) + "\n")
         tqdm.write("  ".join(f"{k} {v}" for k, v in record.items()), file=sys.stdout)
         for k, v in figures.items() if self.board else ():
@@ -296,7 +343,9 @@ class Run:
 
     def picture(self, name: str, step: int, image: np.ndarray) -> None:
         """(H, W, 3) uint8, kept as pictures/name_step.png and shown in TensorBoard."""
-        imageio.imwrite(self.out / "pictures" / f"{name}_{step:07d}.png", image)
+        path = self.out / "pictures" / f"{name}_{step:07d}.png"
+        png = imageio.imwrite("<bytes>", image, extension=".png")
+        write(path, lambda part: part.write_bytes(png))
         if self.board:
             self.board.add_image(name, image, step, dataformats="HWC")
 
@@ -304,21 +353,28 @@ class Run:
         """update(step) -> figures, for every step; validation and checkpoints in between."""
         if self.ranks > 1:  # each has its own random numbers from here on
             torch.manual_seed(hash((self.config.seed, start, self.rank)) % 2**63)
+        due = lambda done, every: done % every == 0 or done == self.steps
+
+        def look(done: int) -> None:
+            if due(done, self.config.validate_every) and self.rank == 0:
+                # Fixed random numbers, and the training's own ones left where they were.
+                with torch.random.fork_rng(), torch.no_grad():
+                    torch.manual_seed(0)
+                    validate(done)
+
+        if start and start not in self.validated:  # it was stopped just there
+            look(start)
         how = {"initial": start, "total": self.steps, "unit": "step", "disable": self.rank > 0}
         for step in tqdm(range(start, self.steps), **how):
             begun = time.monotonic()
             self.add(step, update(step))
             self.seconds += time.monotonic() - begun
-            done, last = step + 1, step + 1 == self.steps
-            if done % self.config.log_every == 0 or last:
+            done = step + 1
+            if due(done, self.config.log_every):
                 self.log(done)
-            if (done % self.config.validate_every == 0 or last) and self.rank == 0:
-                # Fixed random numbers, and the training's own ones left where they were.
-                with torch.random.fork_rng(), torch.no_grad():
-                    torch.manual_seed(0)
-                    validate(done)
-            if done % self.config.checkpoint_every == 0 or last:
-                save(done)
+            if due(done, self.config.checkpoint_every) or due(done, self.config.validate_every):
+                save(done)  # first: a picture that cannot be written costs no steps
+            look(done)
 
 
 def has_bf16(device: str) -> bool:
@@ -376,9 +432,9 @@ def train_world_model(run: Run) -> None:
             batch = to_device(validation.batch(i), device)
             with run.autocast():
                 figures.append(world.loss(batch, world.initial(batch["reset"].shape[1]))[1])
-        run.log(step, {k: sum(float(f[k]) for f in figures) / len(figures) for k in figures[0]})
         clip = D.Sequences(held_out, 4, min(55, held_out.longest), 0, carry=False).batch(0)
         run.picture("prediction", step, prediction_picture(world, to_device(clip, device)))
+        run.log(step, {k: sum(float(f[k]) for f in figures) / len(figures) for k in figures[0]})
 
     def save(step: int) -> None:
         run.save(step, modules, optimizers, state=[run.whole(x) for x in state])
@@ -489,20 +545,24 @@ def probe(run: Run, world: W.WorldModel, train: tuple, held_out: tuple) -> None:
             loss.backward()
             optimizer.step()
     with torch.no_grad():
-        error = (net(x_test) * std + mean - y_test).abs().cpu()
-    xy = torch.stack([error[:, 4 + 3 * b : 6 + 3 * b].norm(dim=-1) for b in range(3)])
-    result = {
-        "step": run.steps,
-        "door_cm": round(100 * float(error[:, 0].median()), 2),
-        "drawer_cm": round(100 * float(error[:, 1].median()), 2),
+        result = {"step": run.steps} | probe_figures(net(x_test) * std + mean, y_test)
+    result["chance"] = probe_figures(y.median(0).values, y_test)  # of 0 and 1: the majority
+    text = json.dumps(result, indent=1) + "\n"
+    write(run.out / "probe.json", lambda part: part.write_text(text))
+    print("probe of held-out latents (median errors; chance: the training split's median):")
+    print(json.dumps(result))
+
+
+def probe_figures(guess: Tensor, y: Tensor) -> dict:
+    """Of a guess (N, 13) or (13,) of probe's columns y (N, 13): medians of the errors."""
+    error = (guess - y).abs().cpu()
+    cm = lambda e: round(100 * float(e.median()), 2)
+    xy = {n: error[:, i : i + 2].norm(dim=-1) for n, i in (("red", 4), ("blue", 7), ("pink", 10))}
+    return {
+        "door_cm": cm(error[:, 0]), "drawer_cm": cm(error[:, 1]),
         "lights_right": round(float((error[:, 2:4] < 0.5).float().mean()), 4),
-        "block_xy_cm": {
-            n: round(100 * float(e.median()), 2)
-            for n, e in zip(("red", "blue", "pink"), xy, strict=True)
-        },
-    }
-    (run.out / "probe.json").write_text(json.dumps(result, indent=1) + "\n")
-    print("probe of held-out latents (median errors):", json.dumps(result))
+        "block_xy_cm": {n: cm(e) for n, e in xy.items()},
+    }  # fmt: skip
 
 
 # ---------------------------------------------------------------------------- stage agent
@@ -603,6 +663,8 @@ def train_agent(run: Run) -> None:
         span = mean["reward_expert"] - mean["reward_hold"]
         for plan in ("proposed", "recognised") if agent.with_plan else ("proposed",):
             mean[f"tracking_{plan}"] = (mean[f"reward_{plan}"] - mean["reward_hold"]) / span
+        text = json.dumps({"step": step} | mean, indent=1) + "\n"  # the last one, to keep
+        write(run.out / "tracking.json", lambda part: part.write_text(text))
         run.log(step, mean)
 
     def save(step: int) -> None:
@@ -647,9 +709,10 @@ def parse(arguments: list[str] | None = None) -> tuple[RunConfig, object]:
     for name, allowed in (("precision", ("auto", "fp32", "bf16")), ("device", DEVICES)):
         if options[name] not in allowed:
             parser.error(f"--{name} {options[name]}: one of {', '.join(allowed)}")
-    for name in ("log_every", "validate_every", "checkpoint_every"):
-        if options[name] < 1:
-            parser.error(f"--{name} {options[name]}: at least 1")
+    least = {"log_every": 1, "validate_every": 1, "checkpoint_every": 1, "steps": 0, "seed": 0}
+    for name, n in least.items():
+        if options[name] < n:
+            parser.error(f"--{name} {options[name]}: at least {n}")
     pick = lambda cls: cls(**{f.name: options[f.name] for f in dataclasses.fields(cls)})
     return pick(RunConfig), pick(type(model))
 

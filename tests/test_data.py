@@ -197,7 +197,7 @@ def test_without_language_the_world_model_has_its_data_and_the_agent_is_told_why
     d = D.PlayData(tmp_path / "packed", "training")
     assert len(d.spans) == 0 and d.meta["text_encoder"] is None
     D.Sequences(d, 2, 10, 0).batch(0), D.Windows(d, 2).batch(0)
-    with pytest.raises(D.DataError, match="language"):
+    with pytest.raises(D.DataError, match=r"packed/training has no language.*--lang-folder"):
         D.Windows(d, 2, kind="lang")
 
 
@@ -227,6 +227,7 @@ def truncate(path: Path) -> None:
 
 E7 = "training/episode_0600007.npz"
 IDS = "training/ep_start_end_ids.npy"
+ABOUT = "training/recording.json"
 ANN = f"training/{LANG}/auto_lang_ann.npy"
 NAN = np.full(15, np.nan)
 
@@ -249,8 +250,10 @@ DAMAGE = {
     "nan": (E7, lambda p: replace(p, robot_obs=NAN), "robot_obs .* expected finite"),
     "range": (E7, lambda p: replace(p, rel_actions=np.full(7, 2.0)), r"not in \[-1, 1\]"),
     "gripper": (E7, lambda p: replace(p, rel_actions=np.zeros(7)), "gripper"),
+    "rate": (ABOUT, lambda p: p.write_text('{"hz": "x"}'), r"recording\.json: .*\['x'"),
+    "scale": (ABOUT, lambda p: p.write_text('{"action_scale": [1]}'), "1 \\+ 2 positive numbers"),
     "no ids": (IDS, Path.unlink, "ep_start_end_ids.npy"),
-    "short": (IDS, lambda p: rewrite(p, [(553_567, 553_580)]), "shorter than a window"),
+    "short": (IDS, lambda p: rewrite(p, [(553_567, 553_580)]), "shorter than a window.*--skip"),
     "overlap": (IDS, lambda p: rewrite(p, [(553_567, 553_600), (553_590, 553_650)]), "overlap"),
     "float ids": (IDS, lambda p: rewrite(p, [(0.5, 40.5)]), "ep_start_end_ids.npy"),
     "no annotations": (ANN, Path.unlink, "--lang-folder"),
@@ -350,6 +353,23 @@ def test_an_existing_folder_is_never_overwritten_and_an_unpacked_one_is_named(ca
         D.pack(calvin, packed)
     with pytest.raises(D.DataError, match="not packed"):
         D.PlayData(calvin, "training")
+
+
+def test_a_damaged_packed_array_is_told_by_name(packed, tmp_path):
+    copy = Path(shutil.copytree(packed, tmp_path / "copy"))
+    truncate(copy / "training" / "robot_obs.npy")
+    with pytest.raises(D.DataError, match=r"training/robot_obs\.npy: .*Copy it anew, or pack"):
+        D.PlayData(copy, "training")
+
+
+def test_a_folder_that_cannot_be_made_and_impossible_numbers_are_told(calvin, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(D.DataError, match=r"file/packed\.part: .*give another folder"):
+        D.pack(calvin, tmp_path / "file" / "packed")
+    for option in ("--skip", "--procs"):
+        with pytest.raises(SystemExit):
+            D.main(["pack", str(calvin), str(tmp_path / "packed"), option, "0"])
+        assert f"{option} 0: at least 1" in capsys.readouterr().err
 
 
 def test_a_killed_pack_leaves_no_folder_no_process_and_goes_on_where_it_was(

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from collections import Counter
 from types import SimpleNamespace
 
@@ -301,6 +302,42 @@ def test_another_configuration_in_the_same_folder_is_an_error(fake):
     assert (fake.out / "chains.jsonl").read_text() == before
 
 
+@pytest.mark.parametrize("garbage", [b'{"chain": 1, "sol', b"\xff\x00", b"3", b"{}"])
+def test_a_damaged_line_of_the_record_is_told_with_its_number(fake, garbage):
+    fake.env.plan, log = [1], fake.out / "chains.jsonl"
+    whole = fake.run("--chains", "3")
+    lines = log.read_bytes().splitlines()
+    log.write_bytes(b"\n".join([*lines[:2], garbage, *lines[3:], b""]))
+    with pytest.raises(SystemExit, match=r"chains\.jsonl: line 3 is damaged .*Remove it"):
+        fake.run("--chains", "3")
+    log.write_bytes(b"\n".join([*lines[:2], *lines[3:], b""]))
+    assert fake.run("--chains", "3") == whole and fake.env.resets == 4  # one chain again
+
+
+@pytest.mark.parametrize("file", ["chain_0001.gif", "results.json"])
+def test_a_full_disk_names_the_file_and_the_same_command_goes_on(fake, file, monkeypatch):
+    replace = E.os.replace
+
+    def full(part, path):
+        if path.name == file:
+            raise OSError(28, "No space left on device")
+        replace(part, path)
+
+    fake.env.plan = [1]
+    with monkeypatch.context() as patch:
+        patch.setattr(E.os, "replace", full)
+        with pytest.raises(SystemExit, match=f"{file}: No space left on device. Make room"):
+            fake.run("--chains", "2", "--film", "2")
+    assert not (fake.out / file).exists() and not list(fake.out.glob("part_*"))
+    assert fake.run("--chains", "2", "--film", "2")["chains"] == 2 and (fake.out / file).exists()
+
+
+def test_a_record_that_cannot_be_written_is_told_by_name(fake):
+    fake.out.write_text("a file")
+    with pytest.raises(SystemExit, match=r"cannot write .*out/chains\.jsonl: .*correct the path"):
+        fake.run("--chains", "1")
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
@@ -310,9 +347,15 @@ def test_another_configuration_in_the_same_folder_is_an_error(fake):
         (["--policy", "operator", "--first", "990", "--chains", "20"], "there are chains 0 to 999"),
         (["--policy", "operator", "--chains", "0"], "there are chains 0 to 999"),
         (["--policy", "operator", "--env", "moon"], "invalid choice"),
+        (["--policy", "operator", "--limit", "0"], "--limit 0: at least 1"),
+        (["--policy", "operator", "--procs", "0"], "--procs 0: at least 1"),
+        (["--policy", "operator", "--seed", "-1"], "--seed -1: at least 0"),
+        (["--checkpoint", "a.pt", "--instruction", ""], "--instruction: give a sentence"),
+        (["--policy", "operator", "--format", "mp4"], "pip install imageio-ffmpeg"),
     ],
 )
-def test_a_command_that_makes_no_sense_says_what_to_give(command, message, capsys):
+def test_a_command_that_makes_no_sense_says_what_to_give(command, message, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)  # not installed
     with pytest.raises(SystemExit):
         E.main(command)
     assert message in capsys.readouterr().err

@@ -229,6 +229,13 @@ def test_another_recording_in_the_folder_is_an_error_with_a_remedy(recording, tm
         teleop.record(tmp_path / "new", 10, VAL)
 
 
+@pytest.mark.parametrize("option", ["--procs", "--n"])
+def test_an_impossible_number_is_refused_by_name(option, capsys):
+    with pytest.raises(SystemExit):
+        teleop.main(["rates", option, "0"])
+    assert f"{option} 0: at least 1" in capsys.readouterr().err
+
+
 def test_a_full_disk_leaves_nothing_half_written(tmp_path):
     def fill(file):
         file.write(b"half")

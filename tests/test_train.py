@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -136,7 +137,8 @@ def test_a_typo_on_the_command_line_is_an_error(capsys):
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("precision", "half"), ("device", "gpu"), ("log_every", "0")]
+    ("option", "value"),
+    [("precision", "half"), ("device", "gpu"), ("log_every", "0"), ("steps", "-1"), ("seed", "-1")],
 )
 def test_an_impossible_value_is_an_error(option, value, capsys):
     with pytest.raises(SystemExit):
@@ -184,6 +186,77 @@ def test_checkpoints_of_the_other_stage_or_damaged_ones_are_refused(trained, tmp
         train.load_agent(tmp_path / "half.pt")
     with pytest.raises(ValueError, match=r"--stage agent"):
         train.load_agent(tmp_path / "none.pt")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.pop("meta"), r"agent\.pt lacks meta; .*train again"),
+        (lambda c: c.pop("world_model"), "lacks world_model"),
+        (
+            lambda c: c["config"].update(colour="red"),
+            r"of agent\.py.*train it again.*colour",
+        ),
+        (lambda c: c["model"].update({"critic.net.0.bias": torch.zeros(3)}), r"of agent\.py"),
+        (
+            lambda c: c["world_model"]["config"].update(deterministic=32),
+            r"of world_model\.py.*size",
+        ),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_told_by_name(change, message, trained, tmp_path):
+    checkpoint = torch.load(f"{trained}/agent.pt", weights_only=True)
+    change(checkpoint)
+    torch.save(checkpoint, tmp_path / "agent.pt")
+    with pytest.raises(ValueError, match=f"(?s)^{tmp_path}/agent.pt.*") as error:
+        train.load_agent(tmp_path / "agent.pt")
+    assert re.search(message, str(error.value), re.S)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_a_device_that_is_not_there_is_told(packed, trained, tmp_path):
+    argv = [*WM, "--data", packed, "--out", str(tmp_path), "--device", "cuda"]
+    with pytest.raises(SystemExit, match="--device cuda cannot be used here"):
+        train.main(argv)
+    with pytest.raises(SystemExit, match=r"evaluate.py: --device cuda:1 cannot"):
+        evaluate.main(["--checkpoint", f"{trained}/agent.pt", "--device", "cuda:1"])
+
+
+def test_a_picture_that_cannot_be_written_costs_no_step(packed, tmp_path, monkeypatch):
+    replace = os.replace
+
+    def full(part, path):
+        if path.suffix == ".png":
+            raise OSError(28, "No space left on device")
+        replace(part, path)
+
+    argv = [*WM, "--validate_every", "3", "--data", packed, "--out", str(tmp_path), "--steps", "3"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train.os, "replace", full)
+        with pytest.raises(SystemExit, match=r"prediction_0000003\.png: .*space left.*Make room"):
+            train.main(argv)
+    assert not list((tmp_path / "pictures").iterdir())
+    assert torch.load(tmp_path / "wm.pt", weights_only=True)["step"] == 3
+    train.main(argv)  # goes on with that picture
+    assert [p.name for p in (tmp_path / "pictures").iterdir()] == ["prediction_0000003.png"]
+    assert [r["kind"] for r in records(tmp_path / "wm.jsonl")] == ["train", "train", "validate"]
+
+
+def test_chance_is_what_the_training_splits_median_gets():
+    y = torch.zeros(5, 13)
+    y[:, 0] = torch.tensor([0.0, 0.1, 0.1, 0.2, 0.28])  # m: the door; the red block's x, y
+    y[:, 2], y[:3, 3] = 1, 1
+    y[:, 4:6] = torch.tensor([0.03, 0.04])
+    chance = train.probe_figures(torch.zeros(13), y)
+    assert chance["door_cm"] == 10 and chance["drawer_cm"] == 0 and chance["lights_right"] == 0.2
+    assert chance["block_xy_cm"] == {"red": 5, "blue": 0, "pink": 0}
+
+
+def test_what_a_run_found_out_lies_beside_its_checkpoints(trained):
+    probe = json.load(open(f"{trained}/probe.json"))
+    assert set(probe) - {"step", "chance"} == set(probe["chance"])
+    tracking = json.load(open(f"{trained}/tracking.json"))
+    assert tracking["step"] == 4 and "tracking_proposed" in tracking
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
