@@ -674,7 +674,8 @@ def train_agent(run: Run) -> None:
     run.loop(start, update, validate, save)
     if run.rank:
         return
-    env = "real --robot SETUP.json" if data.meta["source"] == "robot" else "sim"
+    source = data.meta["source"]
+    env = "real --robot SETUP.json" if source == "robot" else source
     print(
         f"\nagent: {run.checkpoint_path}\n"
         f"next: python evaluate.py --env {env} --checkpoint {run.checkpoint_path}"
