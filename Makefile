@@ -1,5 +1,6 @@
 # make demo   the whole of LUMOS at a small size, on two CPU cores, in under 25 minutes
 # make test   the tests
+# make ablations   Table I: four methods, three seeds each, in the world model runs/sim/wm.pt
 # make robot-test   those of the real robot, with a simulated arm
 # Both set up a local virtual environment in .venv first, when it is missing or out of date.
 
@@ -11,7 +12,7 @@ PROCS ?= 2
 # The real robot's optional packages, and a simulated arm.
 ROBOT := franky-control==2.0.0 franky-sim==1.0.4 opencv-python-headless==5.0.0.93 pyrealsense2==2.59.1.11053
 
-.PHONY: demo test robot robot-test clean
+.PHONY: demo test ablations robot robot-test clean
 .DELETE_ON_ERROR:
 
 .venv/ready: requirements.txt
@@ -38,6 +39,16 @@ demo: .venv/ready
 	$(BIN)/python train.py --stage agent --preset sim --steps 400 --data $(DEMO)/data --out $(DEMO)
 	$(BIN)/python evaluate.py --env sim --checkpoint $(DEMO)/agent.pt --chains 10 --procs $(PROCS) --film 1 --out $(DEMO)/evaluation
 	@echo; echo "Look at $(DEMO)/pictures and $(DEMO)/evaluation."
+
+# Agents of all methods and seeds share one world model and its data. This, too, goes on where it was.
+ablations: .venv/ready
+	set -e; for seed in 0 1 2; do for method in lumos no_ditto no_latent_plan no_alignment; do \
+		run=runs/$${method}_$$seed; mkdir -p $$run; ln -sf ../sim/wm.pt $$run/wm.pt; \
+		$(BIN)/python train.py --stage agent --preset sim --method $$method --seed $$seed --data data/play --out $$run; \
+		$(BIN)/python evaluate.py --checkpoint $$run/agent.pt --chains 200 --procs $(PROCS) --out $$run/evaluation; \
+		cp $$run/evaluation/results.json results/$${method}_sim_seed$$seed.json; \
+	done; done
+	$(BIN)/python evaluate.py --table results/*_sim_seed*.json
 
 clean:
 	rm -rf .venv runs/demo

@@ -340,6 +340,34 @@ def tables(result: dict) -> str:
     return "\n".join([*rates, "", head, names, f"{row}{result['avg_len']:.2f}"])
 
 
+def table_of_seeds(paths: list[Path]) -> str:
+    """Table I from the results.json of several runs: a row for each environment and method, with
+    mean and standard deviation over its seeds. SystemExit names a file that is none of them."""
+    rows: dict[tuple, dict[int, list[float]]] = {}
+    for path in paths:
+        try:
+            r = json.loads(path.read_text())
+            seeds = rows.setdefault((r["env"], r["method"], str(r["chains"])), {})
+            a, b, c, d, e = (100 * x for x in r["success"])
+            if r["seed"] in seeds:
+                raise ValueError(f"seed {r['seed']} comes twice, give one of the two")
+            seeds[r["seed"]] = [a, b, c, d, e, 1.0 * r["avg_len"]]
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            what = f"{path} is no results.json of evaluate.py, or not wanted here"
+            raise SystemExit(f"{what}: {type(error).__name__} {error}.") from error
+    table = [["Env.", "Method", "Chains", "Seeds", "1", "2", "3", "4", "5", "Avg. Len."]]
+    for key, seeds in rows.items():
+        cells, n = [], len(seeds)
+        for i, x in enumerate(np.array([*seeds.values()]).T):  # six figures of n seeds
+            form = "{:.2f}" if i == 5 else "{:.1f}"
+            spread = [form.format(x.std(ddof=1))] if n > 1 else []
+            cells.append(" ± ".join([form.format(x.mean()), *spread]) + "%" * (i < 5))
+        table.append([*key, str(n), *cells])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in table)
+    return "\n".join(lines)
+
+
 def as_calvin(result: dict) -> dict:
     """The same figures in the layout of the benchmark's results.json: {training step: figures}."""
     tasks = {task: {"success": ok, "total": n} for task, (ok, n) in result["tasks"].items()}
@@ -907,9 +935,10 @@ def parse(argv=None) -> argparse.Namespace:
     add("--dry-run", action="store_true", help="real: everything but the motion")
     add("--sentences", type=Path, help="of the 34 tasks: JSON, or validation/lang_...")
     add("--chains-json", type=Path, metavar="FILE", help="only write the 1000 chains")
+    add("--table", type=Path, nargs="+", metavar="JSON", help="only print Table I of results.json")
     calvin.add_options(parser)
     args = parser.parse_args(argv)
-    if args.chains_json:
+    if args.chains_json or args.table:
         return args
     reads = bool(args.checkpoint)
     if (args.policy == "agent") != reads or (args.instruction and not reads):
@@ -951,6 +980,8 @@ def main(argv=None) -> dict:
         except KeyboardInterrupt:
             text = "Ctrl-C: what is on record is kept; the same command again goes on from there."
             raise SystemExit(text) from None
+    if args.table:
+        return print(table_of_seeds(args.table))
     if args.chains_json:
         return write_chains(args.chains_json)
     try:

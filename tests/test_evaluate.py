@@ -426,6 +426,26 @@ def test_the_table_is_laid_out_like_table_i():
     ]
 
 
+def test_the_table_of_seeds_gives_mean_and_sample_deviation_by_hand(tmp_path, capsys):
+    def result(name, method, seed, avg_len, first):
+        r = {"env": "sim", "method": method, "chains": 200, "seed": seed, "avg_len": avg_len}
+        (tmp_path / name).write_text(json.dumps(r | {"success": [first, 0.5, 0.25, 0.0, 0.0]}))
+        return str(tmp_path / name)
+
+    files = [result(f"{s}.json", "lumos", s, s + 1, 0.8 + 0.1 * s) for s in range(3)]
+    E.main(["--table", *files, result("alone.json", "no_ditto", 0, 1.68, 0.7)])
+    head, lumos, alone = (line.split("  ") for line in capsys.readouterr().out.splitlines())
+    clean = lambda row: [cell.strip() for cell in row if cell.strip()]
+    assert clean(head) == [*"Env. Method Chains Seeds 1 2 3 4 5".split(), "Avg. Len."]
+    # 80, 90, 100: mean 90, deviation 10 with n - 1 in the denominator; 1, 2, 3: 2 and 1
+    expected = ["90.0 ± 10.0%", "50.0 ± 0.0%", "25.0 ± 0.0%", *["0.0 ± 0.0%"] * 2, "2.00 ± 1.00"]
+    assert clean(lumos) == ["sim", "lumos", "200", "3", *expected]
+    assert clean(alone)[4:] == ["70.0%", "50.0%", "25.0%", "0.0%", "0.0%", "1.68"]
+    for bad, message in ((files[0], "twice"), (str(tmp_path / "none.json"), r"none\.json")):
+        with pytest.raises(SystemExit, match=message):
+            E.main(["--table", *files, bad])
+
+
 # ------------------------------------------------------------------ the play table itself
 def test_two_processes_give_what_one_gives(tmp_path):
     command = ["--policy", "operator", "--chains", "3", "--limit", "60"]
