@@ -119,7 +119,7 @@ def load_checkpoint(path: Path, stage: str, device: str) -> dict:
     if not isinstance(checkpoint, dict) or checkpoint.get("stage") != stage:
         got = checkpoint.get("stage") if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise ValueError(f"{path} holds stage {got!r}; this needs one of --stage {stage}")
-    needs = "config model meta run step seconds text_encoder optimizer random".split()
+    needs = "config model meta run step seconds text_encoder".split()
     needs += ["world_model"] if stage == "agent" else []
     if missing := [k for k in needs if k not in checkpoint]:
         raise ValueError(f"{path} lacks {', '.join(missing)}; {remedy}")
@@ -155,8 +155,18 @@ def load_agent(path, device: str = "cpu", sample: bool = True) -> tuple[A.Policy
         agent = A.Agent(config, sizes.deterministic, sizes.latent).to(device)
         agent.load_state_dict(checkpoint.pop("model"))
         policy = A.Policy(world, agent, skip=checkpoint["meta"]["skip"], sample=sample)
-    checkpoint.pop("world_model"), checkpoint.pop("optimizer")
-    return policy, checkpoint
+    return policy, {k: x for k, x in checkpoint.items() if k not in ("world_model", "optimizer")}
+
+
+def publish(checkpoint, path) -> None:
+    """runs/.../agent.pt -> a file for others to evaluate and not to train on: half precision, no
+    optimiser, a third of the size."""
+    c = load_checkpoint(Path(checkpoint), "agent", "cpu")
+    half = lambda model: {k: x.half() for k, x in model.items()}
+    c["world_model"]["model"], c["model"] = half(c["world_model"]["model"]), half(c["model"])
+    save_checkpoint(
+        Path(path), {k: x for k, x in c.items() if k not in ("optimizer", "random", "path")}
+    )
 
 
 def identity(weights: dict[str, Tensor]) -> str:
@@ -256,6 +266,9 @@ class Run:
                 self.log_path.unlink(missing_ok=True)
             return 0, {}
         c = load_checkpoint(self.checkpoint_path, self.config.stage, self.device)
+        if "optimizer" not in c:
+            what = f"{self.checkpoint_path} was published, without its optimiser"
+            sys.exit(f"{what}, and cannot be trained on. Give another --out.")
         now = dataclasses.asdict(self.config) | dataclasses.asdict(self.model_config)
         then = c["run"] | c["config"]
         changed = [k for k in now if k not in RESUMABLE and now[k] != then.get(k)]

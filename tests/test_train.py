@@ -177,6 +177,25 @@ def test_a_loss_that_is_not_finite_stops_the_run_by_name(packed, tmp_path, monke
     assert not (tmp_path / "wm.pt").exists()
 
 
+def test_a_published_checkpoint_acts_alike_from_fewer_bytes_and_is_not_trained_on(
+    trained, packed, tmp_path
+):
+    train.publish(f"{trained}/agent.pt", tmp_path / "agent.pt")
+    shutil.copy(f"{trained}/wm.pt", tmp_path)
+    (ours, _), (theirs, about) = (train.load_agent(f"{p}/agent.pt") for p in (trained, tmp_path))
+    assert about["meta"]["source"] == "sim" and about["run"]["seed"] == 0
+    weights = [sum(x.numel() for x in p.agent.state_dict().values()) for p in (ours, theirs)]
+    weights[0] += sum(x.numel() for x in ours.world.state_dict().values())
+    size = (tmp_path / "agent.pt").stat().st_size
+    assert 2 * weights[0] < size < 2.5 * weights[0] + 100_000
+    s = torch.randn(64, sum(x.shape[1] for x in ours.world.initial(1)))
+    context = torch.randn(64, ours.agent.actor.body[0].in_features - s.shape[1])
+    a, b = (p.agent.actor(torch.cat([s, context], -1), sample=False) for p in (ours, theirs))
+    assert torch.allclose(a, b, atol=0.01) and not torch.equal(a, b)
+    with pytest.raises(SystemExit, match=r"agent\.pt was published"):
+        train.main([*AGENT, "--data", packed, "--out", str(tmp_path), "--steps", "9"])
+
+
 def test_checkpoints_of_the_other_stage_or_damaged_ones_are_refused(trained, tmp_path):
     with pytest.raises(ValueError, match=r"wm\.pt holds stage 'wm'"):
         train.load_agent(f"{trained}/wm.pt")
