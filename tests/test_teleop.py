@@ -282,10 +282,10 @@ def span(env, tmp_path, monkeypatch):
     return play
 
 
-def test_a_span_begins_with_its_skill_and_takes_in_how_it_settles(span):
-    """The oracle here agrees from frame 30 on, until frame 106."""
-    spans = span(lambda a, b, task: a >= 30 and b <= 106, 120)
-    assert spans == [["open_drawer", 70, 106]]
+def test_a_span_begins_with_its_skill_and_ends_with_its_success_and_a_frame(span):
+    """The oracle here agrees from frame 30 on, until frame 106, or not beyond the success."""
+    assert span(lambda a, b, task: a >= 30 and b <= 106, 120) == [["open_drawer", 70, 101]]
+    assert span(lambda a, b, task: a >= 30 and b <= 100, 120) == [["open_drawer", 70, 100]]
 
 
 def test_a_span_has_64_frames_at_most(span):
