@@ -36,7 +36,7 @@ demo: .venv/ready
 	test -d $(DEMO)/data || $(BIN)/python teleop.py record $(DEMO)/play --frames 12000 --val-frames 2000 --procs $(PROCS) --seed 0
 	test -d $(DEMO)/data || $(BIN)/python data.py pack $(DEMO)/play $(DEMO)/data --skip 2 --procs $(PROCS)
 	$(BIN)/python train.py --stage wm --preset sim --steps 500 --data $(DEMO)/data --out $(DEMO)
-	$(BIN)/python train.py --stage agent --preset sim --steps 400 --data $(DEMO)/data --out $(DEMO)
+	$(BIN)/python train.py --stage agent --preset sim --steps 1500 --data $(DEMO)/data --out $(DEMO)
 	$(BIN)/python evaluate.py --env sim --checkpoint $(DEMO)/agent.pt --chains 10 --procs $(PROCS) --film 1 --out $(DEMO)/evaluation
 	@echo; echo "Look at $(DEMO)/pictures and $(DEMO)/evaluation."
 

@@ -37,13 +37,13 @@ class AgentConfig:
 
     batch_size: int = 512  # B, half play windows and half language windows [D6]
     sequence_length: int = 32  # T
-    min_window: int = 20
+    min_window: int = 20  # [D29]
     max_window: int = 32
     features: int = 128  # d
     goal: int = 32  # g
     plan_categoricals: int = 32  # C
     plan_classes: int = 32  # K
-    alpha_1: float = 0.1  # α₁, KL loss scale
+    alpha_1: float = 0.1  # α₁, KL loss scale [D28]
     alpha_2: float = 3.0  # α₂, contrastive loss scale
     delta: float = 0.8  # δ, KL balancing [D1]
     gamma: float = 0.995  # γ
@@ -82,7 +82,8 @@ class AgentConfig:
 PRESETS = {
     "paper": AgentConfig(),
     "sim": AgentConfig(
-        batch_size=64, actor_lr=6e-4, critic_lr=6e-4, anneal=0.3, perceptual_hidden=256,
+        batch_size=64, sequence_length=10, min_window=6, max_window=10, replan=15, alpha_1=0.01,
+        actor_lr=6e-4, critic_lr=6e-4, anneal=0.3, perceptual_hidden=256,
         plan_hidden=256, plan_categoricals=16, plan_classes=16, actor_layers=4, critic_layers=4,
         critic_hidden=256, goal_hidden=256, transformer_hidden=256, transformer_features=256,
         critic_sees_plan=True, critic_gradient=False, lam=0.5, binary_gripper=True,

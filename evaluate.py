@@ -48,6 +48,7 @@ import sim
 import teleop
 
 HERE = Path(__file__).resolve().parent
+SHIPPED = HERE / "assets/sim.pt"  # by train.publish
 LIMIT = 360  # simulator steps per instruction: 12 s
 FILM_STEPS, FILM_FPS, FILM_FRAMES = 4, 15, 240  # a picture every 4 steps, shown twice as fast
 MARKS = {None: ("#404040", ""), True: ("#188038", ": solved"), False: ("#c5221f", ": failed")}
@@ -911,10 +912,10 @@ def parse(argv=None) -> argparse.Namespace:
     """The command line, checked."""
     parser = argparse.ArgumentParser(description="Evaluate a policy.", allow_abbrev=False)
     add = parser.add_argument
-    add("--checkpoint", help="the agent's, by train.py --stage agent")
+    add("--checkpoint", help="the agent's, by train.py --stage agent; for sim, ours is the default")
     add("--policy", choices=("agent", "operator"), default="agent")
     add("--env", choices=(*ENVIRONMENTS, "real"), default="sim")
-    add("--chains", type=int, default=1000, help="how many of the benchmark's 1000 chains")
+    add("--chains", type=int, help="how many of the benchmark's 1000 chains; default: all")
     add("--first", type=int, default=0, help="number of the first; with --instruction: its scene")
     add("--procs", type=int, default=1, help="processes, each with an environment and a policy")
     add("--device", default="cpu", help="where the policy runs: cpu, cuda, cuda:1, ...")
@@ -940,6 +941,10 @@ def parse(argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.chains_json or args.table:
         return args
+    if args.policy == "agent" and args.env == "sim" and not args.checkpoint:  # a first look
+        args.checkpoint, args.out = str(SHIPPED), args.out or Path("runs/first_look")
+        args.chains, args.film = 20 if args.chains is None else args.chains, args.film or 1
+    args.chains = 1000 if args.chains is None else args.chains
     reads = bool(args.checkpoint)
     if (args.policy == "agent") != reads or (args.instruction and not reads):
         parser.error("give --checkpoint RUN/agent.pt, or --policy operator (for no --instruction)")

@@ -341,7 +341,7 @@ def test_a_record_that_cannot_be_written_is_told_by_name(fake):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ([], "give --checkpoint"),
+        (["--env", "calvin"], "give --checkpoint"),
         (["--policy", "operator", "--checkpoint", "a.pt"], "give --checkpoint"),
         (["--policy", "operator", "--instruction", "open it"], "give --checkpoint"),
         (["--policy", "operator", "--first", "990", "--chains", "20"], "there are chains 0 to 999"),
@@ -444,6 +444,19 @@ def test_the_table_of_seeds_gives_mean_and_sample_deviation_by_hand(tmp_path, ca
     for bad, message in ((files[0], "twice"), (str(tmp_path / "none.json"), r"none\.json")):
         with pytest.raises(SystemExit, match=message):
             E.main(["--table", *files, bad])
+
+
+def test_without_a_checkpoint_the_one_in_the_tree_follows_instructions(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert E.SHIPPED.stat().st_size < 40e6
+    result = E.main(["--chains", "6"])
+    assert result["method"] == "lumos" and result["chains"] == 6 and result["avg_len"] > 0
+    assert sorted(p.name for p in (tmp_path / "runs/first_look").glob("*.gif")) == [
+        "chain_0000.gif"
+    ]
+    args = E.parse([])
+    assert (args.chains, args.film, args.checkpoint) == (20, 1, str(E.SHIPPED))
+    assert E.parse(["--checkpoint", "run/agent.pt"]).chains == 1000
 
 
 # ------------------------------------------------------------------ the play table itself
