@@ -2,7 +2,7 @@
 # make test   the tests
 # make ablations   Table I: four methods, three seeds each, in the world model runs/sim/wm.pt
 # make robot-test   those of the real robot, with a simulated arm
-# Both set up a local virtual environment in .venv first, when it is missing or out of date.
+# All set up a local virtual environment in .venv first, when it is missing or out of date.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -42,13 +42,15 @@ demo: .venv/ready
 
 # Agents of all methods and seeds share one world model and its data. This, too, goes on where it was.
 ablations: .venv/ready
+	test -f runs/sim/wm.pt && test -d data/play || { echo "First a world model in runs/sim and its data in data/play: README, Results."; exit 1; }
+	mkdir -p results/ablations
 	set -e; for seed in 0 1 2; do for method in lumos no_ditto no_latent_plan no_alignment; do \
 		run=runs/$${method}_$$seed; mkdir -p $$run; ln -sf ../sim/wm.pt $$run/wm.pt; \
 		$(BIN)/python train.py --stage agent --preset sim --method $$method --seed $$seed --data data/play --out $$run; \
 		$(BIN)/python evaluate.py --checkpoint $$run/agent.pt --chains 200 --procs $(PROCS) --out $$run/evaluation; \
-		cp $$run/evaluation/results.json results/$${method}_sim_seed$$seed.json; \
+		cp $$run/evaluation/results.json results/ablations/$${method}_sim_seed$$seed.json; \
 	done; done
-	$(BIN)/python evaluate.py --table results/*_sim_seed*.json
+	$(BIN)/python evaluate.py --table results/ablations/*.json
 
 clean:
 	rm -rf .venv runs/demo

@@ -36,8 +36,8 @@ class AgentConfig:
     """Table IV, in its row order; below the line, what the table leaves open."""
 
     batch_size: int = 512  # B, half play windows and half language windows [D6]
-    sequence_length: int = 32  # T
-    min_window: int = 20  # [D29]
+    sequence_length: int = 32  # T [D29]
+    min_window: int = 20
     max_window: int = 32
     features: int = 128  # d
     goal: int = 32  # g
@@ -76,7 +76,7 @@ class AgentConfig:
         False  # no_ditto: clone along imagined states instead of the expert's [D15]
     )
     binary_gripper: bool = False  # threshold it in imagination too, straight-through [D12]
-    replan: int = 30  # steps between two plans at run time [D7]
+    replan: int = 30  # steps between two plans at run time [D7, D29]
 
 
 PRESETS = {

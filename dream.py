@@ -23,8 +23,8 @@ from tqdm import trange
 
 import data as D
 
-# In frames of 1/30 s: up to 16 before its span's end a task is not done, in the last 2 it is; an
-# annotated span ends with its success, or with the frame behind it (teleop.SETTLE).
+# In frames of 1/30 s: up to 16 before its span's end a task is not done, in the last 2, a row
+# at 15 Hz, it is; an annotated span ends with its success, or a frame behind it (teleop.SETTLE).
 NOT_YET, LAST = 16, 2
 ENOUGH = 5  # attempts in which a task was done, and at least 0.9 of both, for a judgement to count
 STEPS, BATCH = 2000, 256

@@ -7,6 +7,7 @@
 The simulator runs at 30 Hz; a policy trained at 15 Hz (skip = 2) looks at every second frame, and
 its actions are held:   look, act   step, judge   step, judge   look, act   step, judge   ...
 
+    python evaluate.py                              a first look: our policy, 20 chains, a film
     python evaluate.py --checkpoint RUN/agent.pt --chains 200 --procs 2 --out DIR [--film 3]
     python evaluate.py --checkpoint RUN/agent.pt --instruction "pull out the drawer" --out DIR
     python evaluate.py --policy operator --chains 200 --procs 2 --out DIR
@@ -15,6 +16,7 @@ its actions are held:   look, act   step, judge   step, judge   look, act   step
     python evaluate.py --checkpoint RUN/wm.pt --predict data/play --out DIR             (Fig. 3)
     python evaluate.py --env real --robot SETUP.json --checkpoint RUN/agent.pt --out DIR [--dream]
     python evaluate.py --env calvin --scene task_D_D --checkpoint RUN/agent.pt --out DIR
+    python evaluate.py --table DIR/results.json ...    Table I of several seeds' runs
     python evaluate.py --chains-json FILE     all 1000 chains and start states, to compare
 
 DIR gets chains.jsonl (a line per finished chain: the same command goes on from there), films,
@@ -342,13 +344,15 @@ def tables(result: dict) -> str:
 
 
 def table_of_seeds(paths: list[Path]) -> str:
-    """Table I from the results.json of several runs: a row for each environment and method, with
-    mean and standard deviation over its seeds. SystemExit names a file that is none of them."""
+    """Table I from the results.json of several runs: a row for each environment, method, number of
+    training steps and of chains, with mean and standard deviation over its seeds. SystemExit
+    names a file that is none of them."""
     rows: dict[tuple, dict[int, list[float]]] = {}
     for path in paths:
         try:
             r = json.loads(path.read_text())
-            seeds = rows.setdefault((r["env"], r["method"], str(r["chains"])), {})
+            steps = str(r.get("training", {}).get("step", ""))  # the operator has none
+            seeds = rows.setdefault((r["env"], r["method"], steps, str(r["chains"])), {})
             a, b, c, d, e = (100 * x for x in r["success"])
             if r["seed"] in seeds:
                 raise ValueError(f"seed {r['seed']} comes twice, give one of the two")
@@ -356,7 +360,7 @@ def table_of_seeds(paths: list[Path]) -> str:
         except (OSError, ValueError, TypeError, KeyError) as error:
             what = f"{path} is no results.json of evaluate.py, or not wanted here"
             raise SystemExit(f"{what}: {type(error).__name__} {error}.") from error
-    table = [["Env.", "Method", "Chains", "Seeds", "1", "2", "3", "4", "5", "Avg. Len."]]
+    table = [["Env.", "Method", "Steps", "Chains", "Seeds", "1", "2", "3", "4", "5", "Avg. Len."]]
     for key, seeds in rows.items():
         cells, n = [], len(seeds)
         for i, x in enumerate(np.array([*seeds.values()]).T):  # six figures of n seeds
@@ -915,7 +919,11 @@ def parse(argv=None) -> argparse.Namespace:
     add("--checkpoint", help="the agent's, by train.py --stage agent; for sim, ours is the default")
     add("--policy", choices=("agent", "operator"), default="agent")
     add("--env", choices=(*ENVIRONMENTS, "real"), default="sim")
-    add("--chains", type=int, help="how many of the benchmark's 1000 chains; default: all")
+    add(
+        "--chains",
+        type=int,
+        help="how many of the benchmark's 1000 chains; default: all, 20 of ours",
+    )
     add("--first", type=int, default=0, help="number of the first; with --instruction: its scene")
     add("--procs", type=int, default=1, help="processes, each with an environment and a policy")
     add("--device", default="cpu", help="where the policy runs: cpu, cuda, cuda:1, ...")
@@ -923,7 +931,7 @@ def parse(argv=None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of sampled actions and plans")
     add("--mean", action="store_true", help="act with tanh of the mean, not with a sample [D17]")
     add("--limit", type=int, default=LIMIT, help="simulator steps per instruction")
-    add("--film", type=int, default=0, metavar="K", help="film the first K of the chains")
+    add("--film", type=int, metavar="K", help="film the first K of the chains")
     add("--format", choices=("gif", "mp4"), default="gif", help="of films")
     add("--text-encoder", help="its local folder, for sentences that are not in assets/")
     add("--instruction", metavar="SENTENCE", help="follow one free sentence instead, and film it")
@@ -941,10 +949,11 @@ def parse(argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.chains_json or args.table:
         return args
-    if args.policy == "agent" and args.env == "sim" and not args.checkpoint:  # a first look
+    ours = args.policy == "agent" and args.env == "sim" and not (args.checkpoint or args.predict)
+    if ours:  # a first look
         args.checkpoint, args.out = str(SHIPPED), args.out or Path("runs/first_look")
-        args.chains, args.film = 20 if args.chains is None else args.chains, args.film or 1
-    args.chains = 1000 if args.chains is None else args.chains
+    args.chains = (20 if ours else 1000) if args.chains is None else args.chains
+    args.film = int(ours) if args.film is None else args.film
     reads = bool(args.checkpoint)
     if (args.policy == "agent") != reads or (args.instruction and not reads):
         parser.error("give --checkpoint RUN/agent.pt, or --policy operator (for no --instruction)")
@@ -973,8 +982,12 @@ def parse(argv=None) -> argparse.Namespace:
     return args
 
 
-def main(argv=None) -> dict:
+def main(argv=None) -> dict | None:
     args = parse(argv)
+    if args.table:
+        return print(table_of_seeds(args.table))
+    if args.chains_json:
+        return write_chains(args.chains_json)
     if args.env == "real":
         import robot
 
@@ -985,10 +998,6 @@ def main(argv=None) -> dict:
         except KeyboardInterrupt:
             text = "Ctrl-C: what is on record is kept; the same command again goes on from there."
             raise SystemExit(text) from None
-    if args.table:
-        return print(table_of_seeds(args.table))
-    if args.chains_json:
-        return write_chains(args.chains_json)
     try:
         if args.predict:
             return predict(args)

@@ -266,9 +266,9 @@ class Run:
                 self.log_path.unlink(missing_ok=True)
             return 0, {}
         c = load_checkpoint(self.checkpoint_path, self.config.stage, self.device)
-        if "optimizer" not in c:
-            what = f"{self.checkpoint_path} was published, without its optimiser"
-            sys.exit(f"{what}, and cannot be trained on. Give another --out.")
+        if {"optimizer", "random"} - c.keys():
+            what = f"{self.checkpoint_path} was published, without its optimiser, or is damaged"
+            sys.exit(f"{what}: it cannot be trained on. Give another --out.")
         now = dataclasses.asdict(self.config) | dataclasses.asdict(self.model_config)
         then = c["run"] | c["config"]
         changed = [k for k in now if k not in RESUMABLE and now[k] != then.get(k)]
@@ -736,6 +736,9 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         run = Run(config, model_config, D.PlayData(config.data, "training"))
         (train_world_model if config.stage == "wm" else train_agent)(run)
+        if run.ranks > 1:  # the others wait for rank 0; leaving threads behind aborts a process
+            dist.barrier()
+            dist.destroy_process_group()
     except (ValueError, OSError, D.DataError) as error:
         sys.exit(f"error: {error}")
 

@@ -429,6 +429,7 @@ def test_the_table_is_laid_out_like_table_i():
 def test_the_table_of_seeds_gives_mean_and_sample_deviation_by_hand(tmp_path, capsys):
     def result(name, method, seed, avg_len, first):
         r = {"env": "sim", "method": method, "chains": 200, "seed": seed, "avg_len": avg_len}
+        r["training"] = {"step": 900}
         (tmp_path / name).write_text(json.dumps(r | {"success": [first, 0.5, 0.25, 0.0, 0.0]}))
         return str(tmp_path / name)
 
@@ -436,17 +437,19 @@ def test_the_table_of_seeds_gives_mean_and_sample_deviation_by_hand(tmp_path, ca
     E.main(["--table", *files, result("alone.json", "no_ditto", 0, 1.68, 0.7)])
     head, lumos, alone = (line.split("  ") for line in capsys.readouterr().out.splitlines())
     clean = lambda row: [cell.strip() for cell in row if cell.strip()]
-    assert clean(head) == [*"Env. Method Chains Seeds 1 2 3 4 5".split(), "Avg. Len."]
+    assert clean(head) == [*"Env. Method Steps Chains Seeds 1 2 3 4 5".split(), "Avg. Len."]
     # 80, 90, 100: mean 90, deviation 10 with n - 1 in the denominator; 1, 2, 3: 2 and 1
     expected = ["90.0 ± 10.0%", "50.0 ± 0.0%", "25.0 ± 0.0%", *["0.0 ± 0.0%"] * 2, "2.00 ± 1.00"]
-    assert clean(lumos) == ["sim", "lumos", "200", "3", *expected]
-    assert clean(alone)[4:] == ["70.0%", "50.0%", "25.0%", "0.0%", "0.0%", "1.68"]
+    assert clean(lumos) == ["sim", "lumos", "900", "200", "3", *expected]
+    assert clean(alone)[5:] == ["70.0%", "50.0%", "25.0%", "0.0%", "0.0%", "1.68"]
     for bad, message in ((files[0], "twice"), (str(tmp_path / "none.json"), r"none\.json")):
         with pytest.raises(SystemExit, match=message):
             E.main(["--table", *files, bad])
 
 
-def test_without_a_checkpoint_the_one_in_the_tree_follows_instructions(tmp_path, monkeypatch):
+def test_without_a_checkpoint_the_one_in_the_tree_is_taken_and_solves_something(
+    tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     assert E.SHIPPED.stat().st_size < 40e6
     result = E.main(["--chains", "6"])
@@ -456,7 +459,8 @@ def test_without_a_checkpoint_the_one_in_the_tree_follows_instructions(tmp_path,
     ]
     args = E.parse([])
     assert (args.chains, args.film, args.checkpoint) == (20, 1, str(E.SHIPPED))
-    assert E.parse(["--checkpoint", "run/agent.pt"]).chains == 1000
+    args = E.parse(["--checkpoint", "run/agent.pt"])
+    assert (args.chains, args.film) == (1000, 0) and E.parse(["--film", "0"]).film == 0
 
 
 # ------------------------------------------------------------------ the play table itself

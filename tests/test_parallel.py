@@ -26,6 +26,8 @@ train.main(sys.argv[2:])
 SAME = "--preset tiny --precision fp32 --log_every 1 --validate_every 100 --checkpoint_every 2"
 SAME = [*SAME.split(), "--batch_size", "8"]
 
+# Windows in which every batch has pairs for Eq. 8: those of the paper.
+LONG = "--sequence_length 32 --min_window 20 --max_window 32".split()
 NAMES = {
     "wm": ("loss", "kl", "gradient"),
     "agent": ("loss_actor", "loss_critic", "contrast", "gradient_actor", "gradient_critic"),
@@ -56,7 +58,7 @@ def packed(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(packed):
     out = packed.parent / "alone"
-    for stage, *more in (["wm", "--zeta", "0"], ["agent", "--reset_start", "0"]):
+    for stage, *more in (["wm", "--zeta", "0"], ["agent", "--reset_start", "0", *LONG]):
         done = run(1, packed, out, stage, "--steps", "4", *more)
         assert done.returncode == 0, done.stderr[-2000:]
     return out
@@ -66,7 +68,7 @@ def alone(packed):
 def test_n_processes_share_a_batch_and_learn_the_same(n, packed, alone, tmp_path):
     """Carried states, KL, both agent losses; Eq. 8's negatives come from all processes [D11]."""
     out = tmp_path / "out"
-    for stage, *more in (["wm", "--zeta", "0"], ["agent", "--reset_start", "0"]):
+    for stage, *more in (["wm", "--zeta", "0"], ["agent", "--reset_start", "0", *LONG]):
         done = run(n, packed, out, stage, "--steps", "4", *more)
         assert done.returncode == 0, done.stderr[-2000:]
         names = NAMES[stage]
