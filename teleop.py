@@ -47,7 +47,8 @@ OPEN, CLOSE = 1, -1
 UP = np.array([0.0, 0.0, 1.0])
 TABLE_X, TABLE_Y = (0.02, 0.30), (-0.14, -0.07)  # where a block may be put down on the table
 SHELVES = {"left": (-0.28, -0.20), "right": (-0.02, 0.09)}  # x ranges of the cabinet's two halves
-PLACES = (0.44, 0.15, 0.15, 0.14, 0.12)  # a block on the table, left, right, in the drawer, on top
+EPISODE = 200, 600  # frames, then a new scene: what a world model finds hard is scenes, not motion
+PLACES = (0.40, 0.13, 0.13, 0.22, 0.12)  # a block on the table, left, right, in the drawer, on top
 ROOM = (-0.40, -0.50, 0.38), (0.42, 0.22, 0.75)  # low, high: where noise may push the target pose
 SETTLE = 1  # frames behind a success that its span takes in, so that half the rate shows it, too
 LANG = "lang_paraphrase-MiniLM-L3-v2"
@@ -444,7 +445,7 @@ class Operator:
         yield from self._free()
         p, r = self.block(name)
         half = np.abs(r[0]) @ SIZES[name] / 2 + 0.022  # half the block along x, and a finger
-        y, z = p[1] + self._jit(0.004)[0], 0.468 + self._jit(0.003)[0]
+        y, z = p[1] + self._jit(0.004)[0], 0.462 + self._jit(0.003)[0]
         x = p[0] - sign * (half + 0.008)
         a, b = np.array([x - sign * 0.012, y, z]), np.array([x + sign * 0.15, y, z])
         yield Way(a + 0.06 * UP + self._jit(0.008, 0.008, 0.01), reach(a), CLOSE)
@@ -489,8 +490,8 @@ class Operator:
         yield from self._free()
         x, y = 0.17 + self._jit(0.025)[0], -0.212 - s
         yield Way((x, y, 0.45), DOWN, CLOSE, tol=0.008)
-        yield Way((x, y, 0.367), DOWN, CLOSE, speed=0.02, tol=0.005)
-        yield Way((x, -0.212 - 0.232, 0.367), DOWN, CLOSE, speed=0.017, tol=0.003, settle=2)
+        yield Way((x, y, 0.352), DOWN, CLOSE, speed=0.02, tol=0.005)  # deep: 3 cm of either way
+        yield Way((x, -0.212 - 0.232, 0.352), DOWN, CLOSE, speed=0.017, tol=0.003, settle=2)
         yield Way((x, -0.212 - 0.205, 0.39), DOWN, CLOSE)
         yield Way((x, -0.212 - 0.2, 0.52), DOWN, CLOSE)
 
@@ -507,7 +508,7 @@ class Operator:
         yield from self._free()
         p = np.array([-0.12, -0.12, 0.0]) + self._jit(0.006, 0.006, 0)
         yield Way(p + 0.51 * UP, DOWN, CLOSE, tol=0.006)
-        yield Way(p + 0.462 * UP, DOWN, CLOSE, speed=0.01, tol=0.003, settle=4)
+        yield Way(p + 0.456 * UP, DOWN, CLOSE, speed=0.01, tol=0.003, settle=4)
         yield Way(p + 0.55 * UP, DOWN, CLOSE)
 
     def _switch(self, on):
@@ -842,10 +843,10 @@ class Recorder:
         """Fills the block. Returns what the parent must know about it, as plain numbers."""
         try:
             while True:
-                start, stuck = self.t, 0
+                start, stuck, full = self.t, 0, self.t + self.rng.integers(*EPISODE)
                 self.reset()
-                # Blocks out of reach end an episode, but not for the few frames of another one.
-                while stuck < 4 or self.end - self.t < 200:
+                # So do blocks out of reach end an episode, but not for the few frames of another.
+                while (stuck < 4 and self.t < full) or self.end - self.t < EPISODE[0]:
                     stuck = stuck + 1 if self.segment() else 0
                     held = self.op.held()
                     stuck += 4 * any(self.op.place_of(b) == "lost" for b in BLOCKS if b != held)

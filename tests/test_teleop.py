@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from concurrent.futures import ProcessPoolExecutor
+from itertools import pairwise
 from multiprocessing import get_context
 
 import numpy as np
@@ -296,3 +297,23 @@ def test_a_span_has_64_frames_at_most(span):
 
 def test_a_skill_of_which_the_oracle_saw_too_little_is_no_span(span):
     assert span(lambda a, b, task: a < 37, 130, start=20) == []
+
+
+def test_play_is_cut_into_episodes_each_of_a_scene_of_its_own(env, tmp_path, monkeypatch):
+    monkeypatch.setattr(teleop, "_count", lambda: None)
+
+    def segment(recorder):  # 20 frames of nothing
+        recorder.obs = obs = recorder.op.refresh().obs | {"rgb_obs": {}}
+        for _ in range(20):
+            recorder.on_step(np.zeros(7), obs, None)
+        return False
+
+    monkeypatch.setattr(teleop.Recorder, "segment", segment)
+    monkeypatch.setattr(teleop, "EPISODE", (50, 150))
+    recorder = teleop.Recorder(env, tmp_path, 0, 600, np.random.default_rng(0))
+    episodes = recorder.play()["episodes"]
+    assert episodes[0][0] == 0 and episodes[-1][1] == 599
+    assert all(b == c - 1 for (_, b), (c, _) in pairwise(episodes))
+    assert all(50 <= b - a + 1 < 150 + 20 + 50 for a, b in episodes)
+    starts = [np.load(tmp_path / f"episode_{a:07d}.npz")["scene_obs"] for a, _ in episodes]
+    assert len(np.unique(starts, axis=0)) == len(episodes)
