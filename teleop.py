@@ -845,8 +845,10 @@ class Recorder:
             while True:
                 start, stuck, full = self.t, 0, self.t + self.rng.integers(*EPISODE)
                 self.reset()
-                # So do blocks out of reach end an episode, but not for the few frames of another.
-                while (stuck < 4 and self.t < full) or self.end - self.t < EPISODE[0]:
+                # So do blocks out of reach end an episode, but none that would be too short.
+                while (stuck < 4 and self.t < full) or (
+                    min(self.t - start, self.end - self.t) < EPISODE[0]
+                ):
                     stuck = stuck + 1 if self.segment() else 0
                     held = self.op.held()
                     stuck += 4 * any(self.op.place_of(b) == "lost" for b in BLOCKS if b != held)

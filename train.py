@@ -22,6 +22,7 @@ import math
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -421,12 +422,16 @@ def train_world_model(run: Run) -> None:
     state = [x[run.part(B)] for x in checkpoint.get("state") or world.initial(B)]
     losses = run.shared(world, world.loss)
 
+    softness = lambda step: max(0.0, 1 - (step + 1) / max(1.0, c.harden * run.steps))  # [D25]
+    read = lambda step: (pieces if softness(step) else sequences).batch(step)  # [D26]
+    batches = prefetched(read, start, run.steps, device)
+
     def update(step: int) -> dict:
         nonlocal state
         left = (run.steps - step) / max(1.0, c.anneal * run.steps)
         optimizer.param_groups[0]["lr"] = c.learning_rate * min(1.0, left)  # [D7]
-        world.softness = max(0.0, 1 - (step + 1) / max(1.0, c.harden * run.steps))  # [D25]
-        batch = to_device((pieces if world.softness else sequences).batch(step), device)  # [D26]
+        world.softness = softness(step)
+        batch = next(batches)
         if not c.carry_state:
             state = world.initial(batch["reset"].shape[1])
         world.train()
@@ -698,6 +703,21 @@ def train_agent(run: Run) -> None:
 # ---------------------------------------------------------------------------- command line
 def to_device(batch: dict[str, Tensor], device: str) -> dict[str, Tensor]:
     return {k: x.to(device, non_blocking=True) for k, x in batch.items()}
+
+
+def prefetched(read, start: int, end: int, device: str):
+    """read(step) for each step, on the device; the next is read while this one is trained on."""
+
+    def pinned(step: int) -> dict[str, Tensor]:
+        return {k: x.pin_memory() if "cuda" in device else x for k, x in read(step).items()}
+
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(pinned, start)
+        for step in range(start, end):
+            batch = coming.result()
+            if step + 1 < end:
+                coming = reader.submit(pinned, step + 1)
+            yield to_device(batch, device)
 
 
 def boolean(text: str) -> bool:
