@@ -419,6 +419,7 @@ def train_world_model(run: Run) -> None:
         for n in (1, c.shorter)
     )
     validation = D.Sequences(held_out, min(B, len(held_out) // L), L, 0, carry=False)
+    clips = eventful(held_out, min(55, held_out.longest))
     state = [x[run.part(B)] for x in checkpoint.get("state") or world.initial(B)]
     losses = run.shared(world, world.loss)
 
@@ -450,8 +451,7 @@ def train_world_model(run: Run) -> None:
             batch = to_device(validation.batch(i), device)
             with run.autocast():
                 figures.append(world.loss(batch, world.initial(batch["reset"].shape[1]))[1])
-        clip = D.Sequences(held_out, 4, min(55, held_out.longest), 0, carry=False).batch(0)
-        run.picture("prediction", step, prediction_picture(world, to_device(clip, device)))
+        run.picture("prediction", step, prediction_picture(world, to_device(clips, device)))
         run.log(step, {k: sum(float(f[k]) for f in figures) / len(figures) for k in figures[0]})
 
     def save(step: int) -> None:
@@ -470,15 +470,25 @@ def train_world_model(run: Run) -> None:
     )
 
 
+def eventful(data: D.PlayData, L: int, n: int = 3) -> dict[str, Tensor]:
+    """The n stretches of L frames in which doors and lights change most: worth a prediction."""
+    starts = np.concatenate([np.arange(a, b - L + 1, L) for a, b in data.episodes])
+    scene = data.scene_obs[:, [0, 1, 4, 5]] / [0.28, 0.22, 1, 1]  # door, drawer, bulb, led
+    change = [np.ptp(scene[a : a + L], axis=0).sum() for a in starts]
+    batch = data.frames(np.sort(starts[np.argsort(change)[-n:]]) + np.arange(L)[:, None])
+    batch["reset"][0], batch["a_prev"][0] = True, torch.tensor(D.NO_ACTION)
+    return batch
+
+
 def prediction_picture(world: W.WorldModel, batch: dict[str, Tensor], context: int = 5):
-    """Rows: for the first two sequences and both cameras, the truth, the reconstruction from the
-    posterior, the prediction from `context` frames on. Columns: moments, context first."""
+    """Rows: for each sequence and both cameras, the truth, the reconstruction from the posterior,
+    the prediction from `context` frames on. Columns: moments, context first."""
     seen, unseen = world.predict(batch, context)
     T = batch["reset"].shape[0]
     moments = np.unique(np.linspace(context - 1, T - 1, 12).astype(int))
     rows = [
         torch.cat([images[k][t, b] for t in moments], 1)
-        for b in range(min(2, batch["reset"].shape[1]))
+        for b in range(batch["reset"].shape[1])
         for k in ("static", "gripper")
         for images in ({k: batch[f"rgb_{k}"]}, seen, unseen)
     ]

@@ -82,6 +82,19 @@ def records(path):
     return [json.loads(line) for line in open(path)]
 
 
+def test_the_pictured_clips_are_those_in_which_doors_and_lights_change(packed):
+    play = data.PlayData(packed, "validation")
+    play.scene_obs = np.zeros((160, 24), np.float32)
+    play.scene_obs[30:, 1] = 0.22  # of the stretches of 20 frames from 0, 20, ... 80, 100, ...:
+    play.scene_obs[110:, [4, 5]] = 1  # the drawer moves in the second one, both lights in the sixth
+    clips = train.eventful(play, 20, 2)
+    assert clips["rgb_static"].shape == (20, 2, 64, 64, 3)
+    for b, start in enumerate((20, 100)):
+        assert np.array_equal(clips["rgb_static"][:, b], play.rgb_static[start : start + 20])
+        assert np.array_equal(clips["a_prev"][1:, b], play.actions[start : start + 19])
+    assert clips["reset"][0].all() and not clips["reset"][1:].any()
+
+
 @pytest.mark.parametrize("stage", [WM, AGENT])
 def test_resume_equals_the_uninterrupted_run(stage, packed, trained, tmp_path):
     name = stage[1]
