@@ -977,6 +977,7 @@ def parse(argv=None) -> argparse.Namespace:
     if args.env == "real" and not (args.robot and reads and alone):
         parser.error("--env real takes --robot FILE and --checkpoint; no --instruction, --procs")
     run = Path(args.checkpoint).parent if args.checkpoint else Path("runs") / args.policy
+    run = Path("runs/first_look") if run.resolve() == SHIPPED.parent else run  # not into the tree
     name = f"evaluate_{args.env}{'_dry_run' * args.dry_run}"
     args.out = args.out or run / ("predict" if args.predict else name)
     return args

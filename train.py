@@ -61,7 +61,7 @@ class RunConfig:
 # Steps of each stage; the paper does not say [D7].
 STEPS = {
     "paper": {"wm": 2_000_000, "agent": 100_000},
-    "sim": {"wm": 8000, "agent": 16_000},
+    "sim": {"wm": 13_000, "agent": 16_000},
     "tiny": {"wm": 300, "agent": 200},
 }
 DEVICES = ("auto", "cpu", "cuda")
@@ -165,6 +165,7 @@ def publish(checkpoint, path) -> None:
     c = load_checkpoint(Path(checkpoint), "agent", "cpu")
     half = lambda model: {k: x.half() for k, x in model.items()}
     c["world_model"]["model"], c["model"] = half(c["world_model"]["model"]), half(c["model"])
+    c["run"] |= {"data": RunConfig.data, "out": RunConfig.out}  # nobody else has these folders
     save_checkpoint(
         Path(path), {k: x for k, x in c.items() if k not in ("optimizer", "random", "path")}
     )
@@ -424,7 +425,7 @@ def train_world_model(run: Run) -> None:
     losses = run.shared(world, world.loss)
 
     softness = lambda step: max(0.0, 1 - (step + 1) / max(1.0, c.harden * run.steps))  # [D25]
-    read = lambda step: (pieces if softness(step) else sequences).batch(step)  # [D26]
+    read = lambda step: (pieces if step < run.steps / 2 else sequences).batch(step)  # [D26]
     batches = prefetched(read, start, run.steps, device)
 
     def update(step: int) -> dict:

@@ -52,7 +52,7 @@ class WorldModelConfig:
     anneal: float = 0.0  # last part of the steps, over which the learning rate falls to 0 [D7]
     gain: float = 1.0  # at the start, of the weights before and behind the posterior's sample [D25]
     harden: float = 0.0  # first part of the steps, over which q's mean turns into samples [D25]
-    shorter: int = 1  # until samples are hard: batches of so many times more, shorter pieces [D26]
+    shorter: int = 1  # for half of the steps: batches of so many times more, shorter pieces [D26]
     cells: bool = False  # a categorical for each of 4 x 4 cells of both images [D27]
 
     @property
@@ -244,8 +244,6 @@ class WorldModel(nn.Module):
             raise ValueError("shorter * decode_every must divide sequence_length [D19, D26]")
         if c.shorter > 1 and c.carry_state:
             raise ValueError("pieces of another length cannot carry the state on: shorter 1 [D26]")
-        if c.shorter > 1 and not c.harden:
-            raise ValueError("shorter pieces last as long as samples harden: --harden 0.1 [D26]")
         if c.classes > 256:
             raise ValueError("classes: at most 256, for latents are cached as bytes")
         if c.cells and c.categoricals != 2 * 4 * 4:

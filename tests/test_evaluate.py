@@ -459,6 +459,7 @@ def test_without_a_checkpoint_the_one_in_the_tree_is_taken_and_solves_something(
     ]
     args = E.parse([])
     assert (args.chains, args.film, args.checkpoint) == (20, 1, str(E.SHIPPED))
+    assert "assets" not in str(E.parse(["--checkpoint", str(E.SHIPPED)]).out)
     args = E.parse(["--checkpoint", "run/agent.pt"])
     assert (args.chains, args.film) == (1000, 0) and E.parse(["--film", "0"]).film == 0
 
