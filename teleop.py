@@ -489,7 +489,7 @@ class Operator:
         s = self.scene[1]
         yield from self._free()
         x, y = 0.17 + self._jit(0.025)[0], -0.212 - s
-        yield Way((x, y, 0.45), DOWN, CLOSE, tol=0.008)
+        yield Way((x, y, 0.50), DOWN, CLOSE, tol=0.012)  # over the blocks at the table's edge
         yield Way((x, y, 0.352), DOWN, CLOSE, speed=0.02, tol=0.005)  # deep: 3 cm of either way
         yield Way((x, -0.212 - 0.232, 0.352), DOWN, CLOSE, speed=0.017, tol=0.003, settle=2)
         yield Way((x, -0.212 - 0.205, 0.39), DOWN, CLOSE)
