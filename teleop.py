@@ -845,8 +845,8 @@ class Recorder:
             while True:
                 start, stuck, full = self.t, 0, self.t + self.rng.integers(*EPISODE)
                 self.reset()
-                # Over when it is long enough, stuck, or has lost a block, unless this episode or the
-                # next would be too short.
+                # Over when it is long enough, stuck, or has lost a block, unless this episode or
+                # the next would be too short.
                 while (stuck < 4 and self.t < full) or (
                     min(self.t - start, self.end - self.t) < EPISODE[0]
                 ):
