@@ -424,7 +424,6 @@ def train_world_model(run: Run) -> None:
     state = [x[run.part(B)] for x in checkpoint.get("state") or world.initial(B)]
     losses = run.shared(world, world.loss)
 
-    softness = lambda step: max(0.0, 1 - (step + 1) / max(1.0, c.harden * run.steps))  # [D25]
     read = lambda step: (pieces if step < run.steps / 2 else sequences).batch(step)  # [D26]
     batches = prefetched(read, start, run.steps, device)
 
@@ -432,7 +431,7 @@ def train_world_model(run: Run) -> None:
         nonlocal state
         left = (run.steps - step) / max(1.0, c.anneal * run.steps)
         optimizer.param_groups[0]["lr"] = c.learning_rate * min(1.0, left)  # [D7]
-        world.softness = softness(step)
+        world.softness = max(0.0, 1 - (step + 1) / max(1.0, c.harden * run.steps))  # [D25]
         batch = next(batches)
         if not c.carry_state:
             state = world.initial(batch["reset"].shape[1])
