@@ -25,7 +25,7 @@ import sys
 import threading
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from functools import partial
-from itertools import pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,7 +50,7 @@ SHELVES = {"left": (-0.28, -0.20), "right": (-0.02, 0.09)}  # x ranges of the ca
 EPISODE = 200, 600  # frames, then a new scene: what a world model finds hard is scenes, not motion
 PLACES = (0.40, 0.13, 0.13, 0.22, 0.12)  # a block on the table, left, right, in the drawer, on top
 ROOM = (-0.40, -0.50, 0.38), (0.42, 0.22, 0.75)  # low, high: where noise may push the target pose
-SETTLE = 1  # frames behind a success that its span takes in, so that half the rate shows it, too
+SETTLE = 12  # frames behind a success, at most, in which the motion that brought it is completed
 LANG = "lang_paraphrase-MiniLM-L3-v2"
 ASSETS = Path(__file__).resolve().parent / "assets"
 
@@ -101,10 +101,10 @@ class Operator:
         self.render, self.rest, self.grip, self.tries = render, None, OPEN, 0
         self.style()
 
-    def style(self, vary=0.0, noise=0.0, miss=0.0):
-        """How the next skills are done; miss: by how many metres the first grasp goes astray."""
+    def style(self, vary=0.0, noise=0.0, astray=0):
+        """How the next skills are done; astray: for how many frames the first try goes wrong."""
         r = self.rng
-        self.noise, self.ou, self.miss, self.vary = noise, np.zeros(6), miss, vary
+        self.noise, self.ou, self.astray, self.vary = noise, np.zeros(6), astray, vary
         self.pace = 1.0 if not vary else r.uniform(0.55, 1.0) if r.random() < 0.4 else 1.0
 
     def _jit(self, *scale):
@@ -240,24 +240,35 @@ class Operator:
     def attempt(self, task, max_steps=360):
         """Tries, and tries again, until the oracle agrees. Returns (success, steps).
 
-        After a success `self.rest` is a generator of the way-points that would complete the motion
-        (let go, retreat), for run().
+        After a success `self.rest` iterates over the way-points that would complete the motion, for
+        run(): first the one that the hand is still on its way to, then, mostly, its retreat.
         """
         start = self.refresh().info
         self.start = self.scene.copy()
         self.steps, self.rest, self.tries, idle = 0, None, -1, 0
+        wrong = self._wrong() if self.astray else 0.0
         while idle < 3:
             self.tries += 1
-            before, ways = self.steps, self._skill(task)
+            self.began, ways = self.steps, self._skill(task)
             for way in ways:
-                for _ in self._follow(way):
+                for _ in self._follow(way._replace(pos=np.add(way.pos, wrong))):
                     if self.oracle(start, self.info, task):
-                        self.rest = ways
+                        self.rest = chain([way], ways)
                         return True, self.steps
                     if self.steps >= max_steps:
                         return False, self.steps
-            idle = idle + 1 if self.steps == before else 0  # nothing that could be done
+                    if self.steps == self.astray:
+                        break
+                if self.steps == self.astray > 0:  # sees its mistake, and tries again from there
+                    wrong = 0.0
+                    break
+            idle = idle + 1 if self.steps == self.began else 0  # nothing that could be done
         return False, self.steps
+
+    def _wrong(self):
+        """An offset (3,) m, mostly sideways, that puts a hand beside the thing."""
+        a, far = self.rng.uniform(0, 2 * np.pi), self.rng.uniform(0.025, 0.06)
+        return far * np.array([np.cos(a), np.sin(a), 0.3])
 
     def target(self):
         return np.array(self.env.target_pos), np.array(self.env.target_euler)
@@ -376,11 +387,8 @@ class Operator:
                     over = np.array([*p[:2], max(p[2] + 0.065, 0.47)])
                 yield Way(over + self._jit(0.006, 0.006, 0.012), o, OPEN, tol=0.008)
             p = p + down + self._jit(0.003, 0.003, 0.003)
-            if self.miss:
-                a = self.rng.uniform(0, 2 * np.pi)
-                p, self.miss = p + np.array([np.cos(a), np.sin(a), 0.3]) * self.miss, 0.0
             yield Way(p, o, OPEN, speed=0.016, tol=0.003, settle=5)
-            if np.linalg.norm(self.obs["robot_obs"][:3] - p) < 0.012:
+            if np.linalg.norm(self.obs["robot_obs"][:3] - self.env.target_pos) < 0.012:
                 yield from self._close(p, o)
                 if self.obs["robot_obs"][6] > 0.012:
                     return
@@ -804,7 +812,7 @@ class Recorder:
     def __init__(self, env, folder, first, length, rng, oracle=sim.oracle):
         self.env, self.folder, self.rng, self.end = env, folder, rng, first + length
         self.t, self.episodes, self.spans, self.infos = first, [], [], {}
-        self.solved = first  # when the last span's skill was
+        self.settling = False  # the last span's motion is being completed
         self.count = dict.fromkeys(sim.TASKS, 0)
         self.sums, self.low, self.high = np.zeros((2, 39)), np.full(7, np.inf), np.full(7, -np.inf)
         self.op = Operator(env, rng, oracle, on_step=self.on_step, render=True)
@@ -825,7 +833,7 @@ class Recorder:
         self.t, self.obs = self.t + 1, obs
         self.infos[self.t] = info
         self.infos.pop(self.t - 128, None)  # longer than an attempt and what follows it
-        if self.spans and 0 < self.t - self.solved <= SETTLE:
+        if self.settling:
             self.lengthen()
         if self.t == self.end:
             raise _Full
@@ -845,6 +853,10 @@ class Recorder:
             while True:
                 start, stuck, full = self.t, 0, self.t + self.rng.integers(*EPISODE)
                 self.reset()
+                self.op.refresh().style()
+                self.op.run([Way(*self.op.target(), OPEN, hold=5)], 5)  # blocks come to rest
+                if self.rng.random() < 0.5:  # half of the episodes begin away from the start pose
+                    self.op.run(self.wander(), 60)
                 # Over when it is long enough, stuck, or has lost a block, unless this episode or
                 # the next would be too short.
                 while (stuck < 4 and self.t < full) or (
@@ -872,11 +884,11 @@ class Recorder:
         if kind < 0.04:  # idle
             op.run([Way(*op.target(), op.grip, hold=int(rng.integers(5, 25)))], 25)
             return False
-        if kind < 0.13:  # reach about in free space, sometimes clumsily
+        if kind < 0.12:  # reach about in free space, sometimes clumsily
             op.noise = rng.choice([0.0, 0.3, 0.8])
             op.run(self.wander(), 60)
             return False
-        if kind < 0.36:  # the next skill starts where the benchmark starts
+        if kind < 0.22:  # the next skill starts where the benchmark starts
             op.run(op.home(), 120)
             op.style(vary=rng.choice([0.0, 0.5, 1.0]), noise=noise)
         tasks = op.feasible()
@@ -884,30 +896,32 @@ class Recorder:
             return not op.run(op.set_down(), 90)
         weights = np.array([prior(t) / (1 + 2 * self.count[t]) ** 1.5 for t in tasks])
         task = str(rng.choice(tasks, p=weights / weights.sum()))
-        op.miss = rng.uniform(0.025, 0.05) if rng.random() < 0.1 else 0.0
+        op.astray = int(rng.integers(12, 45)) if rng.random() < 0.2 else 0
+        self.count[task] += 1
         aborted, start = rng.random() < 0.15, self.t
-        success, _ = op.attempt(task, int(rng.integers(5, 45)) if aborted else 90)
+        success, _ = op.attempt(task, int(rng.integers(5, 45)) if aborted else 90 + op.astray)
         if not success:
             return not aborted
-        self.count[task] += 1
-        self.annotate(task, start)
-        # Finish the motion, or let the next skill interrupt it, as in a chain of instructions.
-        if rng.random() < 0.6:
+        # The try that succeeded shows what was meant, and that it does not stop at the threshold.
+        self.settling = self.annotate(task, start + op.began)
+        op.run(islice(op.rest, 1), SETTLE)
+        self.settling = False
+        # Retreat, or let the next skill begin from here, as in a chain of instructions.
+        if rng.random() < 0.35:
             op.run(op.rest, int(rng.integers(2, 40)))
-        self.solved = -SETTLE
         return False
 
-    def annotate(self, task, start):
+    def annotate(self, task, start) -> bool:
         """A span of at most 64 frames, as CALVIN's are, from where the skill began to this success.
-        What came before it says nothing of the sentence."""
+        What came before it says nothing of the sentence. False if the oracle does not agree."""
         first = max(self.t - 63, start)
-        if self.op.oracle(self.infos[first], self.infos[self.t], task):
+        if solved := self.op.oracle(self.infos[first], self.infos[self.t], task):
             self.spans.append([task, first, self.t])
-            self.solved = self.t
+        return solved
 
     def lengthen(self):
-        """Moves the last span on to now, if it ended a frame ago and is a success still. Not far:
-        in a retreat one cannot see whether the hand that hovers here has yet to press."""
+        """Moves the last span on to now, if it ended a frame ago and is a success still. Not into
+        the retreat: there one cannot see whether the hand that hovers here has yet to press."""
         task, first, end = self.spans[-1]
         later = max(first, self.t - 63)
         known = end == self.t - 1 and later in self.infos  # not in an episode that is over

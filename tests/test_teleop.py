@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 from concurrent.futures import ProcessPoolExecutor
-from itertools import pairwise
+from itertools import islice, pairwise
 from multiprocessing import get_context
 
 import numpy as np
@@ -70,6 +70,33 @@ def test_each_family_is_solved_within_a_span_through_the_seven_numbers(env, task
     assert sim.oracle(start, env.get_info(), task)
     actions = np.array(actions)
     assert np.abs(actions).max() <= 1 and set(actions[:, 6]) <= {-1.0, 1.0}
+
+
+def test_a_try_that_goes_astray_is_followed_by_one_that_does_not(env):
+    """8 frames towards a place 2.5 to 6 cm beside the button, then a new try from there."""
+    ends = []
+    for astray in (0, 8):
+        env.reset(sim.ROBOT_OBS0, scene())
+        op = teleop.Operator(env, np.random.default_rng(0))
+        seen = []
+        op.on_step = lambda action, obs, info, seen=seen, op=op: seen.append(op.target()[0])
+        op.refresh().style(astray=astray)
+        assert op.attempt("turn_on_led") == (True, len(seen))
+        assert (op.tries, op.began) == ((1, 8) if astray else (0, 0))
+        ends.append(seen[7])
+    assert 0.02 < np.linalg.norm(ends[1] - ends[0]) < 0.07
+
+
+def test_the_motion_that_succeeded_can_be_completed(env):
+    """What a policy imitates must not stop where the oracle's threshold is: 5 cm for a lift."""
+    env.reset(sim.ROBOT_OBS0, scene())
+    op = teleop.Operator(env)
+    start, rest = env.get_info(), np.array(op.refresh().block("block_red")[0])
+    assert op.attempt("lift_red_block_table")[0]
+    assert op.block("block_red")[0][2] - rest[2] < 0.065
+    op.run(islice(op.rest, 1), teleop.SETTLE)
+    assert op.block("block_red")[0][2] - rest[2] > 0.075
+    assert sim.oracle(start, env.get_info(), "lift_red_block_table")
 
 
 def test_an_unknown_task_is_an_error_that_names_the_choices(env):
@@ -277,22 +304,23 @@ def span(env, tmp_path, monkeypatch):
         for t in range(1, last):
             recorder.on_step(np.zeros(7), obs, t)
             if t == 100:
-                recorder.annotate("open_drawer", start)
+                recorder.settling = recorder.annotate("open_drawer", start)
+            if t == 104:
+                recorder.settling = False
         return recorder.spans
 
     return play
 
 
-def test_a_span_begins_with_its_skill_and_ends_with_its_success_and_a_frame(span):
-    """The oracle here agrees from frame 30 on, until frame 106, or not beyond the success."""
-    assert span(lambda a, b, task: a >= 30 and b <= 106, 120) == [["open_drawer", 70, 101]]
-    assert span(lambda a, b, task: a >= 30 and b <= 100, 120) == [["open_drawer", 70, 100]]
+def test_a_span_begins_with_its_skill_and_ends_where_its_motion_does(span):
+    """The oracle here agrees from frame 30 on, until frame 106, or two frames after the success."""
+    assert span(lambda a, b, task: a >= 30 and b <= 106, 120) == [["open_drawer", 70, 104]]
+    assert span(lambda a, b, task: a >= 30 and b <= 102, 120) == [["open_drawer", 70, 102]]
 
 
 def test_a_span_has_64_frames_at_most(span):
     assert span(lambda a, b, task: True, 101, start=20) == [["open_drawer", 37, 100]]
-    end = 100 + teleop.SETTLE
-    assert span(lambda a, b, task: True, 130, start=20) == [["open_drawer", end - 63, end]]
+    assert span(lambda a, b, task: True, 130, start=20) == [["open_drawer", 41, 104]]
 
 
 def test_a_skill_of_which_the_oracle_saw_too_little_is_no_span(span):
@@ -309,6 +337,7 @@ def test_play_is_cut_into_episodes_each_of_a_scene_of_its_own(env, tmp_path, mon
         return False
 
     monkeypatch.setattr(teleop.Recorder, "segment", segment)
+    monkeypatch.setattr(teleop.Recorder, "wander", lambda recorder: ())
     monkeypatch.setattr(teleop, "EPISODE", (50, 150))
     recorder = teleop.Recorder(env, tmp_path, 0, 600, np.random.default_rng(0))
     episodes = recorder.play()["episodes"]
