@@ -6,7 +6,8 @@
 
 The judge is a small network that compares the latent now with that of the attempt's start and says
 which task has been done between them, if any. It learns from the annotated spans of the training
-split: what their last frames show was done, what they show well before that was not yet.
+split: what their last frames show was done; what they show well before that was not yet, and in
+the play between one span's end and the next one's nothing was.
 `evaluate.py --env dream` tries each instruction that the benchmark's chains come to from the same
 picture in both worlds. What the simulator's oracle saw of all tasks then tells how far the judge
 can be believed on latents of what was seen; where its precision or recall is under 0.9, it is not.
@@ -23,9 +24,9 @@ from tqdm import trange
 
 import data as D
 
-# In frames of 1/30 s: up to 16 before its span's end a task is not done, in the last 2, a row
-# at 15 Hz, it is; an annotated span ends with its success, or a frame behind it (teleop.SETTLE).
-NOT_YET, LAST = 16, 2
+# In frames of 1/30 s: up to 28 before its span's end a task is not done, in the last 2, a row
+# at 15 Hz, it is; an annotated span ends up to 12 frames behind its success (teleop.SETTLE).
+NOT_YET, LAST = 28, 2
 ENOUGH = 5  # attempts in which a task was done, and at least 0.9 of both, for a judgement to count
 STEPS, BATCH = 2000, 256
 
@@ -51,12 +52,24 @@ class Judge(nn.Module):
         return self.tasks[best - 1] if best else None
 
 
+def quiet_stretches(play: D.PlayData, not_yet: int) -> np.ndarray:
+    """(Q, 2) rows [start, end), no longer than the longest span, in which nothing was done: from
+    one span's end, or an episode's start, to `not_yet` rows before the next span's end."""
+    longest, ends, out = np.diff(play.spans).max(), np.sort(play.spans[:, 1]), []
+    for first, last in play.episodes:
+        here = ends[(ends > first) & (ends <= last)]
+        for a, b in zip([first, *here], here - not_yet, strict=False):
+            out += [(x, min(x + longest, b)) for x in range(a, b, longest)]
+    return np.array(out).reshape(-1, 2)
+
+
 @torch.no_grad()
-def latents_of_spans(world, play: D.PlayData, batch: int = 64) -> tuple[Tensor, Tensor]:
-    """s (M, L, k) float16 of the annotated spans' frames, each filtered from h = z = 0 as a policy
+def latents_of_spans(
+    world, play: D.PlayData, spans: np.ndarray, batch: int = 64
+) -> tuple[Tensor, Tensor]:
+    """s (M, L, k) float16 of the frames of spans (M, 2), each filtered from h = z = 0 as a policy
     with a new instruction does it, the last one repeated; and their lengths (M,)."""
-    spans, device = np.asarray(play.spans), world.decoder_in.weight.device
-    lengths = spans[:, 1] - spans[:, 0]
+    device, lengths = world.decoder_in.weight.device, spans[:, 1] - spans[:, 0]
     out = torch.empty(len(spans), lengths.max(), world.config.latent, dtype=torch.float16)
     for i in trange(0, len(spans), batch, desc="judge: latents", unit="batch"):
         first, last = spans[i : i + batch].T
@@ -69,28 +82,37 @@ def latents_of_spans(world, play: D.PlayData, batch: int = 64) -> tuple[Tensor, 
 
 
 def train_judge(world, play: D.PlayData, seed: int = 0) -> Judge:
-    """A judge of the tasks in `play`'s annotations (its training split), by cross-entropy: half of
-    each batch are spans at their end, half the same spans, well before it."""
+    """A judge of the tasks in `play`'s annotations (its training split), by cross-entropy: a third
+    of each batch are spans at their end, a third spans well before it, a third quiet stretches."""
     device, tasks = world.decoder_in.weight.device, sorted(set(play.tasks))
     not_yet, last = (-(-n // play.meta["skip"]) for n in (NOT_YET, LAST))  # in rows
     names = torch.tensor([1 + tasks.index(task) for task in play.tasks])
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        s, lengths = latents_of_spans(world, play)
+        quiet = quiet_stretches(play, not_yet)
+        quiet = quiet[torch.randperm(len(quiet))[: len(play.spans)].numpy()]
+        s, lengths = latents_of_spans(world, play, np.concatenate([play.spans, quiet]))
         judge = Judge(world.config.latent, tasks).to(device).train()
         optimizer = torch.optim.AdamW(judge.parameters(), 1e-3, weight_decay=0.05)
-        pool = (lengths > not_yet + 1).nonzero()[:, 0]
+        pool = (lengths[: len(play.spans)] > not_yet + 1).nonzero()[:, 0]
+        quiet = torch.arange(len(play.spans), len(s))
         for step in trange(STEPS, desc="judge", unit="step"):
             optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / STEPS)
+            kind = torch.arange(BATCH) % 3  # a span at its end, one before it, a quiet stretch
             m = pool[torch.randint(len(pool), (BATCH,))]
-            ended = torch.arange(BATCH) % 2 == 0
-            most = lengths[m] - not_yet  # frames in which it was surely not done yet
+            if len(quiet):
+                m = torch.where(kind < 2, m, quiet[torch.randint(len(quiet), (BATCH,))])
+            ended = kind == 0
+            # Frames in which it was surely not done yet.
+            most = lengths[m] - not_yet * (m < len(play.spans))
             at = lambda most: (torch.rand(BATCH) * most).long()  # a frame, uniformly
             start = at(most)
             now = torch.where(ended, lengths[m] - 1 - at(torch.tensor(last)), at(most))
             start = torch.minimum(start, now)
             logits = judge(*(s[m, t].to(device).float() for t in (start, now)))
-            loss = F.cross_entropy(logits, torch.where(ended, names[m], 0).to(device))
+            loss = F.cross_entropy(
+                logits, torch.where(ended, names[m.clamp_max(len(names) - 1)], 0).to(device)
+            )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -65,13 +65,22 @@ def test_the_judge_learns_what_the_last_frames_of_spans_show_was_done(policy, tm
         (folder / "lang.json").write_text(json.dumps({"sentences": tasks, "tasks": tasks}))
     judge = dream.train_judge(policy.world, D.PlayData(tmp_path / "play", "training"))
     held_out = D.PlayData(tmp_path / "play", "validation")
-    s, lengths = dream.latents_of_spans(policy.world, held_out)
+    s, lengths = dream.latents_of_spans(policy.world, held_out, held_out.spans)
     s = s.float()
     assert s.shape == (200, 32, policy.world.config.latent) and (lengths == 32).all()
     ends = [judge.done(x[None, 0], x[None, -1]) for x in s]
     early = [judge.done(x[None, 0], x[None, 20]) for x in s]
     assert np.mean([a == b for a, b in zip(ends, held_out.tasks, strict=True)]) > 0.9
     assert np.mean([x is None for x in early]) > 0.9
+
+
+def test_quiet_stretches_hold_no_success():
+    """Two episodes; spans end at rows 40, 70 and 130, and 8 rows before that all is still to do."""
+    play = SimpleNamespace(
+        spans=np.array([[20, 40], [50, 70], [110, 130]]), episodes=np.array([[0, 100], [100, 200]])
+    )
+    wanted = [[0, 20], [20, 32], [40, 60], [60, 62], [100, 120], [120, 122]]
+    assert dream.quiet_stretches(play, 8).tolist() == wanted
 
 
 def test_a_judge_is_believed_where_precision_and_recall_are_at_least_nine_tenths():
