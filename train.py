@@ -53,6 +53,7 @@ class RunConfig:
     seed: int = 0
     device: str = "auto"  # auto | cpu | cuda
     precision: str = "auto"  # auto | fp32 | bf16 (matrix products only; losses stay fp32)
+    compile: bool = False  # torch.compile the losses: a minute or more before the first step
     log_every: int = 50
     validate_every: int = 500
     checkpoint_every: int = 250
@@ -67,7 +68,7 @@ STEPS = {
 DEVICES = ("auto", "cpu", "cuda")
 RANKS = {"RANK": "0", "WORLD_SIZE": "1"}  # torchrun's, and what they are without it
 # Given again with more steps, a run goes on, but its schedules are shares of them [D7, D25, D26].
-RESUMABLE = ("steps", "log_every", "validate_every", "checkpoint_every", "device", "out", "data")
+RESUMABLE = "steps log_every validate_every checkpoint_every device compile out data".split()
 
 
 # ---------------------------------------------------------------------------- checkpoints
@@ -241,6 +242,8 @@ class Run:
 
     def shared(self, module: torch.nn.Module, loss):
         """`loss`, whose backward averages the gradients of `module` over all processes."""
+        if self.config.compile:
+            loss = torch.compile(loss, dynamic=False)
         if self.ranks == 1:
             return loss
         return DistributedDataParallel(Losses(module, loss), find_unused_parameters=True)
@@ -431,7 +434,7 @@ def train_world_model(run: Run) -> None:
         nonlocal state
         left = (run.steps - step) / max(1.0, c.anneal * run.steps)
         optimizer.param_groups[0]["lr"] = c.learning_rate * min(1.0, left)  # [D7]
-        world.softness = max(0.0, 1 - (step + 1) / max(1.0, c.harden * run.steps))  # [D25]
+        world.softness.fill_(max(0.0, 1 - (step + 1) / max(1.0, c.harden * run.steps)))  # [D25]
         batch = next(batches)
         if not c.carry_state:
             state = world.initial(batch["reset"].shape[1])

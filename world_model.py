@@ -109,7 +109,7 @@ def kl_balanced(q: Tensor, p: Tensor, delta: float) -> Tensor:
     return (1 - delta) * kl(q, p.detach()) + delta * kl(q.detach(), p)
 
 
-def sample_straight_through(logits: Tensor, softness: float = 0.0) -> Tensor:
+def sample_straight_through(logits: Tensor, softness: float | Tensor = 0.0) -> Tensor:
     """One-hot samples (..., C*K) of the logits (..., C, K), with the gradient of the probabilities.
 
     Straight-through estimation [26]: forward the sample, backward as if it were softmax(logits).
@@ -272,7 +272,8 @@ class WorldModel(nn.Module):
             for k in cameras if c.cells else ():
                 self.own[k].weight.mul_(c.gain)
                 self.decoders[k].own.weight.mul_(c.gain)
-        self.softness = 0.0  # of the posterior's samples, set while training [D25]
+        # Of the posterior's samples, set while training [D25]; a number would be compiled in.
+        self.register_buffer("softness", torch.zeros(()), persistent=False)
         self.to(memory_format=torch.channels_last)
 
     # ------------------------------------------------------------------ the pieces of Eq. 1

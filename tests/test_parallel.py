@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ sys.path.insert(0, sys.argv[1])
 import torch
 import agent, train
 torch.rand_like = lambda x: torch.full_like(x, 0.3)
-torch.randn_like = torch.zeros_like
+torch.randn_like = lambda x: torch.full_like(x, 0.0)  # zeros_like could not be compiled
 agent.P.sample_plan = lambda logits: logits.softmax(-1).flatten(-2)
 agent.Agent.train = lambda self, mode=True: torch.nn.Module.train(self, False)  # no dropout
 train.main(sys.argv[2:])
@@ -78,6 +79,23 @@ def test_n_processes_share_a_batch_and_learn_the_same(n, packed, alone, tmp_path
     assert theirs[:, 2].min() > 0  # there were pairs to tell apart
     state = torch.load(out / "wm.pt", weights_only=True)["state"]
     assert state[0].shape[0] == 8
+
+
+SHORT = "--reset_start 0 --sequence_length 4 --min_window 3 --max_window 4"  # less to compile
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler here")
+@pytest.mark.parametrize("stage, more", [("wm", "--zeta 0 --harden 1"), ("agent", SHORT)])
+def test_compiled_losses_are_the_plain_ones(stage, more, packed, alone, tmp_path):
+    rows = []
+    for how in ("false", "true"):
+        out = tmp_path / how
+        out.mkdir()
+        (out / "wm.pt").symlink_to(alone / "wm.pt") if stage == "agent" else None
+        done = run(1, packed, out, stage, *more.split(), "--steps", "3", "--compile", how)
+        assert done.returncode == 0, done.stderr[-2000:]
+        rows.append(losses(out, stage, *NAMES[stage]))
+    assert torch.allclose(*rows, rtol=2e-3, atol=1e-4), rows
 
 
 def test_a_run_goes_on_with_another_number_of_processes(packed, alone, tmp_path):

@@ -117,7 +117,7 @@ def test_pieces_come_before_whole_sequences_and_samples_harden(packed, tmp_path,
 
     def spy(world, batch, state):
         if world.training:
-            seen.append((*batch["reset"].shape, world.softness))
+            seen.append((*batch["reset"].shape, float(world.softness)))
         return plain(world, batch, state)
 
     monkeypatch.setattr(W.WorldModel, "loss", spy)

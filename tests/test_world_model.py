@@ -195,7 +195,7 @@ def test_samples_follow_the_probabilities_and_carry_their_gradient():
 
 def test_imagination_and_evaluation_never_soften_their_samples(world):
     """[D25] is for the posterior while training; the agent is trained on one-hot latents."""
-    world.softness = 0.5
+    world.softness.fill_(0.5)
     h, z = world.initial(2)
     one_hot = lambda z: set(z[..., :64].detach().round(decimals=4).unique().tolist()) == {0.0, 1.0}
     assert one_hot(world.imagine_step(h, z, torch.zeros(2, 7))[1])
