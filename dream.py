@@ -7,7 +7,8 @@
 The judge is a small network that compares the latent now with that of the attempt's start and says
 which task has been done between them, if any. It learns from the annotated spans of the training
 split: what their last frames show was done; what they show well before that was not yet, and in
-the play between one span's end and the next one's nothing was.
+the play between one span's end and the next one's nothing was (that it has no annotation is no
+proof: a few per cent of it may show a task done).
 `evaluate.py --env dream` tries each instruction that the benchmark's chains come to from the same
 picture in both worlds. What the simulator's oracle saw of all tasks then tells how far the judge
 can be believed on latents of what was seen; where its precision or recall is under 0.9, it is not.
@@ -53,14 +54,14 @@ class Judge(nn.Module):
 
 
 def quiet_stretches(play: D.PlayData, not_yet: int) -> np.ndarray:
-    """(Q, 2) rows [start, end), no longer than the longest span, in which nothing was done: from
-    one span's end, or an episode's start, to `not_yet` rows before the next span's end."""
+    """(Q, 2) rows [start, end), no longer than the longest span, in which no span ends: from one's
+    end, or an episode's start, to `not_yet` rows before the next one's end."""
     longest, ends, out = np.diff(play.spans).max(), np.sort(play.spans[:, 1]), []
     for first, last in play.episodes:
         here = ends[(ends > first) & (ends <= last)]
         for a, b in zip([first, *here], here - not_yet, strict=False):
             out += [(x, min(x + longest, b)) for x in range(a, b, longest)]
-    return np.array(out).reshape(-1, 2)
+    return np.array(out, int).reshape(-1, 2)
 
 
 @torch.no_grad()
@@ -83,7 +84,7 @@ def latents_of_spans(
 
 def train_judge(world, play: D.PlayData, seed: int = 0) -> Judge:
     """A judge of the tasks in `play`'s annotations (its training split), by cross-entropy: a third
-    of each batch are spans at their end, a third spans well before it, a third quiet stretches."""
+    of each batch are spans at their end, the others spans well before it and quiet stretches."""
     device, tasks = world.decoder_in.weight.device, sorted(set(play.tasks))
     not_yet, last = (-(-n // play.meta["skip"]) for n in (NOT_YET, LAST))  # in rows
     names = torch.tensor([1 + tasks.index(task) for task in play.tasks])
@@ -94,25 +95,21 @@ def train_judge(world, play: D.PlayData, seed: int = 0) -> Judge:
         s, lengths = latents_of_spans(world, play, np.concatenate([play.spans, quiet]))
         judge = Judge(world.config.latent, tasks).to(device).train()
         optimizer = torch.optim.AdamW(judge.parameters(), 1e-3, weight_decay=0.05)
-        pool = (lengths[: len(play.spans)] > not_yet + 1).nonzero()[:, 0]
-        quiet = torch.arange(len(play.spans), len(s))
+        names = F.pad(names, (0, len(quiet)))
+        still = not_yet * (names > 0)  # rows at the end in which it may have been done
+        early = (lengths > still + 1).nonzero()[:, 0]  # spans with rows before, quiet stretches
         for step in trange(STEPS, desc="judge", unit="step"):
             optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / STEPS)
-            kind = torch.arange(BATCH) % 3  # a span at its end, one before it, a quiet stretch
-            m = pool[torch.randint(len(pool), (BATCH,))]
-            if len(quiet):
-                m = torch.where(kind < 2, m, quiet[torch.randint(len(quiet), (BATCH,))])
-            ended = kind == 0
-            # Frames in which it was surely not done yet.
-            most = lengths[m] - not_yet * (m < len(play.spans))
-            at = lambda most: (torch.rand(BATCH) * most).long()  # a frame, uniformly
+            ended = torch.arange(BATCH) % 3 == 0  # a span at its end, else what comes before one
+            m = torch.randint(len(play.spans), (BATCH,))
+            m = torch.where(ended, m, early[torch.randint(len(early), (BATCH,))])
+            most = (lengths[m] - still[m]).clamp_min(1)  # rows in which it was surely not done yet
+            at = lambda most: (torch.rand(BATCH) * most).long()  # a row, uniformly
             start = at(most)
             now = torch.where(ended, lengths[m] - 1 - at(torch.tensor(last)), at(most))
             start = torch.minimum(start, now)
             logits = judge(*(s[m, t].to(device).float() for t in (start, now)))
-            loss = F.cross_entropy(
-                logits, torch.where(ended, names[m.clamp_max(len(names) - 1)], 0).to(device)
-            )
+            loss = F.cross_entropy(logits, torch.where(ended, names[m], 0).to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

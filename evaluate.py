@@ -216,7 +216,7 @@ def load_judge(args, world, checkpoint: dict):
     play = data.PlayData(args.data or checkpoint["run"]["data"], "training")
     if play.meta != checkpoint["meta"]:
         raise ValueError(f"{play.path}: {play.meta}, but the policy: {checkpoint['meta']}; --data?")
-    about = str((play.path.resolve(), len(play), dream.NOT_YET, dream.LAST, dream.STEPS)).encode()
+    about = f"{play.path.resolve()} {len(play)}".encode() + Path(dream.__file__).read_bytes()
     key = train.identity(world.state_dict() | {"": torch.tensor([*about])})
     path = args.out / f"judge_{key}.pt"
     if not path.exists():

@@ -102,7 +102,7 @@ class Operator:
         self.style()
 
     def style(self, vary=0.0, noise=0.0, astray=0):
-        """How the next skills are done; astray: for how many frames the first try goes wrong."""
+        """How the next skills are done; astray: for how many frames the next one goes wrong."""
         r = self.rng
         self.noise, self.ou, self.astray, self.vary = noise, np.zeros(6), astray, vary
         self.pace = 1.0 if not vary else r.uniform(0.55, 1.0) if r.random() < 0.4 else 1.0
@@ -259,8 +259,8 @@ class Operator:
                         return False, self.steps
                     if self.steps == self.astray:
                         break
-                if self.steps == self.astray > 0:  # sees its mistake, and tries again from there
-                    wrong = 0.0
+                if self.steps == self.astray > 0:  # sees its mistake, and begins anew from there
+                    wrong, self.astray, self.tries = 0.0, 0, self.tries - 1
                     break
             idle = idle + 1 if self.steps == self.began else 0  # nothing that could be done
         return False, self.steps
@@ -832,7 +832,7 @@ class Recorder:
         _count()
         self.t, self.obs = self.t + 1, obs
         self.infos[self.t] = info
-        self.infos.pop(self.t - 128, None)  # longer than an attempt and what follows it
+        self.infos.pop(self.t - 128, None)  # no span reaches back further than 63 frames
         if self.settling:
             self.lengthen()
         if self.t == self.end:
@@ -897,7 +897,9 @@ class Recorder:
         weights = np.array([prior(t) / (1 + 2 * self.count[t]) ** 1.5 for t in tasks])
         task = str(rng.choice(tasks, p=weights / weights.sum()))
         op.astray = int(rng.integers(12, 45)) if rng.random() < 0.2 else 0
-        self.count[task] += 1
+        self.count[task] += (
+            1  # also of what fails or is aborted, lest one task be all that is tried
+        )
         aborted, start = rng.random() < 0.15, self.t
         success, _ = op.attempt(task, int(rng.integers(5, 45)) if aborted else 90 + op.astray)
         if not success:
@@ -912,7 +914,7 @@ class Recorder:
         return False
 
     def annotate(self, task, start) -> bool:
-        """A span of at most 64 frames, as CALVIN's are, from where the skill began to this success.
+        """A span of at most 64 frames, as CALVIN's are, from where the try began to this success.
         What came before it says nothing of the sentence. False if the oracle does not agree."""
         first = max(self.t - 63, start)
         if solved := self.op.oracle(self.infos[first], self.infos[self.t], task):
