@@ -29,7 +29,7 @@ import data as D
 # at 15 Hz, it is; an annotated span ends up to 12 frames behind its success (teleop.SETTLE).
 NOT_YET, LAST = 28, 2
 ENOUGH = 5  # attempts in which a task was done, and at least 0.9 of both, for a judgement to count
-STEPS, BATCH = 2000, 256
+STEPS, BATCH, SURE = 2000, 256, 0.95
 
 
 class Judge(nn.Module):
@@ -48,9 +48,10 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def done(self, start: Tensor, now: Tensor) -> str | None:
-        """The task that was done between two latents (1, k), or None."""
-        best = self(start, now).argmax(-1).item()
-        return self.tasks[best - 1] if best else None
+        """The task that was done between two latents (1, k), or None. It is asked a hundred times
+        in an attempt, and one wrong answer counts, so it must be sure."""
+        p, best = self(start, now)[0].softmax(-1).max(-1)
+        return self.tasks[best - 1] if best > 0 and p > SURE else None
 
 
 def quiet_stretches(play: D.PlayData, not_yet: int) -> np.ndarray:

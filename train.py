@@ -53,7 +53,7 @@ class RunConfig:
     seed: int = 0
     device: str = "auto"  # auto | cpu | cuda
     precision: str = "auto"  # auto | fp32 | bf16 (matrix products only; losses stay fp32)
-    compile: bool = False  # torch.compile the losses: a minute or more before the first step
+    compile: bool = False  # torch.compile the losses: a minute or more, again for every new shape
     log_every: int = 50
     validate_every: int = 500
     checkpoint_every: int = 250

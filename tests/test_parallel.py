@@ -23,6 +23,7 @@ torch.randn_like = lambda x: torch.full_like(x, 0.0)  # zeros_like could not be 
 agent.P.sample_plan = lambda logits: logits.softmax(-1).flatten(-2)
 agent.Agent.train = lambda self, mode=True: torch.nn.Module.train(self, False)  # no dropout
 train.main(sys.argv[2:])
+print("compiled graphs:", torch._dynamo.utils.counters["stats"]["unique_graphs"])
 """
 SAME = "--preset tiny --precision fp32 --log_every 1 --validate_every 100 --checkpoint_every 2"
 SAME = [*SAME.split(), "--batch_size", "8"]
@@ -94,6 +95,7 @@ def test_compiled_losses_are_the_plain_ones(stage, more, packed, alone, tmp_path
         (out / "wm.pt").symlink_to(alone / "wm.pt") if stage == "agent" else None
         done = run(1, packed, out, stage, *more.split(), "--steps", "3", "--compile", how)
         assert done.returncode == 0, done.stderr[-2000:]
+        assert ("compiled graphs: 0" in done.stdout) == (how == "false")
         rows.append(losses(out, stage, *NAMES[stage]))
     assert torch.allclose(*rows, rtol=2e-3, atol=1e-4), rows
 
