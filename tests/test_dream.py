@@ -70,7 +70,9 @@ def test_the_judge_learns_what_the_last_frames_of_spans_show_was_done(policy, tm
     assert s.shape == (200, 32, policy.world.config.latent) and (lengths == 32).all()
     ends = [judge.done(x[None, 0], x[None, -1]) for x in s]
     early = [judge.done(x[None, 0], x[None, 20]) for x in s]
-    assert np.mean([a == b for a, b in zip(ends, held_out.tasks, strict=True)]) > 0.9
+    pairs = list(zip(ends, held_out.tasks, strict=True))
+    assert np.mean([a == b for a, b in pairs]) > 0.75  # of 200 spans it learns to be that sure,
+    assert np.mean([a in (b, None) for a, b in pairs]) > 0.97  # and then it is right
     assert np.mean([x is None for x in early]) > 0.9
 
 
