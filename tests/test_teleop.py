@@ -378,7 +378,7 @@ def test_play_is_cut_into_episodes_each_of_a_scene_of_its_own(env, tmp_path, mon
         return False
 
     monkeypatch.setattr(teleop.Recorder, "segment", segment)
-    monkeypatch.setattr(teleop.Recorder, "wander", lambda recorder: ())
+    monkeypatch.setattr(teleop.Operator, "run", lambda op, ways, most: None)
     monkeypatch.setattr(teleop, "EPISODE", (50, 150))
     recorder = teleop.Recorder(env, tmp_path, 0, 600, np.random.default_rng(0))
     episodes = recorder.play()["episodes"]
