@@ -897,9 +897,7 @@ class Recorder:
         weights = np.array([prior(t) / (1 + 2 * self.count[t]) ** 1.5 for t in tasks])
         task = str(rng.choice(tasks, p=weights / weights.sum()))
         op.astray = int(rng.integers(12, 45)) if rng.random() < 0.2 else 0
-        self.count[task] += (
-            1  # also of what fails or is aborted, lest one task be all that is tried
-        )
+        self.count[task] += 1  # whatever comes of it, lest what fails be tried again and again
         aborted, start = rng.random() < 0.15, self.t
         success, _ = op.attempt(task, int(rng.integers(5, 45)) if aborted else 90 + op.astray)
         if not success:
