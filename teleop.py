@@ -228,14 +228,16 @@ class Operator:
             self._act(np.clip(dp, -0.004, 0.004), np.clip(do, -0.03, 0.03), way.grip)
             yield
 
+    def _along(self, ways, wrong=0.0):
+        """Follows way-points, all of them `wrong` (3,) m off; yields the present one every step."""
+        for way in ways:
+            for _ in self._follow(way._replace(pos=np.add(way.pos, wrong))):
+                yield way
+
     def run(self, ways, max_steps):
         """Follows way-points without any goal; returns False if max_steps came first."""
         self.refresh().steps = 0
-        for way in ways:
-            for _ in self._follow(way):
-                if self.steps >= max_steps:
-                    return False
-        return True
+        return not any(self.steps >= max_steps for _ in self._along(ways))
 
     def attempt(self, task, max_steps=360):
         """Tries, and tries again, until the oracle agrees. Returns (success, steps).
@@ -250,16 +252,13 @@ class Operator:
         while idle < 3:
             self.tries += 1
             self.began, ways = self.steps, self._skill(task)
-            for way in ways:
-                for _ in self._follow(way._replace(pos=np.add(way.pos, wrong))):
-                    if self.oracle(start, self.info, task):
-                        self.rest = chain([way], ways)
-                        return True, self.steps
-                    if self.steps >= max_steps:
-                        return False, self.steps
-                    if self.steps == self.astray:
-                        break
-                if self.steps == self.astray > 0:  # sees its mistake, and begins anew from there
+            for way in self._along(ways, wrong):
+                if self.oracle(start, self.info, task):
+                    self.rest = chain([way], ways)
+                    return True, self.steps
+                if self.steps >= max_steps:
+                    return False, self.steps
+                if self.steps == self.astray:  # sees its mistake, and begins anew from there
                     wrong, self.astray, self.tries = 0.0, 0, self.tries - 1
                     break
             idle = idle + 1 if self.steps == self.began else 0  # nothing that could be done

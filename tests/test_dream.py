@@ -70,9 +70,11 @@ def test_the_judge_learns_what_the_last_frames_of_spans_show_was_done(policy, tm
     assert s.shape == (200, 32, policy.world.config.latent) and (lengths == 32).all()
     ends = [judge.done(x[None, 0], x[None, -1]) for x in s]
     early = [judge.done(x[None, 0], x[None, 20]) for x in s]
-    pairs = list(zip(ends, held_out.tasks, strict=True))
-    assert np.mean([a == b for a, b in pairs]) > 0.75  # of 200 spans it learns to be that sure,
-    assert np.mean([a in (b, None) for a, b in pairs]) > 0.97  # and then it is right
+    best = [judge.tasks[judge(x[None, 0], x[None, -1])[0, 1:].argmax()] for x in s]
+    right = lambda said: np.mean([a == b for a, b in zip(said, held_out.tasks, strict=True)])
+    silent = np.mean([x is None for x in ends])
+    assert right(best) > 0.9 and right(ends) > 0.75  # of 200 spans it learns to be that sure,
+    assert right(ends) + silent > 0.97  # and then it is right
     assert np.mean([x is None for x in early]) > 0.9
 
 
