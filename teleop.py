@@ -228,10 +228,12 @@ class Operator:
             self._act(np.clip(dp, -0.004, 0.004), np.clip(do, -0.03, 0.03), way.grip)
             yield
 
-    def _along(self, ways, wrong=0.0):
-        """Follows way-points, all of them `wrong` (3,) m off; yields the present one every step."""
+    def _along(self, ways, wrong=0.0, flip=1):
+        """Follows way-points, all of them `wrong` (3,) m off, with the gripper's command times
+        flip (1 or -1); yields the present one every step."""
         for way in ways:
-            for _ in self._follow(way._replace(pos=np.add(way.pos, wrong))):
+            there = way._replace(pos=np.add(way.pos, wrong), grip=way.grip * flip)
+            for _ in self._follow(there):
                 yield way
 
     def run(self, ways, max_steps):
@@ -248,26 +250,31 @@ class Operator:
         start = self.refresh().info
         self.start = self.scene.copy()
         self.steps, self.rest, self.tries, idle = 0, None, -1, 0
-        wrong = self._wrong() if self.astray else 0.0
+        mistake = self._mistake() if self.astray else ()
         while idle < 3:
             self.tries += 1
             self.began, ways = self.steps, self._skill(task)
-            for way in self._along(ways, wrong):
+            for way in self._along(ways, *mistake):
                 if self.oracle(start, self.info, task):
                     self.rest = chain([way], ways)
                     return True, self.steps
                 if self.steps >= max_steps:
                     return False, self.steps
                 if self.steps == self.astray:  # sees its mistake, and begins anew from there
-                    wrong, self.astray, self.tries = 0.0, 0, self.tries - 1
+                    mistake, self.astray, self.tries = (), 0, self.tries - 1
                     break
             idle = idle + 1 if self.steps == self.began else 0  # nothing that could be done
         return False, self.steps
 
-    def _wrong(self):
-        """An offset (3,) m, mostly sideways, that puts a hand beside the thing."""
+    def _mistake(self):
+        """An offset (3,) m, mostly sideways, that puts a hand beside the thing; and, if the hand is
+        empty, in half of the cases fingers that are closed where they should be open, or open where
+        they should be closed, there or in the right place."""
         a, far = self.rng.uniform(0, 2 * np.pi), self.rng.uniform(0.025, 0.06)
-        return far * np.array([np.cos(a), np.sin(a), 0.3])
+        flip = -1 if self.rng.random() < 0.5 and not self.held() else 1
+        if flip < 0 and self.rng.random() < 0.5:
+            far = 0.0
+        return far * np.array([np.cos(a), np.sin(a), 0.3]), flip
 
     def target(self):
         return np.array(self.env.target_pos), np.array(self.env.target_euler)
@@ -895,14 +902,15 @@ class Recorder:
             return not op.run(op.set_down(), 90)
         weights = np.array([prior(t) / (1 + 2 * self.count[t]) ** 1.5 for t in tasks])
         task = str(rng.choice(tasks, p=weights / weights.sum()))
-        op.astray = int(rng.integers(12, 45)) if rng.random() < 0.2 else 0
+        op.astray = int(rng.integers(12, 45)) if rng.random() < 0.3 else 0
         self.count[task] += 1  # whatever comes of it, lest what fails be tried again and again
         aborted, start = rng.random() < 0.15, self.t
         success, _ = op.attempt(task, int(rng.integers(5, 45)) if aborted else 90 + op.astray)
         if not success:
             return not aborted
-        # The try that succeeded shows what was meant, and that it does not stop at the threshold.
-        self.settling = self.annotate(task, start + op.began)
+        # The try that succeeded shows what was meant, unless it did so by mistake, and that it does
+        # not stop at the threshold.
+        self.settling = not op.astray and self.annotate(task, start + op.began)
         op.run(islice(op.rest, 1), SETTLE)
         self.settling = False
         # Retreat, or let the next skill begin from here, as in a chain of instructions.
