@@ -794,8 +794,8 @@ def write(path, fill):
 
 
 # Tasks that need another one first come up less often; they are preferred when they are possible.
-PRIOR = {"unstack": 12, "place_in_drawer": 5, "stack": 3, "place": 2, "close": 0.4, "rotate": 1.5}
-PRIOR |= {"lift_drawer": 8, "lift_slider": 4}
+PRIOR = {"unstack": 8, "place_in_drawer": 4, "stack": 4, "place": 2, "close": 0.4, "rotate": 1.5}
+PRIOR |= {"lift_drawer": 6, "lift_slider": 4, "lift_table": 1.5, "push": 1.5}
 
 
 def prior(task):
@@ -884,7 +884,7 @@ class Recorder:
     def segment(self):
         """One piece of play, mostly a skill done well or badly. True if it failed."""
         op, rng = self.op, self.rng
-        noise = rng.uniform(0.1, 0.45) if rng.random() < 1 / 3 else 0.0
+        noise = rng.uniform(0.05, 0.25) if rng.random() < 1 / 3 else 0.0
         op.refresh().style(vary=rng.choice([0.0, 0.5, 1.0]), noise=noise)
         kind = rng.random()
         if kind < 0.04:  # idle
