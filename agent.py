@@ -165,7 +165,7 @@ def layers(n_in: int, hidden: int, count: int) -> nn.Sequential:
 
 
 class Actor(nn.Module):
-    """Eq. 4, first line: a_t ~ π_θ(a_t | s_t, g) (and the plan): a tanh-transformed Gaussian."""
+    """Eq. 4: a_t ~ π_θ(a_t | s_t, g) (and the plan): a tanh-transformed Gaussian."""
 
     def __init__(self, n_in: int, hidden: int, count: int):
         super().__init__()
@@ -189,7 +189,7 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    """Eq. 4, second line: v_ψ(s_t, g) ≈ E[ Σ_t γ^t r^int_t ]. (..., n) -> (...,)."""
+    """Eq. 4's second line: v_ψ(s_t, g) ≈ E[ Σ_t γ^t r^int_t ]. (..., n) -> (...,)."""
 
     def __init__(self, n_in: int, hidden: int, count: int):
         super().__init__()
@@ -241,13 +241,13 @@ class Agent(nn.Module):
         return [p for n, p in self.named_parameters() if "critic" not in n]
 
     # ------------------------------------------------------------------ goals and plans
-    def goal(self, v_last: Tensor, emb: Tensor) -> Tensor:
+    def goal(self, V_last: Tensor, emb: Tensor) -> Tensor:
         """Play windows come first and take their own end as goal, then the M with a sentence.
 
-        v_last (B, d): perceptual features of the window's last latent; emb (M, 384). -> g (B, g).
+        V_last (B, d): perceptual features of the window's last latent; emb (M, 384). -> g (B, g).
         """
-        n_play = len(v_last) - len(emb)
-        return torch.cat([self.goal_latent(v_last[:n_play]), self.goal_language(emb)])
+        n_play = len(V_last) - len(emb)
+        return torch.cat([self.goal_latent(V_last[:n_play]), self.goal_language(emb)])
 
     def propose(self, s_0: Tensor, g: Tensor) -> Tensor:
         """A plan (B, C*K) from the present alone, as at run time; (B, 0) without plans."""
@@ -295,10 +295,10 @@ class Agent(nn.Module):
         c, s_E, s_0 = self.config, batch["s_E"], batch["s_0"]
         T, B, _ = s_E.shape
         seen = torch.cat([s_0[None], s_E[1:]])  # (T, B, k)
-        v = self.perceptual(seen)  # (T, B, d)
-        g = self.goal(v[-1], batch["emb"])
-        q, features = self.recognition(v)
-        p = self.proposal(v[0], g)
+        V = self.perceptual(seen)  # (T, B, d)
+        g = self.goal(V[-1], batch["emb"])
+        q, features = self.recognition(V)
+        p = self.proposal(V[0], g)
         plan = P.sample_plan(q) if self.with_plan else s_0[:, :0]
         kl = P.kl_balanced(q, p, c.delta).mean() if self.with_plan else q.new_zeros(())
         contrast, accuracy = q.new_zeros(()), q.new_zeros(())
@@ -349,14 +349,14 @@ class Agent(nn.Module):
         real = real_steps(batch)
         mean = lambda x: x[real].mean()
         seen = torch.cat([s_0[None], s_E[1:]])
-        v = self.perceptual(seen)
-        g = self.goal(v[-1], batch["emb"])
-        q, features = self.recognition(v)
+        V = self.perceptual(seen)
+        g = self.goal(V[-1], batch["emb"])
+        q, features = self.recognition(V)
         plans = {"proposed": self.propose(s_0, g)}
         figures = {}
         if self.with_plan:
             plans["recognised"] = P.sample_plan(q)
-            kl = P.kl_balanced(q, self.proposal(v[0], g), self.config.delta)
+            kl = P.kl_balanced(q, self.proposal(V[0], g), self.config.delta)
             figures["plan_kl"] = kl.mean()
         for name, plan in plans.items():
             s_pi, a = self.imagine(world, s_0, g, plan, len(actions))

@@ -65,6 +65,19 @@ def naming(path, remedy: str):
         raise DataError(f"{path}: {e} ({type(e).__name__}). {remedy}.") from e
 
 
+def write(path: Path, fill) -> None:
+    """fill(file) writes beside, then it is renamed: the file is old or new, never half of one."""
+    part = path.with_name(f"part_{path.name}")
+    with naming(path, "Make room, or correct the permissions, and repeat the command"):
+        try:
+            path.parent.mkdir(exist_ok=True)
+            with open(part, "wb") as f:
+                fill(f)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
 def resize_area(images: np.ndarray, size: int = SIZE) -> np.ndarray:
     """uint8 (..., H, W, 3) -> (..., size, size, 3): area averaging, cv2.INTER_AREA's within 1."""
     *lead, H, W, C = images.shape
@@ -150,9 +163,8 @@ def embed(encoder: str = TEXT_ENCODER, assets: Path = ASSETS) -> None:
     every = parts[0] + parts[1]
     if e.shape != (len(every), EMBEDDING) or not np.isfinite(e).all():
         raise DataError(f"{encoder} gave {e.shape}, not {(len(every), EMBEDDING)} finite numbers.")
-    with open(part := assets / "embeddings.part", "wb") as f:
-        np.savez(f, sentences=every, embeddings=e, text_encoder=spec["text_encoder"])
-    os.replace(part, assets / "embeddings.npz")
+    arrays = {"sentences": every, "embeddings": e, "text_encoder": spec["text_encoder"]}
+    write(assets / "embeddings.npz", lambda f: np.savez(f, **arrays))
 
 
 def read_frame(folder: Path, i: int, scene: bool, sizes: dict[str, tuple]) -> dict:
@@ -233,10 +245,8 @@ def annotate(folder, spans, encoder: str = TEXT_ENCODER) -> None:
     told = {task: {"emb": e[None, None], "ann": [sentence]} for (task, sentence), e in told}
     files[folder / "validation" / lang / "embeddings.npy"] = told
     for path, content in files.items():
-        path.parent.mkdir(exist_ok=True)
-        with open(part := path.with_suffix(".part"), "wb") as f:
-            np.save(f, np.array(content, dtype=object), allow_pickle=True)
-        os.replace(part, path)
+        array = np.array(content, dtype=object)
+        write(path, lambda f, x=array: np.save(f, x, allow_pickle=True))
     print({split: len(of) for split, of in found.items()}, "spans,", len(asked), "tasks")
 
 
@@ -331,12 +341,12 @@ def pack(src, dst, skip: int = 1, lang_folder=f"lang_{TEXT_ENCODER}", procs: int
     meta, total = splits["training"]["meta"], sum(len(p["ids"]) for p in splits.values())
     if meta != splits["validation"]["meta"]:
         raise DataError(f"{src}: recording.json differs between training/ and validation/.")
-    told = read_held_out(src / "validation" / lang_folder) if meta["text_encoder"] else {}
     key, old = json.dumps([str(src), meta, total]), part / "packing.json"
     if dst.exists() or (old.exists() and old.read_text() != key):
         raise DataError(f"{dst} exists, or {part} of another recording or options. Remove it.")
     with naming(part, "Make room, or give another folder"):
-        part.mkdir(parents=True, exist_ok=True)
+        for name in splits:
+            (part / name).mkdir(parents=True, exist_ok=True)
         old.write_text(key)
     size = total * sum(int(np.prod(s)) * DTYPES[k]().itemsize for k, s in SHAPES.items()) / 1e9
     free, had = shutil.disk_usage(part).free / 1e9, sum(f.stat().st_size for f in part.glob("*/*"))
@@ -347,7 +357,6 @@ def pack(src, dst, skip: int = 1, lang_folder=f"lang_{TEXT_ENCODER}", procs: int
         for name, p in splits.items():
             out, ids, to = part / name, p["ids"], {}
             dots = out / "dots"  # one for every block that is written
-            out.mkdir(exist_ok=True)
             done = dots.stat().st_size if dots.exists() else 0
             for k, s in SHAPES.items():
                 args = out / f"{k}.npy", (len(ids), *s), DTYPES[k]
@@ -358,15 +367,15 @@ def pack(src, dst, skip: int = 1, lang_folder=f"lang_{TEXT_ENCODER}", procs: int
             for r, block in zip(rows, ahead(pool, read_block, jobs, 2 * procs), strict=True):
                 for k, x in block.items():
                     to[k][r : r + BLOCK] = x
-                with open(dots, "a") as f:
-                    f.write(".")
+                with naming(dots, "Make room, repeat the command: it goes on"):
+                    with open(dots, "a") as f:
+                        f.write(".")
                 bar.update(len(x))
             with naming(out, "Make room, repeat the command: it goes on"):
                 for k, x in p["small"].items():
                     np.save(out / f"{k}.npy", x)
                 (out / "lang.json").write_text(json.dumps(p["lang"]))
     with naming(part, "Make room, repeat the command: it goes on"):
-        np.savez(part / "validation" / "instructions.npz", **told)
         (part / "meta.json").write_text(json.dumps(meta))
         os.rename(part, dst)
     print(f"{dst}: {total} frames, {size:.2f} GB")
@@ -394,11 +403,17 @@ class PlayData:
     def __len__(self) -> int:
         return len(self.actions)
 
-    def frames(self, index: np.ndarray) -> dict[str, torch.Tensor]:
+    def stretches(self, L: int) -> np.ndarray:
+        """First rows (n,) of stretches of L frames that lie in one episode and share no frame."""
+        return np.concatenate([np.arange(a, b - L + 1, L) for a, b in self.episodes])
+
+    def frames(self, index: np.ndarray, fresh: bool = False) -> dict[str, torch.Tensor]:
         """Rows index (L, B) as a batch: rgb_* (L, B, 64, 64, 3) uint8, robot_obs (L, B, 15),
-        a_prev (L, B, 7) and reset (L, B), which is True where an episode starts."""
+        a_prev (L, B, 7) and reset (L, B), which is True where an episode starts, and where the
+        batch does if it is a fresh one, which forgets what came before."""
         batch = {k: getattr(self, k)[index] for k in (*CAMERAS, "robot_obs")}
         batch["reset"], batch["a_prev"] = self.is_start[index], self.actions[index - 1]
+        batch["reset"][0] |= fresh
         batch["a_prev"][batch["reset"]] = NO_ACTION
         return {k: torch.from_numpy(x) for k, x in batch.items()}
 
@@ -436,10 +451,8 @@ class Sequences:
             first = np.random.default_rng([self.seed, step]).choice(self.pool, self.B)
             first = np.minimum(first, ends[np.searchsorted(ends, first, "right")] - self.L)
         # After the last row of the data comes the first, an episode's start.
-        batch = self.data.frames((first[self.part] + np.arange(self.L)[:, None]) % N)
-        if i == 0 or not self.carry:
-            batch["reset"][0], batch["a_prev"][0] = True, torch.tensor(NO_ACTION)
-        return batch
+        index = (first[self.part] + np.arange(self.L)[:, None]) % N
+        return self.data.frames(index, fresh=i == 0 or not self.carry)
 
 
 class Windows:

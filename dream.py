@@ -75,8 +75,8 @@ def latents_of_spans(
     out = torch.empty(len(spans), lengths.max(), world.config.latent, dtype=torch.float16)
     for i in trange(0, len(spans), batch, desc="judge: latents", unit="batch"):
         first, last = spans[i : i + batch].T
-        frames = play.frames(np.minimum(first + np.arange(lengths.max())[:, None], last - 1))
-        frames["reset"][0], frames["a_prev"][0] = True, torch.tensor(D.NO_ACTION)
+        rows = np.minimum(first + np.arange(lengths.max())[:, None], last - 1)
+        frames = play.frames(rows, fresh=True)
         frames = {k: x.to(device) for k, x in frames.items()}
         h, z, _ = world.filter(frames, world.initial(len(first)))  # (L, B, H), (L, B, Z)
         out[i : i + batch] = torch.cat([h, z], -1).transpose(0, 1).half().cpu()

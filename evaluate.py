@@ -615,6 +615,7 @@ def evaluate_real(args) -> dict:
     embeddings = dict(zip(tasks, data.encode(sentences, encoder), strict=True))
     identity = {"env": "real", "method": c["config"]["method"], "step": c["step"]}
     identity |= {k: getattr(args, k) for k in ("checkpoint", "mean", "limit", "seed", "dry_run")}
+    identity["tasks"] = str(args.tasks)
     identity |= {f"robot.{k}": x for k, x in dataclasses.asdict(config).items()}
     log = args.out / "rollouts.jsonl"
     records = read_log(log, identity, ours=False)  # of another evaluation? Nothing is written yet
@@ -692,9 +693,8 @@ class Worker:
             rest = {k: s for k, s in self.sentences.items() if k not in known}
             emb = data.encode(list(rest.values()), encoder) if rest else ()  # (34, 384)
             self.embeddings = known | dict(zip(rest, emb, strict=True))
-            args.renderer = c["meta"]["renderer"].split("-")[
-                0
-            ]  # what it was trained on is what it must see
+            # What it was trained on is what it must see.
+            args.renderer = c["meta"]["renderer"].split("-")[0]
             self.info = {"method": c["config"]["method"], "seed": c["run"]["seed"]}
             self.info["training"] = {k: c[k] for k in ("step", "seconds", "run", "meta")}
         self.env, self.oracle = ENVIRONMENTS[args.env](bool(args.checkpoint or args.film), args)
@@ -793,6 +793,7 @@ def evaluate(worker: Worker) -> dict:
     identity = {"env": args.env, "method": args.policy, "seed": args.seed, **worker.info}
     identity |= {k: getattr(args, k) for k in ("checkpoint", "mean", "limit")}
     identity["evaluation_seed"] = args.seed
+    identity |= {"sentences": str(args.sentences)} if args.sentences else {}
     if args.env == "calvin":
         identity |= {"scene": args.scene, "renderer": args.renderer}
 
@@ -857,21 +858,22 @@ def predict(args, context: int = 5, frames: int = 200, clips: int = 8) -> dict:
     import data
     import train
 
-    stage = "agent" if Path(args.checkpoint).name.startswith("agent") else "wm"
-    checkpoint = train.load_checkpoint(Path(args.checkpoint), stage, args.device)
+    checkpoint = train.load_checkpoint(Path(args.checkpoint), None, args.device)
     world = train.load_world_model(checkpoint, args.device)
     play = data.PlayData(args.predict, "validation")
+    train.same_kind(checkpoint, play, args.predict)
     frames = min(frames, play.longest)
+    first = np.random.default_rng(args.seed).permutation(play.stretches(frames))[:clips]
     with writing(args.out):
         args.out.mkdir(parents=True, exist_ok=True)
-    batch = data.Sequences(play, clips, frames, args.seed, carry=False).batch(0)
+    batch = play.frames(first + np.arange(frames)[:, None], fresh=True)
     with torch.no_grad():
         torch.manual_seed(args.seed)
         seen, unseen = world.predict(train.to_device(batch, args.device), context)
     psnr = functools.partial(peak_signal_noise_ratio, data_range=255)
     ssim = functools.partial(structural_similarity, data_range=255, channel_axis=-1)
     result = {"checkpoint": args.checkpoint, "step": checkpoint["step"], "hz": play.meta["hz"]}
-    result |= {"context": context, "frames": frames, "clips": clips, "seed": args.seed}
+    result |= {"context": context, "frames": frames, "clips": len(first), "seed": args.seed}
     if "tcp" in unseen:  # [D5] medians over the clips
         tcp = batch["robot_obs"][..., :3].numpy()  # (T, B, 3)
         for name, x in {
@@ -891,7 +893,7 @@ def predict(args, context: int = 5, frames: int = 200, clips: int = 8) -> dict:
             result |= {f"{m}_{k}_{name}": np.round(c, 3).tolist() for m, c in curves.items()}
         both = np.concatenate([truth, unseen[k].cpu().numpy()], 2)  # (T, B, 128, 64, 3)
         moments = np.linspace(context - 1, frames - 1, 14).astype(int)
-        strip += [np.concatenate(both[moments, b], 1) for b in (0, 1)]
+        strip += [np.concatenate(both[moments, b], 1) for b in range(min(2, len(first)))]
         film.append(np.concatenate(both[:, :4].swapaxes(0, 1), 2))  # (T, 128, 4 * 64, 3)
     double = lambda x: x.repeat(2, -3).repeat(2, -2)
     picture = imageio.imwrite("<bytes>", double(np.concatenate(strip)), extension=".png")

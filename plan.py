@@ -2,7 +2,7 @@
 
     symbol   code      shape        meaning
     s_t      s         (T, B, k)    latent states of a window                      Eq. 1
-    V        v         (T, B, d)    perceptual representation of the window        App. B
+    V        V         (T, B, d)    perceptual representation of the window        App. B
     l        emb       (M, 384)     sentence embedding (paraphrase-MiniLM-L3-v2)   App. B
     g        g         (B, g)       latent goal, of a sentence or a last latent    Sec. IV-B
              features  (B, F)       what the transformer says of the whole window  App. B
@@ -94,7 +94,7 @@ class PerceptualEncoder(nn.Module):
 
 
 class GoalEncoder(nn.Module):
-    """A goal (B, n) -> g (B, g). One for sentences (n = 384), one for the window's last v (n = d).
+    """A goal (B, n) -> g (B, g). One for sentences (n = 384), one for the window's last V (n = d).
 
     Two hidden layers of 2048 as in HULC, and a LayerNorm at the end [D7].
     """
@@ -123,9 +123,9 @@ class PlanRecognition(nn.Module):
         self.features = nn.Linear(d, features)
         self.logits = nn.Linear(features, plan[0] * plan[1])
 
-    def forward(self, v: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, V: Tensor) -> tuple[Tensor, Tensor]:
         # The mean over time and the linear layer commute; the mean first costs T times less.
-        features = self.features(self.transformer(v + self.position[: len(v)]).mean(0))
+        features = self.features(self.transformer(V + self.position[: len(V)]).mean(0))
         return self.logits(features).float().unflatten(-1, self.plan), features
 
 

@@ -90,10 +90,8 @@ class Way(NamedTuple):
 class Operator:
     """Solves one task at a time from wherever the arm is.
 
-    env: sim.PlayTable or its like. rng: numpy Generator (used only when vary or noise is set).
+    env: sim.PlayTable or its like. rng: numpy Generator (used only where style() asks for it).
     on_step(action (7,), obs, info) is called after every step; render=True: obs carries pictures.
-    noise: standard deviation of correlated noise on the arm's six numbers; vary: 0 is the quickest
-    way, 1 varies speeds, approaches and grasps as a person would.
     """
 
     def __init__(self, env, rng=None, oracle=sim.oracle, on_step=None, render=False):
@@ -102,7 +100,9 @@ class Operator:
         self.style()
 
     def style(self, vary=0.0, noise=0.0, astray=0):
-        """How the next skills are done; astray: for how many frames the next one goes wrong."""
+        """How the next skills are done. vary: 0 is the quickest way, 1 varies speeds, approaches
+        and grasps as a person would; noise: standard deviation of correlated noise on the arm's six
+        numbers; astray: for how many frames the next skill goes wrong."""
         r = self.rng
         self.noise, self.ou, self.astray, self.vary = noise, np.zeros(6), astray, vary
         self.pace = 1.0 if not vary else r.uniform(0.55, 1.0) if r.random() < 0.4 else 1.0
@@ -974,7 +974,7 @@ def record(folder, frames, val_frames, procs=2, seed=0, make=make_sim, about=SIM
     print(f"recorded in {folder} (seed {seed}):")
     for split in ("training", "validation"):
         _finish(folder / split, split, seed)
-    print(f"next: python data.py pack {folder} PACKED")
+    print(f"next: python data.py pack {folder} PACKED --skip 2    (15 Hz, as --preset sim)")
 
 
 def _claim(place, n, seed, about):

@@ -106,26 +106,37 @@ def check_device(device: str) -> None:
         raise ValueError(f"{what}. Give --device cpu, or install a torch for it.") from error
 
 
-def load_checkpoint(path: Path, stage: str, device: str) -> dict:
-    """A plain dict of one of the two stages, and its path. Raises ValueError naming the file and
-    the remedy."""
+def load_checkpoint(path: Path, stage: str | None, device: str) -> dict:
+    """A plain dict of one of the two stages (None: either), and its path. Raises ValueError naming
+    the file and the remedy."""
+    command = f"python train.py --stage {stage or 'wm'}"
     if not Path(path).exists():
-        raise ValueError(f"{path} does not exist; make it with: python train.py --stage {stage}")
+        raise ValueError(f"{path} does not exist; make it with: {command}")
     check_device(device)
-    remedy = f"copy it anew, or remove it and train again: python train.py --stage {stage}"
+    remedy = f"copy it anew, or remove it and train again: {command}"
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
         what = f"{path} is no checkpoint of train.py, or damaged"
         raise ValueError(f"{what}; {remedy} ({error})") from error
-    if not isinstance(checkpoint, dict) or checkpoint.get("stage") != stage:
-        got = checkpoint.get("stage") if isinstance(checkpoint, dict) else type(checkpoint).__name__
-        raise ValueError(f"{path} holds stage {got!r}; this needs one of --stage {stage}")
+    got = checkpoint.get("stage") if isinstance(checkpoint, dict) else type(checkpoint).__name__
+    if got not in ((stage,) if stage else ("wm", "agent")):
+        raise ValueError(f"{path} holds stage {got!r}; this needs one of {command[16:]}")
     needs = "config model meta run step seconds text_encoder".split()
-    needs += ["world_model"] if stage == "agent" else []
+    needs += ["world_model"] if got == "agent" else []
     if missing := [k for k in needs if k not in checkpoint]:
         raise ValueError(f"{path} lacks {', '.join(missing)}; {remedy}")
     return checkpoint | {"path": str(path)}
+
+
+def same_kind(checkpoint: dict, data: D.PlayData, name: str) -> None:
+    """ValueError unless data is of the kind that a world model has seen."""
+    for key in ("text_encoder", "hz", "action_scale", "renderer", "frame"):
+        named = ({"frame": "base"} | meta for meta in (checkpoint["meta"], data.meta))
+        there, here = (meta.get(key) for meta in named)
+        if there != here:
+            what = f"{checkpoint['path']} was trained on data with {key} {there}, {name} has {here}"
+            raise ValueError(f"{what}. Give it data of its kind, or train one on this: --stage wm")
 
 
 @contextmanager
@@ -202,8 +213,8 @@ class Run:
         if self.ranks > 1 and kind == "cuda":
             self.device = f"cuda:{os.environ['LOCAL_RANK']}"
         check_device(self.device)
-        bf16 = config.precision == "bf16" or (config.precision == "auto" and has_bf16(kind))
-        self.autocast = lambda: torch.autocast(kind, torch.bfloat16, enabled=bf16)
+        self.bf16 = config.precision == "bf16" or (config.precision == "auto" and has_bf16(kind))
+        self.autocast = lambda: torch.autocast(kind, torch.bfloat16, enabled=self.bf16)
         if self.ranks > 1:  # under torchrun
             if kind == "cuda":
                 torch.cuda.set_device(self.device)
@@ -229,7 +240,8 @@ class Run:
             pass
         settings = dataclasses.asdict(config) | dataclasses.asdict(model_config)
         print(json.dumps(settings, indent=1, ensure_ascii=False))
-        how = f"{'bf16' if bf16 else 'fp32'} products, {self.steps} steps, {self.ranks} processes"
+        products = "bf16" if self.bf16 else "fp32"
+        how = f"{products} products, {self.steps} steps, {self.ranks} processes"
         print(f"device {self.device}, {how}")
 
     def part(self, n: int) -> slice:
@@ -283,10 +295,11 @@ class Run:
                 f"{self.checkpoint_path} was trained with another configuration:\n{lines}\n"
                 "Give the same options to go on with it, or another --out to begin anew."
             )
-        if c["meta"] != self.data.meta:
+        there, here = (c["meta"], c.get("frames")), (self.data.meta, len(self.data))
+        if there != here:
             sys.exit(
-                f"{self.checkpoint_path} was trained on other data, {c['meta']}; "
-                f"{self.config.data} is {self.data.meta}. Give that data, or another --out."
+                f"{self.checkpoint_path} was trained on other data, {there}; "
+                f"{self.config.data} is {here}. Give that data, or another --out."
             )
         for name, module in modules.items():
             try:
@@ -324,6 +337,7 @@ class Run:
             "stage": self.config.stage, "step": step, "seconds": self.seconds,
             "config": dataclasses.asdict(self.model_config), "run": dataclasses.asdict(self.config),
             "meta": self.data.meta, "text_encoder": self.data.meta["text_encoder"],
+            "frames": len(self.data),
             "optimizer": {k: o.state_dict() for k, o in optimizers.items()}, "random": random,
         }  # fmt: skip
         checkpoint |= {k: m.state_dict() for k, m in modules.items()} | more
@@ -399,7 +413,8 @@ def has_bf16(device: str) -> bool:
     """Whether bf16 matrix products are faster than fp32 here."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported()
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    mkldnn = torch.backends.mkldnn.is_available()  # not in every torch
+    return mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 # ---------------------------------------------------------------------------- stage wm
@@ -475,12 +490,11 @@ def train_world_model(run: Run) -> None:
 
 def eventful(data: D.PlayData, L: int, n: int = 3) -> dict[str, Tensor]:
     """The n stretches of L frames in which doors and lights change most: worth a prediction."""
-    starts = np.concatenate([np.arange(a, b - L + 1, L) for a, b in data.episodes])
+    starts = data.stretches(L)
     scene = data.scene_obs[:, [0, 1, 4, 5]] / [0.28, 0.22, 1, 1]  # door, drawer, bulb, led
     change = [np.ptp(scene[a : a + L], axis=0).sum() for a in starts]
-    batch = data.frames(np.sort(starts[np.argsort(change)[-n:]]) + np.arange(L)[:, None])
-    batch["reset"][0], batch["a_prev"][0] = True, torch.tensor(D.NO_ACTION)
-    return batch
+    first = np.sort(starts[np.argsort(change)[-n:]])
+    return data.frames(first + np.arange(L)[:, None], fresh=True)
 
 
 def prediction_picture(world: W.WorldModel, batch: dict[str, Tensor], context: int = 5):
@@ -508,7 +522,8 @@ def cache_latents(world: W.WorldModel, data: D.PlayData, run: Run) -> D.Latents:
     The set is cut into stretches that are filtered side by side; each begins `warm` frames early,
     so that its first kept latent has a history too. Also z after a reset, per frame [D8].
     """
-    c, key, device = world.config, identity(world.state_dict()), run.device
+    c, device = world.config, run.device
+    key = identity(world.state_dict()) + "-bf16" * run.bf16
     if D.Latents.exists(data, key):
         return D.Latents.open(data, key)
     out = D.Latents.create(data, key, c.deterministic, c.categoricals)
@@ -641,12 +656,10 @@ def train_agent(run: Run) -> None:
     c, data, device = run.model_config, run.data, run.device
     held_out = D.PlayData(run.config.data, "validation")
     world_checkpoint = load_checkpoint(run.out / "wm.pt", "wm", device)
-    for key in ("text_encoder", "hz", "action_scale"):
-        if world_checkpoint["meta"][key] != data.meta[key]:
-            sys.exit(
-                f"{run.out / 'wm.pt'} was trained on data with {key} "
-                f"{world_checkpoint['meta'][key]}, {run.config.data} has {data.meta[key]}"
-            )
+    same_kind(world_checkpoint, data, run.config.data)
+    done, planned = world_checkpoint["step"], world_checkpoint["run"]["steps"]
+    if done < (planned or STEPS[world_checkpoint["run"]["preset"]]["wm"]) and run.rank == 0:
+        print(f"note: {run.out / 'wm.pt'} is of step {done}; its training was not finished")
     world = load_world_model(world_checkpoint, device)
     latents = [run.first(cache_latents, world, x, run) for x in (data, held_out)]
     batches = WindowBatches(data, latents[0], c, world, run.config.seed, device, run.part)

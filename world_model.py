@@ -235,7 +235,7 @@ class Head(nn.Module):
 
 
 class WorldModel(nn.Module):
-    """Eq. 1: encoder, recurrent state f, representation model q, dynamics predictor p, decoder."""
+    """Encoder, recurrent state f, representation model q, dynamics predictor p, decoder (Eq. 1)."""
 
     def __init__(self, config: WorldModelConfig):
         super().__init__()

@@ -155,9 +155,6 @@ def test_packing_keeps_every_frame_and_number(play, packed):
     assert play.spans.tolist() == [[33, 97], [133, 163], [201, 265]]  # (s, s + 64) is 64 frames
     assert play.meta["hz"] == 30 and play.meta["source"] == "calvin"
     assert play.meta["text_encoder"] == D.TEXT_ENCODER
-    with np.load(packed / "validation" / "instructions.npz") as z:
-        assert z["tasks"].tolist() == ["open_drawer"] and z["sentences"].tolist() == ["open it"]
-        assert z["embeddings"].shape == (1, 384)
     assert not Path(f"{packed}.part").exists()
 
 

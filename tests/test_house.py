@@ -56,8 +56,8 @@ def test_each_equation_is_found_once_in_the_code_and_has_a_test(number):
         line
         for name in ("world_model", "plan", "agent")
         for line in (ROOT / f"{name}.py").read_text().splitlines()
-        if re.search(rf"Eq\. {number}[:,]", line) and "#" not in line.split("Eq.")[-1]
+        if f"Eq. {number}: " in line
     ]
-    assert lines, f"Eq. {number} is not marked in the code"
+    assert len(lines) == 1, f"Eq. {number} is marked in {lines}"
     tests = "".join(p.read_text() for p in (ROOT / "tests").glob("test_*.py"))
     assert re.search(rf"def test_eq{number}_", tests)

@@ -380,17 +380,42 @@ def test_kill_9_loses_only_the_steps_since_the_last_checkpoint(packed, tmp_path)
         time.sleep(0.05)
     run.kill()
     run.wait()
-    step = torch.load(tmp_path / "wm.pt", weights_only=True)["step"]
-    train.main([*WM, *OFTEN, "--data", packed, "--out", str(tmp_path), "--steps", str(step + 2)])
-    assert torch.load(tmp_path / "wm.pt", weights_only=True)["step"] == step + 2
+    load = lambda out: torch.load(out / "wm.pt", weights_only=True)
+    steps = str(load(tmp_path)["step"] + 2)
+    for out in (tmp_path, tmp_path / "undisturbed"):
+        train.main([*WM, *OFTEN, "--data", packed, "--out", str(out), "--steps", steps])
+    killed, undisturbed = load(tmp_path), load(tmp_path / "undisturbed")
+    assert killed["step"] == undisturbed["step"] == int(steps)
+    for name, x in killed["model"].items():
+        assert torch.equal(x, undisturbed["model"][name]), name
+
+
+def test_the_learning_rate_falls_to_zero_in_the_last_part(packed, trained, tmp_path, monkeypatch):
+    """[D7]: with --anneal 0.5 of 4 steps, the last two at a full and at half the rate."""
+    rates, step = [], torch.optim.AdamW.step
+
+    def spy(optimizer, *args, **kwargs):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return step(optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    shutil.copy(f"{trained}/wm.pt", tmp_path / "wm.pt")
+    options = [*AGENT, "--data", packed, "--out", str(tmp_path), "--critic_lr", "1.0"]
+    train.main([*options, "--anneal", "0.5", "--steps", "4"])
+    options = [*WM, "--data", packed, "--out", str(tmp_path / "wm"), "--learning_rate", "1e-4"]
+    train.main([*options, "--anneal", "0.5", "--steps", "4"])
+    assert rates[:8] == pytest.approx(
+        [1.0, 1.0, 1.0, 0.5, 1e-4, 1e-4, 1e-4, 5e-5]
+    )  # then the probe
 
 
 def test_predictions_of_figure_3_are_judged_after_the_context(packed, trained, tmp_path):
     argv = ["--checkpoint", f"{trained}/wm.pt", "--predict", packed, "--out", str(tmp_path / "out")]
     result = evaluate.main(argv)
     assert result == json.loads((tmp_path / "out" / "prediction.json").read_text())
-    assert (result["frames"], result["context"]) == (80, 5)  # the longest episode's
+    # Those of the longest episode; no two clips share a frame, and there are two such episodes.
+    assert (result["frames"], result["context"], result["clips"]) == (80, 5, 2)
     assert len(result["psnr_static_prediction"]) == len(result["ssim_gripper_copy"]) == 75
     # Held still, the picture with the dot moving is off from the first step on; exact: infinite dB.
     assert 5 < min(result["psnr_static_copy"]) <= max(result["psnr_static_copy"]) < 40
-    assert imageio.imread(tmp_path / "out" / "prediction.gif").shape[1:3] == (512, 512)
+    assert imageio.imread(tmp_path / "out" / "prediction.gif").shape[1:3] == (512, 256)
