@@ -50,6 +50,9 @@ NO_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)  # before the first step: the gr
 CALVIN = {"source": "calvin", "renderer": "egl", "hz": 30, "action_scale": [0.02, 0.05]}
 
 
+MAKE_ROOM = "Make room, or correct the permissions, and repeat the command: it goes on"
+
+
 class DataError(RuntimeError):
     """Data that cannot be used. The message names the file, what is wrong and the remedy."""
 
@@ -68,7 +71,7 @@ def naming(path, remedy: str):
 def write(path: Path, fill) -> None:
     """fill(file) writes beside, then it is renamed: the file is old or new, never half of one."""
     part = path.with_name(f"part_{path.name}")
-    with naming(path, "Make room, or correct the permissions, and repeat the command"):
+    with naming(path, MAKE_ROOM):
         try:
             path.parent.mkdir(exist_ok=True)
             with open(part, "wb") as f:
@@ -367,15 +370,15 @@ def pack(src, dst, skip: int = 1, lang_folder=f"lang_{TEXT_ENCODER}", procs: int
             for r, block in zip(rows, ahead(pool, read_block, jobs, 2 * procs), strict=True):
                 for k, x in block.items():
                     to[k][r : r + BLOCK] = x
-                with naming(dots, "Make room, repeat the command: it goes on"):
+                with naming(dots, MAKE_ROOM):
                     with open(dots, "a") as f:
                         f.write(".")
                 bar.update(len(x))
-            with naming(out, "Make room, repeat the command: it goes on"):
+            with naming(out, MAKE_ROOM):
                 for k, x in p["small"].items():
                     np.save(out / f"{k}.npy", x)
                 (out / "lang.json").write_text(json.dumps(p["lang"]))
-    with naming(part, "Make room, repeat the command: it goes on"):
+    with naming(part, MAKE_ROOM):
         (part / "meta.json").write_text(json.dumps(meta))
         os.rename(part, dst)
     print(f"{dst}: {total} frames, {size:.2f} GB")

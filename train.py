@@ -72,29 +72,8 @@ RESUMABLE = "steps log_every validate_every checkpoint_every device compile out 
 
 
 # ---------------------------------------------------------------------------- checkpoints
-@contextmanager
-def writing(path: Path):
-    """A disk that is full, or may not be written, ends the run with the file and the remedy."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:  # torch.save raises the latter
-        remedy = "Make room, repeat the command: it goes on from the last checkpoint"
-        sys.exit(f"could not write {path}: {error}. {remedy}.")
-
-
-def write(path: Path, fill) -> None:
-    """fill(part) writes beside, then it is renamed: the file is old or new, never half of one."""
-    part = path.with_name(f"part_{path.name}")
-    with writing(path):
-        try:
-            fill(part)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-
-
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    write(path, lambda part: torch.save(checkpoint, part))
+    D.write(path, lambda file: torch.save(checkpoint, file))
 
 
 def check_device(device: str) -> None:
@@ -323,7 +302,7 @@ class Run:
                 records = [r for r in records if r["step"] <= c["step"]]
                 self.validated = {r["step"] for r in records if r["kind"] == "validate"}
             text = "".join(json.dumps(r) + "\n" for r in records)
-            write(self.log_path, lambda part: part.write_text(text))
+            D.write(self.log_path, lambda file: file.write(text.encode()))
         print(f"going on from step {c['step']} of {self.checkpoint_path}")
         return c["step"], c
 
@@ -367,7 +346,7 @@ class Run:
             return
         record = {"step": step, "kind": kind, "hours": round(self.seconds / 3600, 4)}
         record |= {k: float(f"{float(v):.5g}") for k, v in figures.items()}
-        with writing(self.log_path), self.log_path.open("a") as f:
+        with D.naming(self.log_path, D.MAKE_ROOM), self.log_path.open("a") as f:
             f.write(json.dumps(record) + "\n")
         tqdm.write("  ".join(f"{k} {v}" for k, v in record.items()), file=sys.stdout)
         for k, v in figures.items() if self.board else ():
@@ -377,7 +356,7 @@ class Run:
         """(H, W, 3) uint8, kept as pictures/name_step.png and shown in TensorBoard."""
         path = self.out / "pictures" / f"{name}_{step:07d}.png"
         png = imageio.imwrite("<bytes>", image, extension=".png")
-        write(path, lambda part: part.write_bytes(png))
+        D.write(path, lambda file: file.write(png))
         if self.board:
             self.board.add_image(name, image, step, dataformats="HWC")
 
@@ -594,7 +573,7 @@ def probe(run: Run, world: W.WorldModel, train: tuple, held_out: tuple) -> None:
         result = {"step": run.steps} | probe_figures(net(x_test) * std + mean, y_test)
     result["chance"] = probe_figures(y.median(0).values, y_test)  # of 0 and 1: the majority
     text = json.dumps(result, indent=1) + "\n"
-    write(run.out / "probe.json", lambda part: part.write_text(text))
+    D.write(run.out / "probe.json", lambda file: file.write(text.encode()))
     print("probe of held-out latents (median errors; chance: the training split's median):")
     print(json.dumps(result))
 
@@ -708,7 +687,7 @@ def train_agent(run: Run) -> None:
         for plan in ("proposed", "recognised") if agent.with_plan else ("proposed",):
             mean[f"tracking_{plan}"] = (mean[f"reward_{plan}"] - mean["reward_hold"]) / span
         text = json.dumps({"step": step} | mean, indent=1) + "\n"  # the last one, to keep
-        write(run.out / "tracking.json", lambda part: part.write_text(text))
+        D.write(run.out / "tracking.json", lambda file: file.write(text.encode()))
         run.log(step, mean)
 
     def save(step: int) -> None:

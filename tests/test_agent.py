@@ -211,6 +211,24 @@ def test_no_ditto_is_squared_error_on_expert_latents_without_imagination():
     assert loss_critic == 0
 
 
+def test_cloning_may_follow_imagined_states_and_leave_out_the_padding(world):
+    """[D14, D15]: the error along the states that its own actions lead to, over real steps."""
+    options = {"clone_imagined": True, "mask_padding": True, "alpha_1": 0.0, "alpha_2": 0.0}
+    agent, batch = make_agent(method="no_ditto", **options).eval(), windows()
+    lengths = [12, 7, 2, 12, 3, 12, 9, 5]
+    batch["length"] = torch.tensor(lengths)
+    torch.manual_seed(1)
+    loss, _, _ = agent.losses(world, batch)
+    torch.manual_seed(1)
+    V = agent.perceptual(torch.cat([batch["s_0"][None], batch["s_E"][1:]]))
+    plan = A.P.sample_plan(agent.recognition(V)[0])
+    g = agent.goal(V[-1], batch["emb"])
+    _, a = agent.imagine(world, batch["s_0"], g, plan, 11)
+    error = ((a - batch["a"][:-1]) ** 2).mean(-1)
+    real = torch.cat([error[: n - 1, b] for b, n in enumerate(lengths)])
+    assert torch.allclose(loss, real.mean(), atol=1e-6)
+
+
 def test_no_latent_plan_has_no_plan_input_and_still_aligns(world):
     agent = make_agent(method="no_latent_plan")
     assert agent.actor.body[0].in_features == TINY.latent + CONFIG.goal

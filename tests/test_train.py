@@ -304,7 +304,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(train.torch, "save", full)
-    with pytest.raises(SystemExit, match="No space left"):
+    with pytest.raises(data.DataError, match="No space left"):
         train.save_checkpoint(path, {"step": 2})
     assert torch.load(path, weights_only=True) == {"step": 1}
     assert list(tmp_path.iterdir()) == [path]
