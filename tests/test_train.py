@@ -299,8 +299,8 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "wm.pt"
     train.save_checkpoint(path, {"step": 1})
 
-    def full(_, part):
-        part.write_bytes(b"half")
+    def full(_, file):
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(train.torch, "save", full)
