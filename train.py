@@ -62,7 +62,7 @@ class RunConfig:
 # Steps of each stage; the paper does not say [D7].
 STEPS = {
     "paper": {"wm": 2_000_000, "agent": 100_000},
-    "sim": {"wm": 12_000, "agent": 16_000},
+    "sim": {"wm": 12_000, "agent": 20_000},
     "tiny": {"wm": 300, "agent": 200},
 }
 DEVICES = ("auto", "cpu", "cuda")
