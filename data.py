@@ -50,7 +50,7 @@ NO_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)  # before the first step: the gr
 CALVIN = {"source": "calvin", "renderer": "egl", "hz": 30, "action_scale": [0.02, 0.05]}
 
 
-MAKE_ROOM = "Make room, or correct the permissions, and repeat the command: it goes on"
+MAKE_ROOM = "Make room, or correct the permissions, and repeat the command"
 
 
 class DataError(RuntimeError):
@@ -71,14 +71,15 @@ def naming(path, remedy: str):
 def write(path: Path, fill) -> None:
     """fill(file) writes beside, then it is renamed: the file is old or new, never half of one."""
     part = path.with_name(f"part_{path.name}")
-    with naming(path, MAKE_ROOM):
-        try:
-            path.parent.mkdir(exist_ok=True)
-            with open(part, "wb") as f:
-                fill(f)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        with open(part, "wb") as f:
+            fill(f)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter
+        raise DataError(f"could not write {path}: {error}. {MAKE_ROOM}.") from error
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def resize_area(images: np.ndarray, size: int = SIZE) -> np.ndarray:

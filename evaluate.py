@@ -51,6 +51,7 @@ import teleop
 
 HERE = Path(__file__).resolve().parent
 SHIPPED = HERE / "assets/sim.pt"  # by train.publish
+TABLETOP = HERE / "assets/tabletop.json"  # the real robot's tasks
 LIMIT = 360  # simulator steps per instruction: 12 s
 FILM_STEPS, FILM_FPS, FILM_FRAMES = 4, 15, 240  # a picture every 4 steps, shown twice as fast
 MARKS = {None: ("#404040", ""), True: ("#188038", ": solved"), False: ("#c5221f", ": failed")}
@@ -615,7 +616,7 @@ def evaluate_real(args) -> dict:
     embeddings = dict(zip(tasks, data.encode(sentences, encoder), strict=True))
     identity = {"env": "real", "method": c["config"]["method"], "step": c["step"]}
     identity |= {k: getattr(args, k) for k in ("checkpoint", "mean", "limit", "seed", "dry_run")}
-    identity["tasks"] = str(args.tasks)
+    identity |= {"task_file": str(args.tasks)} if args.tasks != TABLETOP else {}
     identity |= {f"robot.{k}": x for k, x in dataclasses.asdict(config).items()}
     log = args.out / "rollouts.jsonl"
     records = read_log(log, identity, ours=False)  # of another evaluation? Nothing is written yet
@@ -939,7 +940,7 @@ def parse(argv=None) -> argparse.Namespace:
     add("--instruction", metavar="SENTENCE", help="follow one free sentence instead, and film it")
     add("--predict", metavar="DATA", help="no policy: Fig. 3's long predictions of packed play")
     add("--robot", type=Path, help="real: JSON file of robot.RobotConfig's fields")
-    add("--tasks", type=Path, default=HERE / "assets/tabletop.json", help="real: tasks and chains")
+    add("--tasks", type=Path, default=TABLETOP, help="real: tasks and chains")
     add("--rollouts", type=int, default=20, help="real: of each task, before the chains")
     add("--data", help="dream: packed data for its judge, if the policy's has moved")
     add("--dream", action="store_true", help="real: its rollouts again, in the world model")

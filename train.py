@@ -100,7 +100,9 @@ def load_checkpoint(path: Path, stage: str | None, device: str) -> dict:
         raise ValueError(f"{what}; {remedy} ({error})") from error
     got = checkpoint.get("stage") if isinstance(checkpoint, dict) else type(checkpoint).__name__
     if got not in ((stage,) if stage else ("wm", "agent")):
-        raise ValueError(f"{path} holds stage {got!r}; this needs one of {command[16:]}")
+        raise ValueError(
+            f"{path} holds stage {got!r}; this needs one of --stage {stage or 'wm or agent'}"
+        )
     needs = "config model meta run step seconds text_encoder".split()
     needs += ["world_model"] if got == "agent" else []
     if missing := [k for k in needs if k not in checkpoint]:
@@ -110,7 +112,7 @@ def load_checkpoint(path: Path, stage: str | None, device: str) -> dict:
 
 def same_kind(checkpoint: dict, data: D.PlayData, name: str) -> None:
     """ValueError unless data is of the kind that a world model has seen."""
-    for key in ("text_encoder", "hz", "action_scale", "renderer", "frame"):
+    for key in ("hz", "action_scale", "renderer", "frame"):
         named = ({"frame": "base"} | meta for meta in (checkpoint["meta"], data.meta))
         there, here = (meta.get(key) for meta in named)
         if there != here:
@@ -274,7 +276,8 @@ class Run:
                 f"{self.checkpoint_path} was trained with another configuration:\n{lines}\n"
                 "Give the same options to go on with it, or another --out to begin anew."
             )
-        there, here = (c["meta"], c.get("frames")), (self.data.meta, len(self.data))
+        here = self.data.meta | {"frames": len(self.data)}
+        there = c["meta"] | {"frames": c.get("frames", len(self.data))}
         if there != here:
             sys.exit(
                 f"{self.checkpoint_path} was trained on other data, {there}; "
@@ -636,6 +639,7 @@ def train_agent(run: Run) -> None:
     held_out = D.PlayData(run.config.data, "validation")
     world_checkpoint = load_checkpoint(run.out / "wm.pt", "wm", device)
     same_kind(world_checkpoint, data, run.config.data)
+    D.same_text_encoder(world_checkpoint["text_encoder"], data.meta["text_encoder"], run.out)
     done, planned = world_checkpoint["step"], world_checkpoint["run"]["steps"]
     if done < (planned or STEPS[world_checkpoint["run"]["preset"]]["wm"]) and run.rank == 0:
         print(f"note: {run.out / 'wm.pt'} is of step {done}; its training was not finished")

@@ -346,22 +346,25 @@ def test_a_skill_of_which_the_oracle_saw_too_little_is_no_span(span):
     assert span(lambda a, b, task: a < 37, 130, start=20) == []
 
 
+@pytest.mark.parametrize("astray", [0, 30])
 def test_a_segments_span_grows_while_its_motion_is_completed_and_not_in_the_retreat(
-    env, tmp_path, monkeypatch
+    astray, env, tmp_path, monkeypatch
 ):
-    """Success after 10 frames, 3 more of the same motion, then a retreat of 20."""
+    """Success after 10 frames, 3 more of the same motion, then a retreat of 20. Success before the
+    hand, sent astray for 30 frames, was to see its mistake is no example of anything."""
     monkeypatch.setattr(teleop, "_count", lambda: None)
     recorder = teleop.Recorder(env, tmp_path, 0, 1000, np.random.default_rng(3), lambda *_: True)
     recorder.obs = obs = {"robot_obs": np.zeros(15), "scene_obs": np.zeros(24), "rgb_obs": {}}
-    recorder.infos[0], op = None, recorder.op
+    recorder.infos[0], op, tried = None, recorder.op, []
 
     def act(frames):
         for _ in range(frames):
             recorder.on_step(np.zeros(7), obs, None)
 
     def attempt(task, most):
+        tried.append(task)
         act(10)
-        op.began, op.rest = 4, iter([3, 20])
+        op.began, op.astray, op.rest = 4, astray, iter([3, 20])
         return True, 10
 
     monkeypatch.setattr(op, "attempt", attempt)
@@ -369,11 +372,11 @@ def test_a_segments_span_grows_while_its_motion_is_completed_and_not_in_the_retr
     for name, value in (("feasible", ["open_drawer"]), ("held", None), ("refresh", op)):
         monkeypatch.setattr(op, name, lambda value=value: value)
     monkeypatch.setattr(op, "home", lambda: ())
-    while not recorder.spans:
+    while not tried:
         start = recorder.t
         recorder.segment()
-    assert recorder.spans == [["open_drawer", start + 4, start + 13]]
-    assert not recorder.settling and recorder.t - start in (13, 33)
+    assert recorder.spans == ([] if astray else [["open_drawer", start + 4, start + 13]])
+    assert not recorder.settling and (astray or recorder.t - start in (13, 33))
 
 
 def test_play_is_cut_into_episodes_each_of_a_scene_of_its_own(env, tmp_path, monkeypatch):

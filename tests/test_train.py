@@ -315,14 +315,27 @@ def test_missing_data_says_how_to_make_it(tmp_path):
         train.main([*WM, "--data", str(tmp_path / "none"), "--out", str(tmp_path / "run")])
 
 
-def test_the_agent_refuses_a_world_model_of_another_rate(packed, trained, tmp_path):
-    other = tmp_path / "other"
+@pytest.mark.parametrize(("key", "value"), [("hz", 30), ("renderer", "egl"), ("frame", "tool")])
+def test_data_of_another_kind_than_the_world_models_is_refused(key, value, trained, tmp_path):
+    other, wm = tmp_path / "other", tmp_path / "wm.pt"
     write_packed(other)
-    meta = json.loads((other / "meta.json").read_text()) | {"hz": 30, "skip": 1}
+    meta = json.loads((other / "meta.json").read_text()) | {key: value}
     (other / "meta.json").write_text(json.dumps(meta))
-    os.link(f"{trained}/wm.pt", tmp_path / "wm.pt")
-    with pytest.raises(SystemExit, match="hz"):
+    os.link(f"{trained}/wm.pt", wm)
+    with pytest.raises(SystemExit, match=rf"wm\.pt was trained on data with {key}"):
         train.main([*AGENT, "--data", str(other), "--out", str(tmp_path), "--steps", "1"])
+    with pytest.raises(SystemExit, match=rf"wm\.pt was trained on data with {key}"):
+        evaluate.main(["--checkpoint", str(wm), "--predict", str(other), "--out", str(tmp_path)])
+
+
+def test_an_unfinished_world_model_is_told(packed, tmp_path, capsys):
+    common = ["--data", packed, "--out", str(tmp_path)]
+    train.main([*WM, *common, "--steps", "1"])
+    checkpoint = torch.load(tmp_path / "wm.pt", weights_only=True)
+    checkpoint["run"]["steps"] = 2
+    torch.save(checkpoint, tmp_path / "wm.pt")
+    train.main([*AGENT, *common, "--steps", "1"])
+    assert "wm.pt is of step 1; its training was not finished" in capsys.readouterr().out
 
 
 def test_an_agent_does_not_go_on_in_another_world_model(packed, trained, tmp_path):
@@ -372,8 +385,9 @@ def test_kill_9_loses_only_the_steps_since_the_last_checkpoint(packed, tmp_path)
     """A run killed without warning goes on, and ends where an undisturbed one ends."""
     command = [sys.executable, str(train.__file__), *WM, "--validate_every", "1000",
                "--checkpoint_every", "2", "--data", packed, "--out", str(tmp_path)]  # fmt: skip
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # or sums are rounded otherwise
     run = subprocess.Popen([*command, "--steps", "100000"], stdout=subprocess.DEVNULL,
-                           stderr=subprocess.DEVNULL)  # fmt: skip
+                           stderr=subprocess.DEVNULL, env=os.environ | threads)  # fmt: skip
     for _ in range(1200):
         if (tmp_path / "wm.pt").exists() or run.poll() is not None:
             break
@@ -390,23 +404,23 @@ def test_kill_9_loses_only_the_steps_since_the_last_checkpoint(packed, tmp_path)
         assert torch.equal(x, undisturbed["model"][name]), name
 
 
-def test_the_learning_rate_falls_to_zero_in_the_last_part(packed, trained, tmp_path, monkeypatch):
+def test_the_learning_rates_fall_in_the_last_part(packed, trained, tmp_path, monkeypatch):
     """[D7]: with --anneal 0.5 of 4 steps, the last two at a full and at half the rate."""
-    rates, step = [], torch.optim.AdamW.step
+    rates = []
+    for kind in (torch.optim.Adam, torch.optim.AdamW):
 
-    def spy(optimizer, *args, **kwargs):
-        rates.append(optimizer.param_groups[0]["lr"])
-        return step(optimizer, *args, **kwargs)
+        def spy(optimizer, *args, step=kind.step, **kwargs):
+            rates.append(optimizer.param_groups[0]["lr"])
+            return step(optimizer, *args, **kwargs)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+        monkeypatch.setattr(kind, "step", spy)
     shutil.copy(f"{trained}/wm.pt", tmp_path / "wm.pt")
-    options = [*AGENT, "--data", packed, "--out", str(tmp_path), "--critic_lr", "1.0"]
-    train.main([*options, "--anneal", "0.5", "--steps", "4"])
+    options = [*AGENT, "--data", packed, "--out", str(tmp_path), "--actor_lr", "0.2"]
+    train.main([*options, "--critic_lr", "1.0", "--anneal", "0.5", "--steps", "4"])
     options = [*WM, "--data", packed, "--out", str(tmp_path / "wm"), "--learning_rate", "1e-4"]
     train.main([*options, "--anneal", "0.5", "--steps", "4"])
-    assert rates[:8] == pytest.approx(
-        [1.0, 1.0, 1.0, 0.5, 1e-4, 1e-4, 1e-4, 5e-5]
-    )  # then the probe
+    agent, world = [0.2, 1.0] * 3 + [0.1, 0.5], [1e-4] * 3 + [5e-5]
+    assert rates[:12] == pytest.approx(agent + world)  # then come the probe's
 
 
 def test_predictions_of_figure_3_are_judged_after_the_context(packed, trained, tmp_path):
