@@ -406,13 +406,13 @@ def test_kill_9_loses_only_the_steps_since_the_last_checkpoint(packed, tmp_path)
 
 def test_the_learning_rates_fall_in_the_last_part(packed, trained, tmp_path, monkeypatch):
     """[D7]: with --anneal 0.5 of 4 steps, the last two at a full and at half the rate."""
-    rates = []
-    for kind in (torch.optim.Adam, torch.optim.AdamW):
+    rates, steps = [], {kind: kind.step for kind in (torch.optim.Adam, torch.optim.AdamW)}
 
-        def spy(optimizer, *args, step=kind.step, **kwargs):
-            rates.append(optimizer.param_groups[0]["lr"])
-            return step(optimizer, *args, **kwargs)
+    def spy(optimizer, *args, **kwargs):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return steps[type(optimizer)](optimizer, *args, **kwargs)
 
+    for kind in steps:
         monkeypatch.setattr(kind, "step", spy)
     shutil.copy(f"{trained}/wm.pt", tmp_path / "wm.pt")
     options = [*AGENT, "--data", packed, "--out", str(tmp_path), "--actor_lr", "0.2"]
