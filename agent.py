@@ -288,14 +288,13 @@ class Agent(nn.Module):
     def losses(self, world, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """One batch of windows, play windows first -> L(θ) (), L(ψ) (), figures.
 
-        batch: s_E (T, B, k) expert latents, s_0 (B, k) where imagination starts [D8],
+        batch: s_E (T, B, k) expert latents, of which the first is where imagination starts [D8],
         a (T, B, 7) expert actions, length (B,), emb (M, 384) of the last M windows, align (M,)
         bool: which of those M windows enter Eq. 8 [D11].
         """
-        c, s_E, s_0 = self.config, batch["s_E"], batch["s_0"]
+        c, s_E, s_0 = self.config, batch["s_E"], batch["s_E"][0]
         T, B, _ = s_E.shape
-        seen = torch.cat([s_0[None], s_E[1:]])  # (T, B, k)
-        V = self.perceptual(seen)  # (T, B, d)
+        V = self.perceptual(s_E)  # (T, B, d)
         g = self.goal(V[-1], batch["emb"])
         q, features = self.recognition(V)
         p = self.proposal(V[0], g)
@@ -310,7 +309,7 @@ class Agent(nn.Module):
 
         if c.method == "no_ditto" and not c.clone_imagined:
             context = torch.cat([g, plan], -1).expand(T - 1, -1, -1)
-            a = self.actor(torch.cat([seen[:-1], context], -1))
+            a = self.actor(torch.cat([s_E[:-1], context], -1))
             figures = {}
         else:
             s_pi, a = self.imagine(world, s_0, g, plan, T - 1)
@@ -345,11 +344,10 @@ class Agent(nn.Module):
 
         batch: as `losses` takes it, and gripper (B,), the gripper's command before the window.
         """
-        s_E, s_0, actions = batch["s_E"], batch["s_0"], batch["a"][:-1]
+        s_E, s_0, actions = batch["s_E"], batch["s_E"][0], batch["a"][:-1]
         real = real_steps(batch)
         mean = lambda x: x[real].mean()
-        seen = torch.cat([s_0[None], s_E[1:]])
-        V = self.perceptual(seen)
+        V = self.perceptual(s_E)
         g = self.goal(V[-1], batch["emb"])
         q, features = self.recognition(V)
         plans = {"proposed": self.propose(s_0, g)}
@@ -363,7 +361,7 @@ class Agent(nn.Module):
             figures[f"reward_{name}"] = mean(self.reward(s_E[1:], s_pi[1:]))
             figures[f"mse_{name}"] = mean((a - actions)[..., :6].square().mean(-1))
         context = torch.cat([g, plans["proposed"]], -1).expand(len(actions), -1, -1)
-        a = self.actor(torch.cat([seen[:-1], context], -1), sample=False)
+        a = self.actor(torch.cat([s_E[:-1], context], -1), sample=False)
         figures["mse_observed"] = mean((a - actions)[..., :6].square().mean(-1))
         figures["mse_still"] = mean(actions[..., :6].square().mean(-1))
         figures["gripper_observed"] = mean((a[..., 6].sign() == actions[..., 6]).float())

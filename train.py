@@ -615,22 +615,29 @@ class WindowBatches:
     def batch(self, step: int, reset_start: float | None = None) -> dict[str, Tensor]:
         """Table IV's batch for a step; reset_start overrides [D8]'s probability."""
         play, language = self.play.batch(step), self.language.batch(step)
-        index = torch.cat([play["index"], language["index"]], 1).numpy()  # (T, B)
-        h = torch.from_numpy(self.latents.h[index]).to(self.device).float()
+        both = {k: torch.cat([play[k], language[k]], -1) for k in ("index", "length")}
+        both["a"] = torch.cat([play["a"], language["a"]], 1)
+        index = both.pop("index").numpy()  # (T, B)
+        batch = to_device(both | {k: language[k] for k in ("emb", "align")}, self.device)
         z_of = lambda z, rows: stored_z(self.world, self.data, z[rows], rows, self.device)
-        s_E = torch.cat([h, z_of(self.latents.z, index)], -1)
-        z_0 = z_of(self.latents.z_reset, index[0])
-        fresh = torch.cat([self.h_reset.expand(len(z_0), -1), z_0], -1)
+        z, z_0 = z_of(self.latents.z, index), z_of(self.latents.z_reset, index[0])
+        h = torch.from_numpy(self.latents.h[index[0]]).to(self.device).float()
         chance = self.reset_start if reset_start is None else reset_start
-        forget = torch.rand(len(fresh), 1, device=self.device) < chance
-        both = {
-            "a": torch.cat([play["a"], language["a"]], 1),
-            "length": torch.cat([play["length"], language["length"]]),
-        }
-        return to_device(both | {k: language[k] for k in ("emb", "align")}, self.device) | {
-            "s_E": s_E, "s_0": torch.where(forget, fresh, s_E[0]),
-            "gripper": torch.from_numpy(self.data.robot_obs[index[0], 14]).to(self.device),
-        }  # fmt: skip
+        forget = torch.rand(len(h), 1, device=self.device) < chance
+        h, z[0] = torch.where(forget, self.h_reset, h), torch.where(forget, z_0, z[0])
+        batch["s_E"] = self.expert(h, z, batch["a"], batch["length"])
+        batch["gripper"] = torch.from_numpy(self.data.robot_obs[index[0], 14]).to(self.device)
+        return batch
+
+    @torch.no_grad()
+    def expert(self, h: Tensor, z: Tensor, a: Tensor, length: Tensor) -> Tensor:
+        """s^E (T, B, k) from h (B, H) of the first state, z (T, B, Z) and a (T, B, 7): h anew from
+        there on, so that it has forgotten what the agent's has [D8]; the end is held [D14]."""
+        a_part, hs = self.world.recurrent_in.inputs[1](a), [h]
+        for t in range(1, len(a)):
+            h = self.world.recurrent(hs[-1], z[t - 1], a_part[t - 1])
+            hs.append(torch.where((t < length)[:, None], h, hs[-1]))
+        return torch.cat([torch.stack(hs), z], -1)
 
 
 def train_agent(run: Run) -> None:

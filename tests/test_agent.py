@@ -28,7 +28,6 @@ def windows(T=12, B=8, M=4):
     s = torch.cat([torch.randn(T, B, 64).tanh(), z, torch.randn(T, B, TINY.latent - 128)], -1)
     return {
         "s_E": s,
-        "s_0": s[0],
         "a": torch.rand(T, B, 7) * 2 - 1,
         "length": torch.full((B,), T),
         "emb": torch.randn(M, 384),
@@ -179,7 +178,7 @@ def test_the_agent_learns_to_steer_a_simple_world():
     )
     s = 1 + 0.05 * torch.arange(T)[:, None, None] * torch.ones(T, B, 4)
     s_E = torch.cat([s, torch.zeros(T, B, 4)], -1)
-    batch = windows(T, B, M=0) | {"s_E": s_E, "s_0": s_E[0], "align": torch.zeros(0)}
+    batch = windows(T, B, M=0) | {"s_E": s_E, "align": torch.zeros(0)}
     batch["a"] = torch.zeros(T, B, 7)
     optimizer = torch.optim.Adam(agent.actor_parameters(), 3e-3)
     for _ in range(150):
@@ -198,11 +197,10 @@ def test_no_ditto_is_squared_error_on_expert_latents_without_imagination():
             raise AssertionError("behaviour cloning must not imagine")
 
     agent, batch = make_agent(method="no_ditto", alpha_1=0.0, alpha_2=0.0).eval(), windows()
-    batch["s_0"] = torch.randn_like(batch["s_0"])  # of a reset history [D8]
     torch.manual_seed(1)
     loss, loss_critic, _ = agent.losses(NoWorld(), batch)
     torch.manual_seed(1)
-    s = torch.cat([batch["s_0"][None], batch["s_E"][1:]])
+    s = batch["s_E"]
     v = agent.perceptual(s)
     g = agent.goal(v[-1], batch["emb"])
     plan = A.P.sample_plan(agent.recognition(v)[0])
@@ -220,10 +218,10 @@ def test_cloning_may_follow_imagined_states_and_leave_out_the_padding(world):
     torch.manual_seed(1)
     loss, _, _ = agent.losses(world, batch)
     torch.manual_seed(1)
-    V = agent.perceptual(torch.cat([batch["s_0"][None], batch["s_E"][1:]]))
+    V = agent.perceptual(batch["s_E"])
     plan = A.P.sample_plan(agent.recognition(V)[0])
     g = agent.goal(V[-1], batch["emb"])
-    _, a = agent.imagine(world, batch["s_0"], g, plan, 11)
+    _, a = agent.imagine(world, batch["s_E"][0], g, plan, 11)
     error = ((a - batch["a"][:-1]) ** 2).mean(-1)
     real = torch.cat([error[: n - 1, b] for b, n in enumerate(lengths)])
     assert torch.allclose(loss, real.mean(), atol=1e-6)
@@ -280,7 +278,7 @@ def test_a_binary_gripper_acts_as_its_sign_and_learns_as_itself(world):
     """[D12] in imagination: only the sign arrives, and the gradient still does."""
     soft, hard = make_agent(binary_gripper=False).eval(), make_agent(binary_gripper=True).eval()
     hard.load_state_dict(soft.state_dict())
-    s, g, plan = windows()["s_0"], torch.randn(8, CONFIG.goal), torch.zeros(8, 64)
+    s, g, plan = windows()["s_E"][0], torch.randn(8, CONFIG.goal), torch.zeros(8, 64)
     actions = {}
     for agent in (soft, hard):
         torch.manual_seed(0)
@@ -372,7 +370,6 @@ def test_tracking_has_its_yardsticks(world):
     batch = windows() | {"gripper": torch.ones(8)}
     steps = torch.cat([torch.zeros(1, 8, 7), batch["a"][:-1]]).cumsum(0).repeat(1, 1, 10)[..., :64]
     batch["s_E"][..., :64] = batch["s_E"][0, :, :64] + steps
-    batch["s_0"] = batch["s_E"][0]
     figures = make_agent(reward_on="h").eval().track(Replay(), batch)
     assert torch.allclose(figures["reward_expert"], torch.tensor(1.0), atol=1e-5)
     assert figures["reward_hold"] < 0.9
