@@ -86,7 +86,7 @@ PRESETS = {
         actor_lr=6e-4, critic_lr=6e-4, anneal=0.3, perceptual_hidden=256,
         plan_hidden=256, plan_categoricals=16, plan_classes=16, actor_layers=4, critic_layers=4,
         critic_hidden=256, goal_hidden=256, transformer_hidden=256, transformer_features=256,
-        critic_sees_plan=True, critic_gradient=False, lam=0.5,
+        critic_sees_plan=True, critic_gradient=False, lam=0.5, mask_padding=True,
     ),
 }  # fmt: skip
 PRESETS["tiny"] = replace(
