@@ -632,7 +632,8 @@ class WindowBatches:
     @torch.no_grad()
     def expert(self, h: Tensor, z: Tensor, a: Tensor, length: Tensor) -> Tensor:
         """s^E (T, B, k) from h (B, H) of the first state, z (T, B, Z) and a (T, B, 7): h anew from
-        there on, so that it has forgotten what the agent's has [D8]; the end is held [D14]."""
+        there on, so that after a reset it has no more of a past than the agent's [D8]; the end is
+        held [D14]."""
         a_part, hs = self.world.recurrent_in.inputs[1](a), [h]
         for t in range(1, len(a)):
             h = self.world.recurrent(hs[-1], z[t - 1], a_part[t - 1])

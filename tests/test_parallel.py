@@ -29,7 +29,7 @@ SAME = "--preset tiny --precision fp32 --log_every 1 --validate_every 100 --chec
 SAME = [*SAME.split(), "--batch_size", "8"]
 
 # Windows in which every batch has pairs for Eq. 8: those of the paper.
-LONG = "--sequence_length 32 --min_window 20 --max_window 32".split()
+LONG = "--sequence_length 32 --min_window 20 --max_window 32 --mask_padding false".split()
 NAMES = {
     "wm": ("loss", "kl", "gradient"),
     "agent": ("loss_actor", "loss_critic", "contrast", "gradient_actor", "gradient_critic"),

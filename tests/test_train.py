@@ -380,7 +380,7 @@ def test_a_language_window_brings_its_sentence_and_a_reset_start_its_own_latents
     s, H = batches.batch(3, reset_start=0.0)["s_E"], world.config.deterministic
     real = torch.arange(T)[:, None] < batch["length"]
     assert torch.allclose(s[..., :H][real], torch.tensor(latents.h[index]).float()[real], atol=5e-3)
-    # With one, the expert's latents [D8] are what the policy would have seen on its way.
+    # With one [D8], z is of one frame alone at first, and h has forgotten what was before.
     h = world.recurrent(
         *world.initial(1), world.recurrent_in.inputs[1](torch.tensor([train.A.NO_ACTION]))
     )[0]
