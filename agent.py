@@ -77,6 +77,7 @@ class AgentConfig:
     )
     binary_gripper: bool = False  # threshold it in imagination too, straight-through [D12]
     replan: int = 30  # steps between two plans at run time [D7, D29]
+    forget: bool = False  # at each new plan, forget what was seen before, at run time [D8]
 
 
 PRESETS = {
@@ -86,7 +87,7 @@ PRESETS = {
         actor_lr=6e-4, critic_lr=6e-4, anneal=0.3, perceptual_hidden=256,
         plan_hidden=256, plan_categoricals=16, plan_classes=16, actor_layers=4, critic_layers=4,
         critic_hidden=256, goal_hidden=256, transformer_hidden=256, transformer_features=256,
-        critic_sees_plan=True, critic_gradient=False, lam=0.5, mask_padding=True,
+        critic_sees_plan=True, critic_gradient=False, lam=0.5, mask_padding=True, forget=True,
     ),
 }  # fmt: skip
 PRESETS["tiny"] = replace(
@@ -382,7 +383,8 @@ class Policy:
     """The trained agent in a world it can only see: `reset()` at each instruction, then `act`.
 
     Filters observations through the world model, proposes a plan every `replan` steps [D7, D13],
-    and thresholds the gripper, before it is sent and before it is fed back [D12].
+    from what it sees then alone if it is to `forget` [D8], and thresholds the gripper, before it is
+    sent and before it is fed back [D12].
     """
 
     def __init__(self, world, agent: Agent, skip: int = 1, sample: bool = True):
@@ -392,10 +394,14 @@ class Policy:
         self.reset()
 
     def reset(self) -> None:
-        """Forget the past: h = z = 0, and `no action` before the first step."""
+        """A new instruction: forget the past, and propose a plan at the next step."""
+        self.steps, self.plan = 0, None
+        self.forget()
+
+    def forget(self) -> None:
+        """h = z = 0, and `no action` before the next step."""
         self.state = self.world.initial(1)
         self.a_prev = torch.tensor([[NO_ACTION]], device=self.state[0].device)  # (1, 1, 7)
-        self.steps, self.plan = 0, None
 
     @torch.no_grad()
     def act(self, obs: dict, embedding):
@@ -408,6 +414,9 @@ class Policy:
         def tensor(x, dtype=None) -> Tensor:
             return torch.as_tensor(x, dtype=dtype, device=self.a_prev.device)[None]
 
+        plans = self.steps % self.agent.config.replan == 0
+        if plans and self.agent.config.forget and obs is not None:
+            self.forget()
         if obs is None:
             self.state = self.world.imagine_step(*self.state, self.a_prev[0])
         else:
@@ -418,7 +427,7 @@ class Policy:
             self.state = (h[-1], z[-1])
         s = torch.cat(self.state, -1)  # (1, k)
         g = self.agent.goal_language(tensor(embedding, torch.float32))
-        if self.steps % self.agent.config.replan == 0:
+        if plans:
             self.plan = self.agent.propose(s, g)
         a = self.agent.actor(torch.cat([s, g, self.plan], -1), self.sample)
         a[:, 6] = torch.where(a[:, 6] > 0, 1.0, -1.0)

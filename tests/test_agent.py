@@ -299,8 +299,9 @@ def test_slow_critic_is_a_hard_copy_that_waits(world):
     assert torch.equal(agent.critic(x), agent.slow_critic(x))
 
 
-def test_policy_thresholds_the_gripper_replans_and_forgets_on_reset(world):
-    agent = make_agent(replan=3)
+@pytest.mark.parametrize("forget", [False, True])
+def test_policy_thresholds_the_gripper_replans_and_forgets(world, forget):
+    agent = make_agent(replan=3, forget=forget)
     policy = A.Policy(world, agent)
     rng = np.random.default_rng(0)
     obs = {
@@ -310,14 +311,24 @@ def test_policy_thresholds_the_gripper_replans_and_forgets_on_reset(world):
         },
         "robot_obs": rng.normal(size=15),
     }
-    emb, plans = rng.normal(size=384), []
+    emb, plans, pasts = rng.normal(size=384), [], []
+    real = world.filter
+    world.filter = lambda batch, past: (pasts.append((past, batch["a_prev"])), real(batch, past))[1]
     for step in range(7):
         a = policy.act(obs, emb)
         assert a.shape == (7,) and abs(a[:6]).max() < 1 and a[6] in (-1, 1)
         assert np.array_equal(policy.a_prev.numpy()[0, 0], a)  # what was sent is fed back [D12]
         plans.append(policy.plan)
         assert (step % 3 == 0) or plans[-1] is plans[-2]
+    del world.filter
     assert plans[3] is not plans[2] and plans[6] is not plans[5]
+    # What the filter begins from: nothing at first, and at each new plan if it is to forget [D8].
+    blank = [not h.any() and not z.any() and tuple(a.flatten().tolist()) == A.NO_ACTION
+             for (h, z), a in pasts]  # fmt: skip
+    assert blank == [step == 0 or (forget and step % 3 == 0) for step in range(7)]
+    policy.steps, forget, policy.forget = 9, policy.forget, None
+    policy.act(None, emb)  # with closed eyes nothing is forgotten
+    policy.forget = forget
     policy.reset()
     assert policy.state[0].abs().sum() == 0 and policy.plan is None
     assert tuple(policy.a_prev.flatten().tolist()) == A.NO_ACTION == data.NO_ACTION
