@@ -70,7 +70,8 @@ def latents_of_spans(
     world, play: D.PlayData, spans: np.ndarray, batch: int = 64
 ) -> tuple[Tensor, Tensor]:
     """s (M, L, k) float16 of the frames of spans (M, 2), each filtered from h = z = 0 as a policy
-    with a new instruction does it, the last one repeated; and their lengths (M,)."""
+    with a new instruction does it (and goes on, unless it forgets [D8]), the last one repeated; and
+    their lengths (M,)."""
     device, lengths = world.decoder_in.weight.device, spans[:, 1] - spans[:, 0]
     out = torch.empty(len(spans), lengths.max(), world.config.latent, dtype=torch.float16)
     for i in trange(0, len(spans), batch, desc="judge: latents", unit="batch"):

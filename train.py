@@ -68,7 +68,7 @@ STEPS = {
 DEVICES = ("auto", "cpu", "cuda")
 RANKS = {"RANK": "0", "WORLD_SIZE": "1"}  # torchrun's, and what they are without it
 # Given again with more steps, a run goes on, but its schedules are shares of them [D7, D25, D26].
-RESUMABLE = "steps log_every validate_every checkpoint_every device compile out data".split()
+RESUMABLE = "steps log_every validate_every checkpoint_every device compile out data forget".split()
 
 
 # ---------------------------------------------------------------------------- checkpoints

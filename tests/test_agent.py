@@ -300,7 +300,7 @@ def test_slow_critic_is_a_hard_copy_that_waits(world):
 
 
 @pytest.mark.parametrize("forget", [False, True])
-def test_policy_thresholds_the_gripper_replans_and_forgets(world, forget):
+def test_policy_thresholds_the_gripper_replans_and_forgets(world, forget, monkeypatch):
     agent = make_agent(replan=3, forget=forget)
     policy = A.Policy(world, agent)
     rng = np.random.default_rng(0)
@@ -326,9 +326,10 @@ def test_policy_thresholds_the_gripper_replans_and_forgets(world, forget):
     blank = [not h.any() and not z.any() and tuple(a.flatten().tolist()) == A.NO_ACTION
              for (h, z), a in pasts]  # fmt: skip
     assert blank == [step == 0 or (forget and step % 3 == 0) for step in range(7)]
-    policy.steps, forget, policy.forget = 9, policy.forget, None
-    policy.act(None, emb)  # with closed eyes nothing is forgotten
-    policy.forget = forget
+    policy.steps = 9
+    with monkeypatch.context() as m:  # with closed eyes nothing is forgotten
+        m.setattr(policy, "forget", None)
+        policy.act(None, emb)
     policy.reset()
     assert policy.state[0].abs().sum() == 0 and policy.plan is None
     assert tuple(policy.a_prev.flatten().tolist()) == A.NO_ACTION == data.NO_ACTION
