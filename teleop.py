@@ -99,13 +99,15 @@ class Operator:
         self.render, self.rest, self.grip, self.tries = render, None, OPEN, 0
         self.style()
 
-    def style(self, vary=0.0, noise=0.0, astray=0):
+    def style(self, vary=0.0, noise=0.0, astray=0, haste=0.0):
         """How the next skills are done. vary: 0 is the quickest way, 1 varies speeds, approaches
         and grasps as a person would; noise: standard deviation of correlated noise on the arm's six
-        numbers; astray: for how many frames the next skill goes wrong."""
+        numbers; astray: for how many frames the next skill goes wrong; haste: 0 waits for the arm,
+        1 moves the target twice as fast and lets it lead the arm by some 8 cm."""
         r = self.rng
         self.noise, self.ou, self.astray, self.vary = noise, np.zeros(6), astray, vary
         self.pace = 1.0 if not vary else r.uniform(0.55, 1.0) if r.random() < 0.4 else 1.0
+        self.pace, self.lead = self.pace * (1 + haste), 0.026 + 0.054 * haste
 
     def _jit(self, *scale):
         """Gaussian offset of the given scales (m or rad), none unless this style varies."""
@@ -215,7 +217,7 @@ class Operator:
             # Position and orientation arrive together. The target waits for an arm that lags:
             # something is in its way, or a joint is at its fastest.
             lag = np.linalg.norm(self.obs["robot_obs"][:3] - env.target_pos)
-            pace = self.pace * np.clip(1.3 - lag / 0.02, 0.1, 1)
+            pace = self.pace * np.clip((self.lead - lag) / 0.02, 0.1, 1)
             frames = max(d / way.speed, np.abs(dp).max() / 0.02, turn / 0.05) / pace
             patience -= lag > 0.012
             self._act(dp / max(frames, 1), do / max(frames, 1), way.grip)
@@ -228,11 +230,12 @@ class Operator:
             self._act(np.clip(dp, -0.004, 0.004), np.clip(do, -0.03, 0.03), way.grip)
             yield
 
-    def _along(self, ways, wrong=0.0, flip=1):
-        """Follows way-points, all of them `wrong` (3,) m off, with the gripper's command times
-        flip (1 or -1); yields the present one every step."""
+    def _along(self, ways, wrong=0.0, turn=0.0, flip=1):
+        """Follows way-points, all of them `wrong` (3,) m off and turned by `turn` rad, with the
+        gripper's command times flip (1 or -1); yields the present one every step."""
         for way in ways:
-            there = way._replace(pos=np.add(way.pos, wrong), grip=way.grip * flip)
+            pos, orn = np.add(way.pos, wrong), np.add(way.orn, (0, 0, turn))
+            there = way._replace(pos=pos, orn=orn, grip=way.grip * flip)
             for _ in self._follow(there):
                 yield way
 
@@ -253,28 +256,35 @@ class Operator:
         mistake = self._mistake() if self.astray else ()
         while idle < 3:
             self.tries += 1
-            self.began, ways = self.steps, self._skill(task)
-            for way in self._along(ways, *mistake):
+            before = self.began = self.steps
+            ways = self._skill(task)
+            along = self._along(ways, *mistake)
+            while way := next(along, None):
                 if self.oracle(start, self.info, task):
                     self.rest = chain([way], ways)
                     return True, self.steps
                 if self.steps >= max_steps:
                     return False, self.steps
-                if self.steps == self.astray:  # sees its mistake, and begins anew from there
-                    mistake, self.astray, self.tries = (), 0, self.tries - 1
-                    break
-            idle = idle + 1 if self.steps == self.began else 0  # nothing that could be done
+                if self.steps == self.astray:  # sees its mistake: begins anew, or mends it
+                    mistake, self.astray, self.began = (), 0, self.steps
+                    if self.rng.random() < 0.5:
+                        self.tries -= 1
+                        break
+                    along = self._along(chain([way], ways))
+            idle = idle + 1 if self.steps == before else 0  # nothing that could be done
         return False, self.steps
 
     def _mistake(self):
-        """An offset (3,) m, mostly sideways, that puts a hand beside the thing; and, if the hand is
-        empty, in half of the cases fingers that are closed where they should be open, or open where
-        they should be closed, there or in the right place."""
-        a, far = self.rng.uniform(0, 2 * np.pi), self.rng.uniform(0.025, 0.06)
+        """An offset (3,) m, mostly sideways, that puts a hand beside the thing; an angle (rad), in
+        half of the cases, that it is turned by; and, if the hand is empty, in half of the cases
+        fingers that are closed where they should be open, or open where they should be closed,
+        there or in the right place."""
+        a, far = self.rng.uniform(0, 2 * np.pi), self.rng.uniform(0.01, 0.06)
         flip = -1 if self.rng.random() < 0.5 and not self.held() else 1
         if flip < 0 and self.rng.random() < 0.5:
             far = 0.0
-        return far * np.array([np.cos(a), np.sin(a), 0.3]), flip
+        turn = 0.6 * self.rng.normal() if self.rng.random() < 0.5 else 0.0
+        return far * np.array([np.cos(a), np.sin(a), self.rng.uniform(-0.5, 0.5)]), turn, flip
 
     def target(self):
         return np.array(self.env.target_pos), np.array(self.env.target_euler)
@@ -885,7 +895,10 @@ class Recorder:
         """One piece of play, mostly a skill done well or badly. True if it failed."""
         op, rng = self.op, self.rng
         noise = rng.uniform(0.05, 0.25) if rng.random() < 1 / 3 else 0.0
-        op.refresh().style(vary=rng.choice([0.0, 0.5, 1.0]), noise=noise)
+        # A quarter of the time in haste: a world model must see what becomes of an arm that is led
+        # faster than it can follow.
+        haste = rng.uniform() if rng.random() < 1 / 4 else 0.0
+        op.refresh().style(vary=rng.choice([0.0, 0.5, 1.0]), noise=noise, haste=haste)
         kind = rng.random()
         if kind < 0.04:  # idle
             op.run([Way(*op.target(), op.grip, hold=int(rng.integers(5, 25)))], 25)
@@ -896,13 +909,13 @@ class Recorder:
             return False
         if kind < 0.22:  # the next skill starts where the benchmark starts
             op.run(op.home(), 120)
-            op.style(vary=rng.choice([0.0, 0.5, 1.0]), noise=noise)
+            op.style(vary=rng.choice([0.0, 0.5, 1.0]), noise=noise, haste=haste)
         tasks = op.feasible()
         if op.held() and (rng.random() < 0.2 or not tasks):
             return not op.run(op.set_down(), 90)
         weights = np.array([prior(t) / (1 + 2 * self.count[t]) ** 1.5 for t in tasks])
         task = str(rng.choice(tasks, p=weights / weights.sum()))
-        op.astray = int(rng.integers(12, 45)) if rng.random() < 0.3 else 0
+        op.astray = int(rng.integers(8, 45)) if rng.random() < 0.35 else 0
         self.count[task] += 1  # whatever comes of it, lest what fails be tried again and again
         aborted, start = rng.random() < 0.15, self.t
         success, _ = op.attempt(task, int(rng.integers(5, 45)) if aborted else 90 + op.astray)

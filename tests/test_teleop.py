@@ -72,9 +72,9 @@ def test_each_family_is_solved_within_a_span_through_the_seven_numbers(env, task
     assert np.abs(actions).max() <= 1 and set(actions[:, 6]) <= {-1.0, 1.0}
 
 
-def test_a_try_that_goes_astray_is_followed_by_one_that_does_not(env):
-    """8 frames towards a place 2.5 to 6 cm beside the button, or with open fingers towards it, or
-    both; then a new try from there."""
+def test_a_try_that_goes_astray_is_mended_or_followed_by_one_that_does_not(env):
+    """8 frames towards a place 1 to 6 cm beside the button, or with open fingers towards it, or
+    both; then the rest of the way to the right place, or a new try from there."""
     seen_flips = set()
     for seed in range(12):
         ends, grips = [], []
@@ -89,9 +89,10 @@ def test_a_try_that_goes_astray_is_followed_by_one_that_does_not(env):
             assert (op.tries, op.began) == (0, astray)
             ends.append(seen[7]), grips.append(grip)
         beside, flipped = np.linalg.norm(ends[1] - ends[0]), grips[1][7] != grips[0][7]
-        assert 0.02 < beside < 0.07 or (beside < 1e-6 and flipped)
+        # A hand that is to turn, too, is not yet as far.
+        assert 0.008 < beside < 0.15 or (beside < 1e-6 and flipped)
         assert set(grips[1][:8]) == {grips[1][0]} and set(grips[1][8:]) == {-1}
-        seen_flips.add((bool(flipped), bool(beside > 0.02)))
+        seen_flips.add((bool(flipped), bool(beside > 0.008)))
     assert seen_flips == {(False, True), (True, True), (True, False)}
 
 
