@@ -130,9 +130,10 @@ def lambda_return(
 def critic_loss(v: Tensor, v_lambda: Tensor, weight: Tensor) -> Tensor:
     """L(ψ) = E[ Σ_t ½ (v_ψ(ŝ_t) - sg(V^λ_t))² ].
 
-    v, v_lambda: (H, B). weight (H, B): 1, or 0 on masked padding. Averaged over H and B [D9].
+    v, v_lambda: (H, B). weight (H, B): each step's share of the mean over H and B [D9], 0 on masked
+    padding; they sum to 1 (over several processes, to their number).
     """
-    return (weight * 0.5 * (v - v_lambda.detach()).square()).sum() / weight.sum()  # Eq. 5: L(ψ)
+    return (weight * 0.5 * (v - v_lambda.detach()).square()).sum()  # Eq. 5: L(ψ)
 
 
 def actor_loss(
@@ -141,10 +142,9 @@ def actor_loss(
     """L(θ) = E[ Σ_τ ( -V_λ(s_τ) + α₁ L_KL + α₂ L_contrast ) ].
 
     v_lambda: (H, B), its gradient reaches the actor through the frozen dynamics. kl, contrast: ()
-    (contrast is 0 where no window has a sentence). Averaged over H and B [D9].
+    (contrast is 0 where no window has a sentence). weight: as in Eq. 5.
     """
-    value = (weight * v_lambda).sum() / weight.sum()
-    return -value + alpha_1 * kl + alpha_2 * contrast  # Eq. 6: L(θ)
+    return -(weight * v_lambda).sum() + alpha_1 * kl + alpha_2 * contrast  # Eq. 6: L(θ)
 
 
 def real_steps(batch: dict[str, Tensor]) -> Tensor:
@@ -307,6 +307,7 @@ class Agent(nn.Module):
 
         weight = torch.ones(T - 1, B, device=s_E.device)
         weight = real_steps(batch).float() if c.mask_padding else weight  # [D14]
+        weight = weight / P.of_all_processes(weight.sum()[None]).mean()
 
         if c.method == "no_ditto" and not c.clone_imagined:
             context = torch.cat([g, plan], -1).expand(T - 1, -1, -1)
@@ -351,12 +352,11 @@ class Agent(nn.Module):
         V = self.perceptual(s_E)
         g = self.goal(V[-1], batch["emb"])
         q, features = self.recognition(V)
-        plans = {"proposed": self.propose(s_0, g)}
-        figures = {}
+        plans, figures = {"proposed": s_0[:, :0]}, {}
         if self.with_plan:
-            plans["recognised"] = P.sample_plan(q)
-            kl = P.kl_balanced(q, self.proposal(V[0], g), self.config.delta)
-            figures["plan_kl"] = kl.mean()
+            p = self.proposal(V[0], g)
+            plans = {"proposed": P.sample_plan(p), "recognised": P.sample_plan(q)}
+            figures["plan_kl"] = P.kl_balanced(q, p, self.config.delta).mean()
         for name, plan in plans.items():
             s_pi, a = self.imagine(world, s_0, g, plan, len(actions))
             figures[f"reward_{name}"] = mean(self.reward(s_E[1:], s_pi[1:]))

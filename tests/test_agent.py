@@ -113,7 +113,7 @@ def test_eq4_actions_are_tanh_gaussian_and_the_std_stays_in_its_bounds():
 
 def test_eq5_is_half_the_mean_squared_error_and_moves_only_the_critic(world):
     v, target = torch.randn(5, 3, requires_grad=True), torch.randn(5, 3, requires_grad=True)
-    loss = A.critic_loss(v, target, torch.ones(5, 3))
+    loss = A.critic_loss(v, target, torch.full((5, 3), 1 / 15))
     assert torch.allclose(loss, 0.5 * ((v - target) ** 2).mean())
     assert gradients(loss, [target]) == (None,)  # sg(V^λ)
     agent = make_agent()
@@ -127,7 +127,9 @@ def test_eq5_is_half_the_mean_squared_error_and_moves_only_the_critic(world):
 
 def test_eq6_adds_its_terms_with_their_scales():
     v = torch.full((4, 2), 2.0)
-    loss = A.actor_loss(v, torch.tensor(3.0), torch.tensor(5.0), 0.1, 3.0, torch.ones(4, 2))
+    loss = A.actor_loss(
+        v, torch.tensor(3.0), torch.tensor(5.0), 0.1, 3.0, torch.full((4, 2), 1 / 8)
+    )
     assert torch.allclose(loss, torch.tensor(-2.0 + 0.1 * 3 + 3.0 * 5))
 
 
