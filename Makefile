@@ -33,8 +33,8 @@ robot-test: robot
 
 # Every step resumes or is skipped when it was done, so an interrupted demo can be started again.
 demo: .venv/ready
-	test -d $(DEMO)/data || $(BIN)/python teleop.py record $(DEMO)/play --frames 12000 --val-frames 2000 --procs $(PROCS) --seed 0
-	test -d $(DEMO)/data || $(BIN)/python data.py pack $(DEMO)/play $(DEMO)/data --skip 2 --procs $(PROCS)
+	test -d $(DEMO)/data || $(BIN)/python teleop.py record $(DEMO)/play --frames 6000 --val-frames 1000 --skip 2 --procs $(PROCS) --seed 0
+	test -d $(DEMO)/data || $(BIN)/python data.py pack $(DEMO)/play $(DEMO)/data --procs $(PROCS)
 	$(BIN)/python train.py --stage wm --preset sim --steps 500 --data $(DEMO)/data --out $(DEMO)
 	$(BIN)/python train.py --stage agent --preset sim --steps 1500 --data $(DEMO)/data --out $(DEMO)
 	$(BIN)/python evaluate.py --env sim --checkpoint $(DEMO)/agent.pt --chains 10 --procs $(PROCS) --film 1 --out $(DEMO)/evaluation

@@ -3,6 +3,7 @@
 rates      python teleop.py rates --n 20 --procs 2       success and frames of each of the 34 tasks
 record     python teleop.py record DIR --frames N --val-frames M --procs P --seed S
            long unsegmented play in CALVIN's on-disk format, with language from the oracle
+           --skip 2: a frame for every second step only, 15 a second
 both take  --env calvin        and play in CALVIN's own simulator, with its own oracle
 
 Operator moves the *target pose* along way-points that it passes without stopping, so that a skill
@@ -823,30 +824,28 @@ class Recorder:
     """Plays and records one block of consecutive frames: an episode, or more if a scene got stuck.
 
     A pure function of its arguments that writes under final names: after a crash it is repeated.
+    `skip` steps of the simulator make one frame, as in `data.py pack --skip`: what is seen before
+    the first, the mean of the arm's actions, the last gripper. Time t counts the steps.
     """
 
-    def __init__(self, env, folder, first, length, rng, oracle=sim.oracle):
-        self.env, self.folder, self.rng, self.end = env, folder, rng, first + length
-        self.t, self.episodes, self.spans, self.infos = first, [], [], {}
+    def __init__(self, env, folder, first, length, rng, oracle=sim.oracle, skip=1):
+        self.env, self.folder, self.rng, self.skip = env, folder, rng, skip
+        self.t, self.end, self.actions = first * skip, (first + length) * skip, []
+        self.episodes, self.spans, self.infos = [], [], {}  # episodes in frames, spans in steps
         self.settling = False  # the last span's motion is being completed
         self.count = dict.fromkeys(sim.TASKS, 0)
         self.sums, self.low, self.high = np.zeros((2, 39)), np.full(7, np.inf), np.full(7, -np.inf)
         self.op = Operator(env, rng, oracle, on_step=self.on_step, render=True)
 
     def on_step(self, action, obs, info):
-        """Frame t: what was seen at t, the action commanded at t, the pose it led to."""
-        seen, nxt = self.obs, obs["robot_obs"]
-        frame = {
-            "actions": np.concatenate([nxt[:6], action[6:]]), "rel_actions": action,
-            "robot_obs": seen["robot_obs"], "scene_obs": seen["scene_obs"], **seen["rgb_obs"],
-        }  # fmt: skip
-        write(self.folder / f"episode_{self.t:07d}.npz", lambda f: np.savez(f, **frame))
-        state = np.concatenate([seen["robot_obs"], seen["scene_obs"]])
-        self.sums += [state, state**2]
-        self.low = np.minimum(self.low, frame["actions"])
-        self.high = np.maximum(self.high, frame["actions"])
-        _count()
-        self.t, self.obs = self.t + 1, obs
+        """Frame: what was seen before its steps, the actions commanded in them, the pose they led
+        to. Pictures are drawn where a frame begins only."""
+        self.actions.append(action)
+        self.t += 1
+        if self.t % self.skip == 0:
+            self.frame(np.append(np.mean(self.actions, 0)[:6], action[6]), obs["robot_obs"])
+            self.obs, self.actions = obs, []
+        self.op.render = (self.t + 1) % self.skip == 0
         self.infos[self.t] = info
         self.infos.pop(self.t - 128, None)  # no span reaches back further than 63 frames
         if self.settling:
@@ -854,10 +853,26 @@ class Recorder:
         if self.t == self.end:
             raise _Full
 
+    def frame(self, action, nxt):
+        """Writes the frame that ends now: self.obs, action (7,) and the pose nxt (6, ...)."""
+        seen = self.obs
+        frame = {
+            "actions": np.concatenate([nxt[:6], action[6:]]), "rel_actions": action,
+            "robot_obs": seen["robot_obs"], "scene_obs": seen["scene_obs"], **seen["rgb_obs"],
+        }  # fmt: skip
+        name = f"episode_{self.t // self.skip - 1:07d}.npz"
+        write(self.folder / name, lambda f: np.savez(f, **frame))
+        state = np.concatenate([seen["robot_obs"], seen["scene_obs"]])
+        self.sums += [state, state**2]
+        self.low = np.minimum(self.low, frame["actions"])
+        self.high = np.maximum(self.high, frame["actions"])
+        _count()
+
     def reset(self):
         """Begins an episode. Its first frame carries the state that it was reset to, not what the
         reset's one step of physics made of it, so that a replay from there is exact."""
         start, self.infos = (sim.ROBOT_OBS0, random_scene(self.rng)), {}
+        self.actions, self.op.render = [], (self.t + 1) % self.skip == 0
         self.obs = self.env.reset(*start) | dict(
             zip(("robot_obs", "scene_obs"), start, strict=True)
         )
@@ -867,6 +882,7 @@ class Recorder:
         """Fills the block. Returns what the parent must know about it, as plain numbers."""
         try:
             while True:
+                self.t -= self.t % self.skip  # an episode's last, incomplete frame is left out
                 start, stuck, full = self.t, 0, self.t + self.rng.integers(*EPISODE)
                 self.reset()
                 self.op.refresh().style()
@@ -881,11 +897,12 @@ class Recorder:
                     stuck = stuck + 1 if self.segment() else 0
                     held = self.op.held()
                     stuck += 4 * any(self.op.place_of(b) == "lost" for b in BLOCKS if b != held)
-                self.episodes.append((start, self.t - 1))
+                self.episodes.append((start // self.skip, self.t // self.skip - 1))
         except _Full:
-            self.episodes.append((start, self.t - 1))
-        last = np.array(self.episodes)[:, 1]  # a success must be in its episode, not just after it
-        spans = [s for s in self.spans if s[2] <= last[np.searchsorted(last, s[1])]]
+            self.episodes.append((start // self.skip, self.t // self.skip - 1))
+        # In frames; a success must be in its episode, not just after it.
+        spans = [(task, -(-a // self.skip), b // self.skip) for task, a, b in self.spans]
+        spans = [s for s in spans if any(a <= s[1] <= s[2] <= b for a, b in self.episodes)]
         return {
             "episodes": self.episodes, "spans": spans, "sums": self.sums.tolist(),
             "low": self.low.tolist(), "high": self.high.tolist(),
@@ -958,19 +975,21 @@ class Recorder:
             yield Way(pos, orn, int(grip), speed=rng.uniform(0.006, 0.028))
 
 
-def _block(folder, split, index, first, length, seed):
+def _block(folder, split, index, first, length, seed, skip):
     """Records one block of frames, then its part file, which says that it is finished."""
     rng = np.random.default_rng([seed, ("training", "validation").index(split), index])
-    part = Recorder(_worker["env"], folder, first, length, rng, _worker["oracle"]).play()
+    part = Recorder(_worker["env"], folder, first, length, rng, _worker["oracle"], skip).play()
     write(folder / "parts" / f"{index:05d}.json", lambda f: f.write(json.dumps(part).encode()))
 
 
-def record(folder, frames, val_frames, procs=2, seed=0, make=make_sim, about=SIM):
+def record(folder, frames, val_frames, procs=2, seed=0, make=make_sim, about=SIM, skip=1):
     """Records play into folder/training and folder/validation; goes on where it was stopped.
 
     make: function(render) -> (environment, oracle). about: what recording.json says of it.
+    skip: steps of the simulator, at 30 Hz, that one frame lasts.
     """
     folder, jobs, done = Path(folder), [], 0
+    about = about | ({"hz": about["hz"] / skip, "skip": skip} if skip > 1 else {})
     for split, n in (("training", frames), ("validation", val_frames)):
         place = folder / split
         _claim(place, n, seed, about)
@@ -981,13 +1000,14 @@ def record(folder, frames, val_frames, procs=2, seed=0, make=make_sim, about=SIM
             if (place / "parts" / f"{k:05d}.json").exists():
                 done += end - first
             else:
-                jobs.append((place, split, k, first, end - first, seed))
+                jobs.append((place, split, k, first, end - first, seed, skip))
     if jobs:
         _parallel(_block, jobs, procs, make, True, frames + val_frames, done, "recording")
     print(f"recorded in {folder} (seed {seed}):")
     for split in ("training", "validation"):
-        _finish(folder / split, split, seed)
-    print(f"next: python data.py pack {folder} PACKED --skip 2    (15 Hz, as --preset sim)")
+        _finish(folder / split, split, seed, skip)
+    thin = "" if skip > 1 else " --skip 2    (15 Hz, as --preset sim)"
+    print(f"next: python data.py pack {folder} PACKED{thin}")
 
 
 def _claim(place, n, seed, about):
@@ -1007,7 +1027,7 @@ def _claim(place, n, seed, about):
     write(place / "recording.json", lambda f: f.write(json.dumps(about).encode()))
 
 
-def _finish(place, split, seed):
+def _finish(place, split, seed, skip):
     """Everything but the frames: episode bounds, statistics, language."""
     parts = [json.loads(p.read_text()) for p in sorted((place / "parts").glob("*.json"))]
     episodes = np.array([e for p in parts for e in p["episodes"]])  # (E, 2), both ends inclusive
@@ -1023,7 +1043,7 @@ def _finish(place, split, seed):
     write(place / "statistics.yaml", lambda f: f.write(text.encode()))
     bounds = {"calvin_scene_D": [int(episodes.min()), int(episodes.max())]}  # whose twin this is
     (place / LANG).mkdir(exist_ok=True)
-    language, found = _language(parts, lengths.sum(), split, seed)
+    language, found = _language(parts, skip * lengths.sum(), split, seed)
     arrays = {"ep_start_end_ids": episodes, "ep_lens": lengths, "scene_info": bounds}
     for name, value in (arrays | language).items():
         write(place / f"{name}.npy", lambda f, v=value: np.save(f, v, allow_pickle=True))
@@ -1035,7 +1055,7 @@ def _finish(place, split, seed):
         print(f"    {task:26s} {found[task]:5d} skills, {chosen.count(task):4d} annotated")
 
 
-def _language(parts, frames, split, seed):
+def _language(parts, steps, split, seed):
     """CALVIN's language files {name: content}, and how many spans of each task there were."""
     rng = np.random.default_rng([seed, 99])
     spans = {
@@ -1044,8 +1064,8 @@ def _language(parts, frames, split, seed):
     found = {t: len(s) for t, s in spans.items()}
     for s in spans.values():
         rng.shuffle(s)
-    # About one span per hundred frames: in turn one of each task, as long as there are any.
-    chosen, wanted = [], max(1, int(frames // 100))
+    # About one span per hundred steps: in turn one of each task, as long as there are any.
+    chosen, wanted = [], max(1, int(steps // 100))
     while len(chosen) < wanted and any(spans.values()):
         for task in rng.permutation([t for t in spans if spans[t]]):
             chosen.append((*map(int, spans[task].pop()), str(task)))
@@ -1095,13 +1115,14 @@ def main(argv=None):
     w.add_argument("folder")
     w.add_argument("--frames", type=int, default=100_000)
     w.add_argument("--val-frames", type=int, default=10_000)
+    w.add_argument("--skip", type=int, default=1, help="steps of 1/30 s for each frame")
     for p in (r, w):
         p.add_argument("--procs", type=int, default=2)
         p.add_argument("--seed", type=int, default=0)
         p.add_argument("--env", choices=("sim", "calvin"), default="sim")
         calvin.add_options(p)
     a = parser.parse_args(argv)
-    for name, least in (("n", 1), ("procs", 1), ("seed", 0)):
+    for name, least in (("n", 1), ("procs", 1), ("skip", 1), ("seed", 0)):
         if getattr(a, name, least) < least:
             parser.error(f"--{name} {getattr(a, name)}: at least {least}")
     make, about = make_sim, SIM
@@ -1113,7 +1134,7 @@ def main(argv=None):
         if a.command == "rates":
             rates(a.n, a.procs, a.seed, a.out, make)
         else:
-            record(a.folder, a.frames, a.val_frames, a.procs, a.seed, make, about)
+            record(a.folder, a.frames, a.val_frames, a.procs, a.seed, make, about, a.skip)
     except (OSError, ValueError, ImportError) as error:
         sys.exit(f"error: {error}")
 

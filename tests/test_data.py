@@ -174,8 +174,8 @@ def test_skip_2_averages_arm_actions_takes_the_last_gripper_and_halves_spans(cal
 
 def test_float32_recordings_of_64_pixels_are_read_as_well_and_recording_json_travels(tmp_path):
     src = record(tmp_path / "ours", 64, 64)
-    about = {"source": "sim", "renderer": "tiny", "hz": 30, "action_scale": [0.02, 0.05]}
-    about["text_encoder"] = D.TEXT_ENCODER
+    about = {"source": "sim", "renderer": "tiny", "hz": 15, "action_scale": [0.02, 0.05]}
+    about |= {"skip": 2, "text_encoder": D.TEXT_ENCODER}
     for split in EPISODES:
         (src / split / "recording.json").write_text(json.dumps(about | {"frames": len(split)}))
     f = {k: v.astype("f4") if v.dtype == "f8" else v for k, v in frame(600_003, 64, 64).items()}
@@ -184,6 +184,7 @@ def test_float32_recordings_of_64_pixels_are_read_as_well_and_recording_json_tra
     d = D.PlayData(tmp_path / "packed", "training")
     assert (d.rgb_static[204] == f["rgb_static"]).all()
     assert d.meta["renderer"] == "tiny" and d.meta["source"] == "sim"
+    assert d.meta["hz"] == 15 and d.meta["skip"] == 2  # its frames last two steps already
 
 
 def test_without_language_the_world_model_has_its_data_and_the_agent_is_told_why_not(
@@ -248,7 +249,7 @@ DAMAGE = {
     "range": (E7, lambda p: replace(p, rel_actions=np.full(7, 2.0)), r"not in \[-1, 1\]"),
     "gripper": (E7, lambda p: replace(p, rel_actions=np.zeros(7)), "gripper"),
     "rate": (ABOUT, lambda p: p.write_text('{"hz": "x"}'), r"recording\.json: .*\['x'"),
-    "scale": (ABOUT, lambda p: p.write_text('{"action_scale": [1]}'), "1 \\+ 2 positive numbers"),
+    "scale": (ABOUT, lambda p: p.write_text('{"action_scale": [1]}'), "2 \\+ 1 positive numbers"),
     "no ids": (IDS, Path.unlink, "ep_start_end_ids.npy"),
     "short": (IDS, lambda p: rewrite(p, [(553_567, 553_580)]), "shorter than a window.*--skip"),
     "overlap": (IDS, lambda p: rewrite(p, [(553_567, 553_600), (553_590, 553_650)]), "overlap"),

@@ -380,6 +380,31 @@ def test_a_segments_span_grows_while_its_motion_is_completed_and_not_in_the_retr
     assert not recorder.settling and (astray or recorder.t - start in (13, 33))
 
 
+def test_a_frame_of_two_steps_is_what_packing_makes_of_two_frames(tmp_path, monkeypatch):
+    """The same play at 30 and at 15 Hz: every second picture, mean actions, the last gripper."""
+    monkeypatch.setattr(teleop, "_count", lambda: None)
+    steps, parts, env = 300, {}, sim.PlayTable()
+    for skip in (1, 2):
+        folder, rng = tmp_path / str(skip), np.random.default_rng(5)
+        folder.mkdir()
+        parts[skip] = teleop.Recorder(env, folder, 0, steps // skip, rng, skip=skip).play()
+    env.close()
+    load = lambda skip, i: np.load(tmp_path / str(skip) / f"episode_{i:07d}.npz")
+    assert not (tmp_path / f"2/episode_{steps // 2:07d}.npz").exists()
+    for i in range(steps // 2):
+        frame, first, second = load(2, i), load(1, 2 * i), load(1, 2 * i + 1)
+        for k in ("rgb_static", "rgb_gripper", "robot_obs", "scene_obs"):
+            assert (frame[k] == first[k]).all(), (i, k)
+        assert (frame["actions"] == second["actions"]).all()
+        mean = (first["rel_actions"] + second["rel_actions"]) / 2
+        assert np.allclose(frame["rel_actions"][:6], mean[:6])
+        assert frame["rel_actions"][6] == second["rel_actions"][6]
+    assert [parts[skip]["episodes"] for skip in (1, 2)] == [[(0, 299)], [(0, 149)]]
+    kept = 2 * np.arange(steps // 2)  # as data.py's plan_split keeps them
+    rows = [(t, *np.searchsorted(kept, (a, b + 1))) for t, a, b in parts[1]["spans"]]
+    assert rows and [(t, a, b + 1) for t, a, b in parts[2]["spans"]] == rows
+
+
 def test_play_is_cut_into_episodes_each_of_a_scene_of_its_own(env, tmp_path, monkeypatch):
     monkeypatch.setattr(teleop, "_count", lambda: None)
 
