@@ -115,7 +115,7 @@ def lambda_return(
     """V^λ_t = r_t + γ ((1-λ) v_ψ(s_{t+1}) + λ V^λ_{t+1}),   V^λ_H = v_ψ(s_H)   (App. B).
 
     r: (H, B) rewards of the H steps, v: (H+1, B) values of the states before, between and after
-    them. weight (H, B): 1, or 0 on masked padding, whose first state then ends the window [D14].
+    them. weight (H, B): 0 on masked padding, whose first state then ends the window [D14].
     Returns (H, B). λ = 0 is one-step TD, λ = 1 Monte Carlo with a bootstrap.
     """
     v_lambda, out = v[-1], []

@@ -274,7 +274,7 @@ def plan_split(folder: Path, skip: int, lang_folder: str) -> dict:
     frame_ids = np.concatenate(steps).reshape(-1, skip)  # packed row r is of frames frame_ids[r]
     with naming(folder / "recording.json", "Correct it") as path:
         about = CALVIN | (json.loads(path.read_text()) if path.exists() else {})
-        already = about.get("skip", 1)  # steps that the recording's own frames last
+        already = int(about.get("skip", 1))  # steps that the recording's own frames last
         numbers = np.array([about["hz"], *about["action_scale"], already])
         if numbers.shape != (4,) or numbers.dtype.kind not in "if" or not (numbers > 0).all():
             what = f"hz, action_scale, skip are {numbers.tolist()}"

@@ -48,10 +48,10 @@ OPEN, CLOSE = 1, -1
 UP = np.array([0.0, 0.0, 1.0])
 TABLE_X, TABLE_Y = (0.02, 0.30), (-0.14, -0.07)  # where a block may be put down on the table
 SHELVES = {"left": (-0.28, -0.20), "right": (-0.02, 0.09)}  # x ranges of the cabinet's two halves
-EPISODE = 200, 600  # frames, then a new scene: what a world model finds hard is scenes, not motion
+EPISODE = 200, 600  # steps, then a new scene: what a world model finds hard is scenes, not motion
 PLACES = (0.40, 0.13, 0.13, 0.22, 0.12)  # a block on the table, left, right, in the drawer, on top
 ROOM = (-0.40, -0.50, 0.38), (0.42, 0.22, 0.75)  # low, high: where noise may push the target pose
-SETTLE = 12  # frames behind a success, at most, in which the motion that brought it is completed
+SETTLE = 12  # steps behind a success, at most, in which the motion that brought it is completed
 LANG = "lang_paraphrase-MiniLM-L3-v2"
 ASSETS = Path(__file__).resolve().parent / "assets"
 
@@ -104,7 +104,7 @@ class Operator:
         """How the next skills are done. vary: 0 is the quickest way, 1 varies speeds, approaches
         and grasps as a person would; noise: standard deviation of correlated noise on the arm's six
         numbers; astray: for how many frames the next skill goes wrong; haste: 0 waits for the arm,
-        1 moves the target twice as fast and lets it lead the arm by some 8 cm."""
+        1 moves the target twice as fast, if actions can, and lets it lead the arm by some 8 cm."""
         r = self.rng
         self.noise, self.ou, self.astray, self.vary = noise, np.zeros(6), astray, vary
         self.pace = 1.0 if not vary else r.uniform(0.55, 1.0) if r.random() < 0.4 else 1.0
@@ -882,7 +882,10 @@ class Recorder:
         """Fills the block. Returns what the parent must know about it, as plain numbers."""
         try:
             while True:
-                self.t -= self.t % self.skip  # an episode's last, incomplete frame is left out
+                self.t -= self.t % self.skip  # an episode's last, incomplete frame is left out,
+                self.spans = [
+                    s for s in self.spans if s[2] < self.t
+                ]  # and what ends in it or after
                 start, stuck, full = self.t, 0, self.t + self.rng.integers(*EPISODE)
                 self.reset()
                 self.op.refresh().style()
@@ -900,7 +903,7 @@ class Recorder:
                 self.episodes.append((start // self.skip, self.t // self.skip - 1))
         except _Full:
             self.episodes.append((start // self.skip, self.t // self.skip - 1))
-        # In frames; a success must be in its episode, not just after it.
+        # In frames; a success must be in the block, not just after it.
         spans = [(task, -(-a // self.skip), b // self.skip) for task, a, b in self.spans]
         spans = [s for s in spans if any(a <= s[1] <= s[2] <= b for a, b in self.episodes)]
         return {
@@ -989,6 +992,8 @@ def record(folder, frames, val_frames, procs=2, seed=0, make=make_sim, about=SIM
     skip: steps of the simulator, at 30 Hz, that one frame lasts.
     """
     folder, jobs, done = Path(folder), [], 0
+    if skip > 10:
+        raise ValueError(f"--skip {skip}: at most 10, or episodes are shorter than a window")
     about = about | ({"hz": about["hz"] / skip, "skip": skip} if skip > 1 else {})
     for split, n in (("training", frames), ("validation", val_frames)):
         place = folder / split
