@@ -75,7 +75,7 @@ def test_each_family_is_solved_within_a_span_through_the_seven_numbers(env, task
 def test_a_try_that_goes_astray_is_mended_or_followed_by_one_that_does_not(env):
     """8 frames towards a place 1 to 6 cm beside the button, or with open fingers towards it, or
     both; then the rest of the way to the right place, or a new try from there."""
-    seen_flips = set()
+    seen_flips, tries = set(), set()
     for seed in range(12):
         ends, grips = [], []
         for astray in (0, 8):
@@ -85,8 +85,11 @@ def test_a_try_that_goes_astray_is_mended_or_followed_by_one_that_does_not(env):
                 seen.append(op.target()[0]), grip.append(action[6])
             )  # fmt: skip
             op.refresh().style(astray=astray)
+            skill, begun = op._skill, []
+            op._skill = lambda task, skill=skill, begun=begun: begun.append(task) or skill(task)
             assert op.attempt("turn_on_led") == (True, len(seen))
             assert (op.tries, op.began) == (0, astray)
+            tries.add((astray, len(begun)))
             ends.append(seen[7]), grips.append(grip)
         beside, flipped = np.linalg.norm(ends[1] - ends[0]), grips[1][7] != grips[0][7]
         # A hand that is to turn, too, is not yet as far.
@@ -94,6 +97,7 @@ def test_a_try_that_goes_astray_is_mended_or_followed_by_one_that_does_not(env):
         assert set(grips[1][:8]) == {grips[1][0]} and set(grips[1][8:]) == {-1}
         seen_flips.add((bool(flipped), bool(beside > 0.008)))
     assert seen_flips == {(False, True), (True, True), (True, False)}
+    assert tries == {(0, 1), (8, 1), (8, 2)}
 
 
 def test_a_way_without_a_step_does_not_end_a_try_after_one_that_went_astray(env, monkeypatch):
