@@ -274,11 +274,13 @@ def plan_split(folder: Path, skip: int, lang_folder: str) -> dict:
     frame_ids = np.concatenate(steps).reshape(-1, skip)  # packed row r is of frames frame_ids[r]
     with naming(folder / "recording.json", "Correct it") as path:
         about = CALVIN | (json.loads(path.read_text()) if path.exists() else {})
-        already = int(about.get("skip", 1))  # steps that the recording's own frames last
+        already = about.get("skip", 1)  # steps that the recording's own frames last
         numbers = np.array([about["hz"], *about["action_scale"], already])
         if numbers.shape != (4,) or numbers.dtype.kind not in "if" or not (numbers > 0).all():
             what = f"hz, action_scale, skip are {numbers.tolist()}"
             raise ValueError(f"{what}, not 1 + 2 + 1 positive numbers")
+        if not isinstance(already, int):
+            raise ValueError(f"skip is {already}, not a whole number")
         meta = {k: about[k] for k in CALVIN}
         if (frame := about.get("frame", "base")) != "base":  # of relative actions; absent: base
             meta["frame"] = frame
@@ -296,8 +298,7 @@ def plan_split(folder: Path, skip: int, lang_folder: str) -> dict:
             what = f"{bad.sum()} spans are empty or in no episode, the first {spans[bad][0]}"
             raise DataError(f"{folder / lang_folder}/auto_lang_ann.npy: {what}. Annotate it again.")
         spans = rows
-    meta |= {"text_encoder": encoder, "hz": meta["hz"] / skip, "format": 1}
-    meta["skip"] = skip * already
+    meta |= {"text_encoder": encoder, "hz": meta["hz"] / skip, "skip": skip * already, "format": 1}
     ends = np.cumsum(length)
     small = {"episodes": np.stack([ends - length, ends], 1), "spans": spans, "span_emb": emb}
     return {"meta": meta, "small": small, "lang": lang, "ids": frame_ids, "frame": (scene, sizes)}
