@@ -409,22 +409,31 @@ def test_a_frame_of_two_steps_is_what_packing_makes_of_two_frames(tmp_path, monk
     assert rows and [(t, a, b + 1) for t, a, b in parts[2]["spans"]] == rows
 
 
-def test_play_is_cut_into_episodes_each_of_a_scene_of_its_own(env, tmp_path, monkeypatch):
+@pytest.mark.parametrize("skip", [1, 2])
+def test_play_is_cut_into_episodes_each_of_a_scene_of_its_own(skip, env, tmp_path, monkeypatch):
+    """Also where one ends within a frame, whose steps so far are then left out."""
     monkeypatch.setattr(teleop, "_count", lambda: None)
+    at, drawn = [], []  # the time before each step, and whether its end is drawn
 
-    def segment(recorder):  # 20 frames of nothing
-        recorder.obs = obs = recorder.op.refresh().obs | {"rgb_obs": {}}
-        for _ in range(20):
-            recorder.on_step(np.zeros(7), obs, None)
+    def segment(recorder):  # 21 steps of nothing
+        recorder.obs.setdefault("rgb_obs", {})
+        recorder.op.refresh()
+        for _ in range(21):
+            at.append(recorder.t)
+            drawn.append(recorder.op.render)
+            recorder.on_step(np.zeros(7), recorder.op.obs | {"rgb_obs": {}}, None)
         return False
 
     monkeypatch.setattr(teleop.Recorder, "segment", segment)
     monkeypatch.setattr(teleop.Operator, "run", lambda op, ways, most: None)
     monkeypatch.setattr(teleop, "EPISODE", (50, 150))
-    recorder = teleop.Recorder(env, tmp_path, 0, 600, np.random.default_rng(0))
+    recorder = teleop.Recorder(env, tmp_path, 0, 600 // skip, np.random.default_rng(0), skip=skip)
     episodes = recorder.play()["episodes"]
-    assert episodes[0][0] == 0 and episodes[-1][1] == 599
+    assert episodes[0][0] == 0 and episodes[-1][1] == 600 // skip - 1
     assert all(b == c - 1 for (_, b), (c, _) in pairwise(episodes))
-    assert all(50 <= b - a + 1 < 150 + 20 + 50 for a, b in episodes)
+    assert all(50 // skip <= b - a + 1 < (150 + 21 + 50) / skip for a, b in episodes)
+    assert drawn == [(t + 1) % skip == 0 for t in at]  # a frame's first picture, and no other
+    again = [b for a, b in pairwise(at) if b <= a]  # an episode ended within a frame
+    assert all(t % skip == 0 for t in again) and bool(again) == (skip > 1)
     starts = [np.load(tmp_path / f"episode_{a:07d}.npz")["scene_obs"] for a, _ in episodes]
     assert len(np.unique(starts, axis=0)) == len(episodes)
