@@ -416,24 +416,30 @@ def test_play_is_cut_into_episodes_each_of_a_scene_of_its_own(skip, env, tmp_pat
     at, drawn = [], []  # the time before each step, and whether its end is drawn
 
     def segment(recorder):  # 21 steps of nothing
-        recorder.obs.setdefault("rgb_obs", {})
-        recorder.op.refresh()
+        recorder.obs.setdefault("rgb_obs", {})  # this env draws nothing
         for _ in range(21):
             at.append(recorder.t)
             drawn.append(recorder.op.render)
-            recorder.on_step(np.zeros(7), recorder.op.obs | {"rgb_obs": {}}, None)
+            recorder.on_step(np.full(7, recorder.t), recorder.op.obs | {"rgb_obs": {}}, None)
+        recorder.spans.append(["nothing", recorder.t - 1, recorder.t])  # its last step
         return False
 
     monkeypatch.setattr(teleop.Recorder, "segment", segment)
     monkeypatch.setattr(teleop.Operator, "run", lambda op, ways, most: None)
     monkeypatch.setattr(teleop, "EPISODE", (50, 150))
     recorder = teleop.Recorder(env, tmp_path, 0, 600 // skip, np.random.default_rng(0), skip=skip)
-    episodes = recorder.play()["episodes"]
+    part = recorder.play()
+    episodes = part["episodes"]
     assert episodes[0][0] == 0 and episodes[-1][1] == 600 // skip - 1
     assert all(b == c - 1 for (_, b), (c, _) in pairwise(episodes))
     assert all(50 // skip <= b - a + 1 < (150 + 21 + 50) / skip for a, b in episodes)
     assert drawn == [(t + 1) % skip == 0 for t in at]  # a frame's first picture, and no other
     again = [b for a, b in pairwise(at) if b <= a]  # an episode ended within a frame
     assert all(t % skip == 0 for t in again) and bool(again) == (skip > 1)
+    for i in range(600 // skip):  # what was commanded in the steps left out is in no frame
+        frame = np.load(tmp_path / f"episode_{i:07d}.npz")
+        assert frame["rel_actions"][0] == i * skip + (skip - 1) / 2
+    begins, spans = {a for a, _ in episodes}, {a for _, a, _ in part["spans"]}
+    assert spans and not spans & begins  # nor do they begin a span
     starts = [np.load(tmp_path / f"episode_{a:07d}.npz")["scene_obs"] for a, _ in episodes]
     assert len(np.unique(starts, axis=0)) == len(episodes)
