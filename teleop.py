@@ -882,10 +882,9 @@ class Recorder:
         """Fills the block. Returns what the parent must know about it, as plain numbers."""
         try:
             while True:
-                self.t -= self.t % self.skip  # an episode's last, incomplete frame is left out,
-                self.spans = [
-                    s for s in self.spans if s[2] < self.t
-                ]  # and what ends in it or after
+                # An episode's last, incomplete frame is left out, and what ends in it or after.
+                self.t -= self.t % self.skip
+                self.spans = [s for s in self.spans if s[2] < self.t]
                 start, stuck, full = self.t, 0, self.t + self.rng.integers(*EPISODE)
                 self.reset()
                 self.op.refresh().style()
