@@ -76,6 +76,7 @@ class AgentConfig:
         False  # no_ditto: clone along imagined states instead of the expert's [D15]
     )
     binary_gripper: bool = False  # threshold it in imagination too, straight-through [D12]
+    rephrase: bool = False  # a window's sentence: of any span of its task, not just its own [D30]
     replan: int = 30  # steps between two plans at run time [D7, D29]
     forget: bool = False  # at each new plan, forget what was seen before, at run time [D8]
 
@@ -88,6 +89,7 @@ PRESETS = {
         plan_hidden=256, plan_categoricals=16, plan_classes=16, actor_layers=4, critic_layers=4,
         critic_hidden=256, goal_hidden=256, transformer_hidden=256, transformer_features=256,
         critic_sees_plan=True, critic_gradient=False, lam=0.5, mask_padding=True, forget=True,
+        rephrase=True,
     ),
 }  # fmt: skip
 PRESETS["tiny"] = replace(

@@ -467,13 +467,14 @@ class Windows:
     """Windows of min_len to max_len frames for the agent, padded to T [D14]; batch(step) is pure.
 
     play: any start in an episode; goal: the window's last frame. lang: any annotated span, then any
-    start in it; it ends in it; goal: its sentence. A span shorter than min_len is a window, whole
-    [D23].
+    start in it; it ends in it; goal: its sentence, or one of any span of its task, each as often
+    as the others [D30]. A span shorter than min_len is a window, whole [D23].
     """
 
     def __init__(
-        self, data, B, T=MAX_LEN, min_len=MIN_LEN, max_len=MAX_LEN, kind="play", seed=0, part=ALL
-    ):
+        self, data, B, T=MAX_LEN, min_len=MIN_LEN, max_len=MAX_LEN, kind="play", seed=0, part=ALL,
+        rephrase=False,
+    ):  # fmt: skip
         """part: which of a batch's B windows this process reads, a slice."""
         self.data, self.B, self.T, self.kind, self.seed, self.part = data, B, T, kind, seed, part
         bounds = {"play": data.episodes, "lang": data.spans}[kind]
@@ -490,6 +491,12 @@ class Windows:
         self.start = bounds[self.span, 0] + place
         self.most = np.minimum(max_len, bounds[self.span, 1] - self.start)  # the longest window
         self.least = np.minimum(min_len, self.most)
+        self.rephrase = rephrase  # [D30]: spans in the order of their tasks, from first, so many
+        _, self.task, self.many = np.unique(data.tasks, return_inverse=True, return_counts=True)
+        self.by_task, self.first = (
+            np.argsort(self.task, stable=True),
+            np.cumsum(self.many) - self.many,
+        )
 
     def batch(self, step: int) -> dict[str, torch.Tensor]:
         """index (T, B) rows of data, length (B,), a (T, B, 7); lang: emb (B, 384), span, align."""
@@ -505,6 +512,10 @@ class Windows:
         if self.kind == "lang":
             span, align = self.span[w], self.align[w]
             batch |= {"span": span, "align": align, "emb": self.data.span_emb[span]}
+            if self.rephrase:
+                task, u = self.task[span], rng.random(self.B)[self.part]
+                alike = self.by_task[self.first[task] + (u * self.many[task]).astype(int)]
+                batch["emb"] = self.data.span_emb[alike]
         return {k: torch.from_numpy(x) for k, x in batch.items()}
 
 

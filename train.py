@@ -604,7 +604,7 @@ class WindowBatches:
         lengths = (c.sequence_length, c.min_window, c.max_window)
         n = c.batch_size // 2  # half and half [D6]
         self.play, self.language = (
-            D.Windows(data, n, *lengths, kind, seed, part(n) if part else D.ALL)
+            D.Windows(data, n, *lengths, kind, seed, part(n) if part else D.ALL, c.rephrase)
             for kind, n in (("play", c.batch_size - n), ("lang", n))
         )
         with torch.no_grad():  # after a reset h is one constant vector [D8]

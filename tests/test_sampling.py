@@ -152,6 +152,19 @@ def test_language_windows_carry_their_sentence_and_d11_marks_the_last_8_places(p
             assert bool(batch["align"][b]) == (start > end - 20 - 8)
 
 
+def test_d30_a_rephrased_window_has_any_sentence_of_its_task_each_as_often(play, monkeypatch):
+    """Spans 0 and 2 are of one task, span 1 of another; all else is as without it."""
+    monkeypatch.setattr(play, "tasks", ["a", "b", "a"])
+    own, other = (D.Windows(play, 3000, kind="lang", rephrase=x).batch(0) for x in (False, True))
+    assert all(equal({0: own[k]}, {0: other[k]}) for k in own if k != "emb")
+    sentences = torch.from_numpy(np.array(play.span_emb))
+    said = (other["emb"][:, None] == sentences).all(-1)  # (3000, spans)
+    assert (said.sum(1) == 1).all()
+    for span, shares in enumerate(([0.5, 0, 0.5], [0, 1, 0], [0.5, 0, 0.5])):
+        here = said[other["span"] == span].float().mean(0)
+        np.testing.assert_allclose(here, shares, atol=0.05)
+
+
 def test_every_span_is_as_likely_however_short_and_every_start_of_a_play_window(play):
     lang, drawn = D.Windows(play, 3000, kind="lang").batch(0), D.Windows(play, 3000).batch(0)
     share = np.bincount(lang["span"].numpy(), minlength=3) / 3000
