@@ -5,16 +5,16 @@
                                                             the prior is sampled; a judge reads it
 
 The judge is a small network that compares the latent now with that of the attempt's start and says
-which task has been done between them, if any. It learns from the annotated spans of the training
-split: what their last frames show was done; what they show well before that was not yet, and in
-the play between one span's end and the next one's nothing was (that it has no annotation is no
-proof: a few per cent of it may show a task done).
+which tasks have been done between them. Its first half learns to read the table from one latent:
+doors, lights, blocks, hand; its second half compares two readings, and learns from pairs of frames
+of the training split what the simulator's oracle, put back into both, says was done.
 `evaluate.py --env dream` tries each instruction that the benchmark's chains come to from the same
 picture in both worlds. What the simulator's oracle saw of all tasks then tells how far the judge
 can be believed on latents of what was seen; where its precision or recall is under 0.9, it is not.
 How it does on latents that were only imagined, nobody can tell: they have no other truth.
 
-Copy this file together with data.py. Needs: torch, numpy, tqdm. World model, policy: arguments.
+Copy this file together with data.py. Needs: torch, numpy, tqdm. World model, policy, simulator and
+oracle: arguments.
 """
 
 import numpy as np
@@ -25,53 +25,75 @@ from tqdm import trange
 
 import data as D
 
-# In frames of 1/30 s: up to 28 before its span's end a task is not done, in the last 2, a row
-# at 15 Hz, it is; an annotated span ends up to 12 frames behind its success (teleop.SETTLE).
-NOT_YET, LAST = 28, 2
 ENOUGH = 5  # attempts in which a task was done, and at least 0.9 of both, for a judgement to count
-STEPS, BATCH, SURE = 2000, 256, 0.95
+STRETCHES, MOMENTS, LONGEST = 6000, 4, 360  # of play that the judge learns from; simulator steps
+CLIPS, SEEN = 6000, 15  # it reads latents with the history that a policy has which forgets
+STEPS, BATCH = 4000, 256
+LOOKS, BEHIND = 5, 10  # one says little, so the mean of 5 counts; and looks behind a success
+
+
+def table_of(play: D.PlayData, rows) -> Tensor:
+    """What the judge reads (N, 20): sliding door, drawer, both lights, the tcp's xyz, the gripper's
+    width, and of each block xyz and whether it is within 4 cm of the tcp."""
+    scene, robot = (torch.from_numpy(x[rows]) for x in (play.scene_obs, play.robot_obs))
+    blocks = scene[:, 6:].unflatten(-1, (3, 6))[..., :3]  # (N, 3, 3)
+    near = ((blocks - robot[:, None, :3]).norm(dim=-1) < 0.04).float()
+    return torch.cat([scene[:, [0, 1, 4, 5]], robot[:, [0, 1, 2, 6]], blocks.flatten(1), near], -1)
 
 
 class Judge(nn.Module):
-    """s at an attempt's start, s now: (N, k) each -> logits (N, 1 + tasks); the first: nothing."""
+    """s at an attempt's start, s now: (N, k) each -> logits (N, tasks): done since, or not."""
 
-    def __init__(self, k: int, tasks: list[str], hidden: int = 256):
+    def __init__(self, k: int, tasks: list[str]):
         super().__init__()
         self.tasks = tasks
+        block = lambda i, o, p: (nn.Linear(i, o), nn.LayerNorm(o), nn.ELU(), nn.Dropout(p))
+        self.reader = nn.Sequential(*block(k, 512, 0.1), *block(512, 256, 0.1), nn.Linear(256, 20))
         self.net = nn.Sequential(
-            nn.Dropout(0.3), nn.Linear(2 * k, hidden), nn.LayerNorm(hidden), nn.ELU(),
-            nn.Dropout(0.3), nn.Linear(hidden, 1 + len(tasks)),
-        )  # fmt: skip
+            *block(40, 256, 0.3), *block(256, 128, 0.1), nn.Linear(128, len(tasks))
+        )
 
     def forward(self, start: Tensor, now: Tensor) -> Tensor:
-        return self.net(torch.cat([start, now], -1))
+        return self.compare(self.reader(start), self.reader(now))
 
-    @torch.no_grad()
-    def done(self, start: Tensor, now: Tensor) -> str | None:
-        """The task that was done between two latents (1, k), or None. It is asked a hundred times
-        in an attempt, and one wrong answer counts, so it must be sure."""
-        p, best = self(start, now)[0].softmax(-1).max(-1)
-        return self.tasks[best - 1] if best > 0 and p > SURE else None
+    def compare(self, start: Tensor, now: Tensor) -> Tensor:
+        """Two readings (N, 20)."""
+        return self.net(torch.cat([start, now - start], -1))
 
 
-def quiet_stretches(play: D.PlayData, not_yet: int) -> np.ndarray:
-    """(Q, 2) rows [start, end), no longer than the longest span, in which no span ends: from one's
-    end, or an episode's start, to `not_yet` rows before the next one's end."""
-    longest, ends, out = np.diff(play.spans).max(), np.sort(play.spans[:, 1]), []
-    for first, last in play.episodes:
-        here = ends[(ends > first) & (ends <= last)]
-        for a, b in zip([first, *here], here - not_yet, strict=False):
-            out += [(x, min(x + longest, b)) for x in range(a, b, longest)]
-    return np.array(out, int).reshape(-1, 2)
+PAIRS = np.triu_indices(MOMENTS, 1)  # of a stretch's moments, the earlier ones and the later ones
+
+
+def labelled_stretches(play: D.PlayData, env, oracle, tasks: list[str], rng, count: int):
+    """rows (N, MOMENTS) of `play`, each N in one episode and in order, and labels (N, P, tasks):
+    what the oracle says was done between each pair of them.
+
+    Of three stretches two are about an annotated span: rows in it, its end, and one up to a second
+    behind; the third is anywhere, and at most an attempt long."""
+    hz, ends = round(play.meta["hz"]), play.episodes[:, 1]
+    rows, labels = np.empty((count, MOMENTS), int), torch.empty(count, len(PAIRS[0]), len(tasks))
+    for k in trange(count, desc="judge: what was done", unit="stretch"):
+        if k % 3:
+            first, last = play.spans[rng.integers(len(play.spans))]
+            behind = last - 1 + rng.integers(hz)
+            rows[k] = *rng.integers(first, last, MOMENTS - 2), last - 1, behind
+        else:
+            first = rng.integers(len(play))
+            rows[k] = first + rng.integers(LONGEST * hz // 30, size=MOMENTS)
+        rows[k] = np.minimum(np.sort(rows[k]), ends[np.searchsorted(ends, first, "right")] - 1)
+        infos = []
+        for row in rows[k]:
+            env.reset(*(x[row].astype(float) for x in (play.robot_obs, play.scene_obs)))
+            infos.append(env.get_info())
+        for p, (a, b) in enumerate(zip(*PAIRS, strict=True)):
+            labels[k, p] = torch.tensor([oracle(infos[a], infos[b], task) for task in tasks])
+    return rows, labels
 
 
 @torch.no_grad()
-def latents_of_spans(
-    world, play: D.PlayData, spans: np.ndarray, batch: int = 64
-) -> tuple[Tensor, Tensor]:
+def latents_of_spans(world, play: D.PlayData, spans: np.ndarray, batch: int = 64) -> Tensor:
     """s (M, L, k) float16 of the frames of spans (M, 2), each filtered from h = z = 0 as a policy
-    with a new instruction does it (and goes on, unless it forgets [D8]), the last one repeated; and
-    their lengths (M,)."""
+    does it that has a new instruction, or forgets [D8]; the last one is repeated."""
     device, lengths = world.decoder_in.weight.device, spans[:, 1] - spans[:, 0]
     out = torch.empty(len(spans), lengths.max(), world.config.latent, dtype=torch.float16)
     for i in trange(0, len(spans), batch, desc="judge: latents", unit="batch"):
@@ -81,75 +103,108 @@ def latents_of_spans(
         frames = {k: x.to(device) for k, x in frames.items()}
         h, z, _ = world.filter(frames, world.initial(len(first)))  # (L, B, H), (L, B, Z)
         out[i : i + batch] = torch.cat([h, z], -1).transpose(0, 1).half().cpu()
-    return out, torch.from_numpy(lengths)
+    return out
 
 
-def train_judge(world, play: D.PlayData, seed: int = 0) -> Judge:
-    """A judge of the tasks in `play`'s annotations (its training split), by cross-entropy: a third
-    of each batch are spans at their end, the others spans well before it and quiet stretches."""
-    device, tasks = world.decoder_in.weight.device, sorted(set(play.tasks))
-    not_yet, last = (-(-n // play.meta["skip"]) for n in (NOT_YET, LAST))  # in rows
-    names = torch.tensor([1 + tasks.index(task) for task in play.tasks])
+def fit(parameters, loss_of, count: int, name: str) -> None:
+    """STEPS of AdamW, its rate falling to 0, on loss_of(i) with i (BATCH,) of `count` examples."""
+    optimizer = torch.optim.AdamW(parameters, 1e-3, weight_decay=0.05)
+    for step in trange(STEPS, desc=f"judge: {name}", unit="step"):
+        optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / STEPS)
+        loss = loss_of(torch.randint(count, (BATCH,)))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def train_judge(world, play: D.PlayData, env, oracle, tasks: list[str], seed: int = 0) -> Judge:
+    """A judge of `tasks`. play: a training split; env, oracle: of the simulator that it is of."""
+    device, rng = world.decoder_in.weight.device, np.random.default_rng(seed)
+    begin = np.repeat(play.episodes[:, 0], np.diff(play.episodes)[:, 0])  # of each row's episode
+
+    def history(rows: np.ndarray) -> np.ndarray:
+        """Spans (N, 2) of 1 to SEEN frames of which `rows` (N,) are the last ones."""
+        seen = rng.integers(1, SEEN + 1, size=len(rows))
+        return np.stack([np.maximum(rows - seen + 1, begin[rows]), rows + 1], -1)
+
+    @torch.no_grad()
+    def readings(spans: np.ndarray) -> Tensor:
+        """What is read (N, 20) in the last frames of spans (N, 2)."""
+        s = latents_of_spans(world, play, spans)[np.arange(len(spans)), np.diff(spans)[:, 0] - 1]
+        return torch.cat([judge.reader(x.to(device).float()) for x in s.split(4096)])
+
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        quiet = quiet_stretches(play, not_yet)
-        quiet = quiet[torch.randperm(len(quiet))[: len(play.spans)].numpy()]
-        s, lengths = latents_of_spans(world, play, np.concatenate([play.spans, quiet]))
-        judge = Judge(world.config.latent, tasks).to(device).train()
-        optimizer = torch.optim.AdamW(judge.parameters(), 1e-3, weight_decay=0.05)
-        names = F.pad(names, (0, len(quiet)))
-        still = not_yet * (names > 0)  # rows at the end in which it may have been done
-        early = (lengths > still + 1).nonzero()[:, 0]  # spans with rows before, quiet stretches
-        for step in trange(STEPS, desc="judge", unit="step"):
-            optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / STEPS)
-            ended = torch.arange(BATCH) % 3 == 0  # a span at its end, else what comes before one
-            m = torch.randint(len(play.spans), (BATCH,))
-            m = torch.where(ended, m, early[torch.randint(len(early), (BATCH,))])
-            most = (lengths[m] - still[m]).clamp_min(1)  # rows in which it was surely not done yet
-            at = lambda most: (torch.rand(BATCH) * most).long()  # a row, uniformly
-            start = at(most)
-            now = torch.where(ended, lengths[m] - 1 - at(torch.tensor(last)), at(most))
-            start = torch.minimum(start, now)
-            logits = judge(*(s[m, t].to(device).float() for t in (start, now)))
-            loss = F.cross_entropy(logits, torch.where(ended, names[m], 0).to(device))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+        judge = Judge(world.config.latent, list(tasks)).to(device).train()
+        spans = history(rng.integers(len(play), size=CLIPS))
+        s = latents_of_spans(world, play, spans)
+        clips = spans[:, :1] + np.arange(s.shape[1])  # their rows, where they are that long
+        real = clips < spans[:, 1:]
+        s, y = s[torch.from_numpy(real)], table_of(play, clips[real]).to(device)
+        y = (y - y.mean(0)) / y.std(0).clamp_min(1e-3)
+        read = lambda i: F.smooth_l1_loss(judge.reader(s[i].to(device).float()), y[i], beta=0.1)
+        fit(judge.reader.parameters(), read, len(s), "reads")
+
+        rows, labels = labelled_stretches(play, env, oracle, tasks, rng, STRETCHES)
+        judge.reader.eval()
+        start, now = rows.ravel()[:, None] + [0, 1], history(rows.ravel())  # one frame, more frames
+        a, b = (readings(x).unflatten(0, rows.shape) for x in (start, now))
+        a, b = a[:, PAIRS[0]].flatten(0, 1), b[:, PAIRS[1]].flatten(0, 1)
+        labels = labels.flatten(0, 1).to(device)
+        compare = lambda i: F.binary_cross_entropy_with_logits(judge.compare(a[i], b[i]), labels[i])
+        fit(judge.net.parameters(), compare, len(labels), "compares")
     return judge.eval()
+
+
+class Verdict:
+    """What the judge says of one attempt: `done`, a set of tasks, after each `look` at a latent."""
+
+    def __init__(self, judge: Judge):
+        self.judge, self.start, self.last, self.done = judge, None, [], set()
+
+    @torch.no_grad()
+    def look(self, now: Tensor) -> set[str]:
+        """now: (1, k). The first look is the attempt's start."""
+        self.start = now if self.start is None else self.start
+        self.last = [*self.last, self.judge(self.start, now)[0].sigmoid()][-LOOKS:]
+        likely = torch.stack(self.last).mean(0) > 0.5
+        if len(self.last) == LOOKS:
+            self.done |= {t for t, yes in zip(self.judge.tasks, likely, strict=True) if yes}
+        return self.done
 
 
 def attempt(policy, judge: Judge, obs: dict, embedding, task: str, limit: int) -> bool:
     """One instruction in the dream, from one observation on; limit: in simulator steps."""
     policy.reset()
     policy.act(obs, embedding)
-    start = torch.cat(policy.state, -1)
+    verdict = Verdict(judge)
+    verdict.look(torch.cat(policy.state, -1))
     for _ in range(policy.skip, limit + 1, policy.skip):
         policy.act(None, embedding)
-        if judge.done(start, torch.cat(policy.state, -1)) == task:
+        if task in verdict.look(torch.cat(policy.state, -1)):
             return True
     return False
 
 
 class Watched:
     """An oracle that also asks the judge, each time the policy has looked, and notes what both saw
-    of all tasks since the attempt began: `truth` and `judged`, sets of tasks."""
+    of all tasks since the attempt began: `truth` and `verdict.done`, sets of tasks. It says yes
+    BEHIND looks after the success, for at first what was done is only just done."""
 
     def __init__(self, oracle, policy, judge: Judge):
-        self.oracle, self.policy, self.judge = oracle, policy, judge
-        self.start, self.last, self.truth, self.judged = None, None, set(), set()
+        self.oracle, self.policy, self.verdict = oracle, policy, Verdict(judge)
+        self.last, self.truth, self.solved, self.left = None, set(), False, BEHIND
 
     def __call__(self, start, info, task) -> bool:
         if self.policy.state is not self.last:
-            self.look()
-            self.truth |= {x for x in self.judge.tasks if self.oracle(start, info, x)}
-        done = self.oracle(start, info, task)
-        self.truth |= {task} if done else set()
-        return done
-
-    def look(self) -> None:
-        self.last, now = self.policy.state, torch.cat(self.policy.state, -1)
-        self.start = now if self.start is None else self.start
-        self.judged |= {self.judge.done(self.start, now)} - {None}
+            self.last = self.policy.state
+            self.verdict.look(torch.cat(self.last, -1))
+            tasks = self.verdict.judge.tasks
+            self.truth |= {x for x in tasks if self.oracle(start, info, x)}
+            self.left -= self.solved
+        if self.oracle(start, info, task):
+            self.truth, self.solved = self.truth | {task}, True
+        return self.left <= 0
 
 
 def summarise(records: list[dict]) -> dict:

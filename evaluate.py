@@ -221,9 +221,9 @@ def load_judge(args, world, checkpoint: dict):
     key = train.identity(world.state_dict() | {"": torch.tensor([*about])})
     path = args.out / f"judge_{key}.pt"
     if not path.exists():
-        torch.set_num_threads(os.cpu_count())
-        judge = dream.train_judge(world, play)
-        torch.set_num_threads(1)
+        env = sim.PlayTable(render=False)
+        judge = dream.train_judge(world, play, env, sim.oracle, sim.TASKS)
+        env.close()
         path.parent.mkdir(parents=True, exist_ok=True)
         train.save_checkpoint(path, {"tasks": judge.tasks, "model": judge.state_dict()})
     saved = torch.load(path, map_location=args.device, weights_only=True)
@@ -736,11 +736,9 @@ class Worker:
         policy, emb, limit = self.policy, self.embeddings, self.args.limit
         imagined = dream.attempt(policy, self.judge, env.get_obs(), emb[task], task, limit)
         oracle = dream.Watched(self.oracle, policy, self.judge)
-        ok, n = attempt(env, oracle, policy, emb, task, limit)
-        policy.act(env.get_obs(), emb[task])
-        oracle.look()
-        seen = {"task": task, "dream": imagined, "sim": ok}
-        return ok, n, seen | {k: sorted(getattr(oracle, k)) for k in ("truth", "judged")}
+        _, n = attempt(env, oracle, policy, emb, task, limit)
+        seen = {"truth": sorted(oracle.truth), "judged": sorted(oracle.verdict.done)}
+        return oracle.solved, n, {"task": task, "dream": imagined, "sim": oracle.solved} | seen
 
     def follow(self, sentence: str, number: int, film: Path) -> dict[str, int]:
         """One free sentence in a chain's scene, to the limit: {task: step that it was seen at}."""

@@ -36,55 +36,99 @@ def test_the_dream_is_seen_once_and_imagined_from_then_on(policy, monkeypatch):
     monkeypatch.setattr(policy.world, "filter", lambda *x: looks.append(x) or see(*x))
     monkeypatch.setattr(policy.world, "imagine_step", lambda *x: imagined.append(x) or imagine(*x))
 
-    def done(start, now):
-        asked.append((start, now))
-        return "b" if len(asked) == 6 else "a"
+    class Judge:
+        tasks = ("a", "b")
 
-    judge = SimpleNamespace(done=done)
-    assert dream.attempt(policy, judge, OBS, np.zeros(384), "b", limit=20)
-    assert len(looks) == 1 and len(imagined) == len(asked) == 6
+        def __call__(
+            self, start, now
+        ):  # of "b" 4 of its last 5 looks must be sure: the mean is 0.6
+            asked.append((start, now))
+            return torch.tensor([[9.0, 9.0 if len(asked) > 4 else -9.0]])
+
+    assert dream.attempt(policy, Judge(), OBS, np.zeros(384), "b", limit=20)
+    assert len(looks) == 1 and len(imagined) == len(asked) - 1 == 6
     assert all(torch.equal(start, asked[0][0]) for start, _ in asked)  # the attempt's first latent
     h, z, a = imagined[3]  # a step goes on from the latent and the action of the one before
-    assert torch.equal(torch.cat([h, z], -1), asked[2][1]) and a.shape == (1, 7)
+    assert torch.equal(torch.cat([h, z], -1), asked[3][1]) and a.shape == (1, 7)
     assert abs(a[0, 6].item()) == 1  # the threshold of run time [D12]
-    assert not dream.attempt(policy, judge, OBS, np.zeros(384), "b", limit=20)
-    assert len(asked) == 6 + 10  # 20 simulator steps: the effects of 10 actions
+    asked.clear()
+    assert not dream.attempt(policy, Judge(), OBS, np.zeros(384), "c", limit=20)
+    assert len(asked) == 1 + 10  # 20 simulator steps: the effects of 10 actions
 
 
-def test_the_judge_learns_what_the_last_frames_of_spans_show_was_done(policy, tmp_path):
-    """Spans that end in five frames to the left or to the right, after rest; others held out."""
-    write_packed(tmp_path / "play", frames=32 * 200)
+def test_a_watched_success_is_looked_at_for_a_while(monkeypatch):
+    """The task is done at the third look, and undone at the fifth."""
+    monkeypatch.setattr(dream, "BEHIND", 4)
+    judge = lambda start, now: torch.tensor([[9.0, -9.0]])
+    judge.tasks = ["a", "b"]
+    policy = SimpleNamespace(state=None)
+    watched = dream.Watched(lambda start, info, task: task == "b" and 3 <= info < 5, policy, judge)
+    said = []
+    for look in range(1, 8):
+        policy.state = (torch.zeros(1, 2), torch.zeros(1, 3))
+        said += [watched(0, look, "b"), watched(0, look, "b")]  # two steps of a look
+    assert said == [False] * 12 + [True] * 2 and watched.solved
+    assert watched.truth == {"b"} and watched.verdict.done == {"a"}
+
+
+class Restored:
+    """An environment that only knows where the hand is: x of the robot_obs that it was given."""
+
+    def reset(self, robot_obs, scene_obs):
+        self.x = robot_obs[0]
+
+    def get_info(self):
+        return self.x
+
+
+def went(start, now, task):
+    return now - start > 0.5 if task == "right" else start - now > 0.5
+
+
+@pytest.fixture
+def walk(tmp_path):
+    """Play in which the hand steps to one of five places, 0.4 apart, every eight frames."""
+    write_packed(tmp_path / "play", frames=4000)
     for split in ("training", "validation"):
         folder, rng = tmp_path / "play" / split, np.random.default_rng(len(split))
-        sides, actions = rng.integers(0, 2, 200), np.zeros((200, 32, 7), np.float32)
-        actions[:, -6:, 0] = 2 * sides[:, None] - 1
-        np.save(folder / "actions.npy", actions.reshape(-1, 7))
-        np.save(folder / "spans.npy", 32 * np.arange(200)[:, None] + [0, 32])
-        np.save(folder / "episodes.npy", np.array([[0, 32 * 200]]))
-        tasks = [("left", "right")[s] for s in sides]
-        (folder / "lang.json").write_text(json.dumps({"sentences": tasks, "tasks": tasks}))
-    judge = dream.train_judge(policy.world, D.PlayData(tmp_path / "play", "training"))
-    held_out = D.PlayData(tmp_path / "play", "validation")
-    s, lengths = dream.latents_of_spans(policy.world, held_out, held_out.spans)
-    s = s.float()
-    assert s.shape == (200, 32, policy.world.config.latent) and (lengths == 32).all()
-    ends = [judge.done(x[None, 0], x[None, -1]) for x in s]
-    early = [judge.done(x[None, 0], x[None, 20]) for x in s]
-    best = [judge.tasks[judge(x[None, 0], x[None, -1])[0, 1:].argmax()] for x in s]
-    right = lambda said: np.mean([a == b for a, b in zip(said, held_out.tasks, strict=True)])
-    silent = np.mean([x is None for x in ends])
-    assert right(best) > 0.9 and right(ends) > 0.75  # of 200 spans it learns to be that sure,
-    assert right(ends) + silent > 0.97  # and then it is right
-    assert np.mean([x is None for x in early]) > 0.9
+        robot = np.load(folder / "robot_obs.npy")
+        robot[:, 0] = 0.4 * rng.integers(0, 5, 500).repeat(8)
+        np.save(folder / "robot_obs.npy", robot)
+        np.save(folder / "spans.npy", 40 * np.arange(99)[:, None] + [5, 37])
+    return [D.PlayData(tmp_path / "play", split) for split in ("training", "validation")]
 
 
-def test_quiet_stretches_hold_no_success():
-    """Two episodes; spans end at rows 40, 70 and 130, and 8 rows before that all is still to do."""
-    play = SimpleNamespace(
-        spans=np.array([[20, 40], [50, 70], [110, 130]]), episodes=np.array([[0, 100], [100, 200]])
+def test_stretches_stay_in_their_episodes_and_every_pair_has_the_oracles_labels(walk):
+    tasks, rng = ["left", "right"], np.random.default_rng(0)
+    rows, labels = dream.labelled_stretches(walk[0], Restored(), went, tasks, rng, 300)
+    assert rows.shape == (300, 4) and labels.shape == (300, 6, 2)
+    assert (np.diff(rows) >= 0).all() and (rows // 2000 == rows[:, :1] // 2000).all()
+    x = walk[0].robot_obs[:, 0]
+    for p, (a, b) in enumerate([(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]):
+        for k, task in enumerate(tasks):
+            wanted = [went(x[r[a]], x[r[b]], task) for r in rows]
+            assert labels[:, p, k].tolist() == wanted
+    assert 0.1 < labels.mean() < 0.5
+
+
+def test_the_judge_learns_what_the_oracle_says_was_done(policy, walk, monkeypatch):
+    """From random latents, in which proprioception is; on held-out play."""
+    for name, n in (("STRETCHES", 500), ("CLIPS", 300), ("STEPS", 400)):
+        monkeypatch.setattr(dream, name, n)
+    judge = dream.train_judge(policy.world, walk[0], Restored(), went, ["left", "right"])
+    start, now = np.random.default_rng(1).integers(0, 4000, (2, 300))
+    s, after = (
+        dream.latents_of_spans(policy.world, walk[1], rows[:, None] + [0, 1])[:, 0].float()
+        for rows in (start, now)
     )
-    wanted = [[0, 20], [20, 32], [40, 60], [60, 62], [100, 120], [120, 122]]
-    assert dream.quiet_stretches(play, 8).tolist() == wanted
+    x = walk[1].robot_obs[:, 0]
+    truth = [
+        {t for t in judge.tasks if went(x[a], x[b], t)} for a, b in zip(start, now, strict=True)
+    ]
+    sure = judge(s, after) > 0
+    said = [{t for t, yes in zip(judge.tasks, row, strict=True) if yes} for row in sure]
+    both, right = (sum(len(a & b) for a, b in zip(truth, y, strict=True)) for y in (truth, said))
+    assert right / sum(map(len, said)) > 0.95 and right / both > 0.9
 
 
 def test_a_judge_is_believed_where_precision_and_recall_are_at_least_nine_tenths():
@@ -112,7 +156,10 @@ def test_a_chain_in_both_worlds(tmp_path, monkeypatch, capsys):
     for split in ("training", "validation"):
         lang = {"sentences": ["x"] * 3, "tasks": list(sim.TASKS[:3])}
         (tmp_path / "play" / split / "lang.json").write_text(json.dumps(lang))
-    monkeypatch.setattr(dream, "STEPS", 2)
+        for name, x in (("robot_obs", sim.ROBOT_OBS0), ("scene_obs", sim.SCENE_OBS0)):
+            np.save(tmp_path / "play" / split / f"{name}.npy", np.float32([x] * 160))
+    for name in ("STRETCHES", "CLIPS", "STEPS"):
+        monkeypatch.setattr(dream, name, 2)
     command = ["--env", "dream", "--checkpoint", str(tmp_path / "run/agent.pt"), "--limit", "6"]
     result = evaluate.main([*command, "--chains", "2", "--out", str(tmp_path / "out")])
     assert sum(n for _, _, n in result["dream"].values()) == 2
