@@ -491,12 +491,11 @@ class Windows:
         self.start = bounds[self.span, 0] + place
         self.most = np.minimum(max_len, bounds[self.span, 1] - self.start)  # the longest window
         self.least = np.minimum(min_len, self.most)
-        self.rephrase = rephrase  # [D30]: spans in the order of their tasks, from first, so many
-        _, self.task, self.many = np.unique(data.tasks, return_inverse=True, return_counts=True)
-        self.by_task, self.first = (
-            np.argsort(self.task, stable=True),
-            np.cumsum(self.many) - self.many,
-        )
+        self.rephrase = rephrase
+        if rephrase:  # [D30]: spans in the order of their tasks; of each from `first` on so many
+            _, self.task, self.many = np.unique(data.tasks, return_inverse=True, return_counts=True)
+            self.by_task = np.argsort(self.task, stable=True)
+            self.first = np.cumsum(self.many) - self.many
 
     def batch(self, step: int) -> dict[str, torch.Tensor]:
         """index (T, B) rows of data, length (B,), a (T, B, 7); lang: emb (B, 384), span, align."""

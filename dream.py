@@ -11,6 +11,8 @@ of the training split what the simulator's oracle, put back into both, says was 
 `evaluate.py --env dream` tries each instruction that the benchmark's chains come to from the same
 picture in both worlds. What the simulator's oracle saw of all tasks then tells how far the judge
 can be believed on latents of what was seen; where its precision or recall is under 0.9, it is not.
+After a success in the simulator the policy acts on for a moment, and the next instruction begins
+there, so these are not the benchmark's chains.
 How it does on latents that were only imagined, nobody can tell: they have no other truth.
 
 Copy this file together with data.py. Needs: torch, numpy, tqdm. World model, policy, simulator and

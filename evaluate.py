@@ -218,6 +218,7 @@ def load_judge(args, world, checkpoint: dict):
     if play.meta != checkpoint["meta"]:
         raise ValueError(f"{play.path}: {play.meta}, but the policy: {checkpoint['meta']}; --data?")
     about = f"{play.path.resolve()} {len(play)}".encode() + Path(dream.__file__).read_bytes()
+    about += Path(sim.__file__).read_bytes()  # whose oracle labels what it learns from
     key = train.identity(world.state_dict() | {"": torch.tensor([*about])})
     path = args.out / f"judge_{key}.pt"
     if not path.exists():
@@ -700,7 +701,7 @@ class Worker:
             self.info["training"] = {k: c[k] for k in ("step", "seconds", "run", "meta")}
         self.env, self.oracle = ENVIRONMENTS[args.env](bool(args.checkpoint or args.film), args)
         if args.env == "dream":
-            self.judge, self.info["judge"] = load_judge(args, self.policy.world, c)
+            self.judge, self.info["judge_key"] = load_judge(args, self.policy.world, c)
 
     def run_chain(self, number: int, film: Path | None = None) -> dict:
         """One chain, from its start pose to the first failure: what chains.jsonl keeps of it."""

@@ -39,18 +39,19 @@ def test_the_dream_is_seen_once_and_imagined_from_then_on(policy, monkeypatch):
     class Judge:
         tasks = ("a", "b")
 
-        def __call__(
-            self, start, now
-        ):  # of "b" 4 of its last 5 looks must be sure: the mean is 0.6
+        def __call__(self, start, now):  # sure of "b" from the fifth look on
             asked.append((start, now))
             return torch.tensor([[9.0, 9.0 if len(asked) > 4 else -9.0]])
 
-    assert dream.attempt(policy, Judge(), OBS, np.zeros(384), "b", limit=20)
+    assert dream.attempt(policy, Judge(), OBS, np.zeros(384), "b", limit=20)  # 3 of 5: 0.6
     assert len(looks) == 1 and len(imagined) == len(asked) - 1 == 6
     assert all(torch.equal(start, asked[0][0]) for start, _ in asked)  # the attempt's first latent
     h, z, a = imagined[3]  # a step goes on from the latent and the action of the one before
     assert torch.equal(torch.cat([h, z], -1), asked[3][1]) and a.shape == (1, 7)
     assert abs(a[0, 6].item()) == 1  # the threshold of run time [D12]
+    asked.clear()
+    assert dream.attempt(policy, Judge(), OBS, np.zeros(384), "a", limit=20)
+    assert len(asked) == 5  # however sure it is
     asked.clear()
     assert not dream.attempt(policy, Judge(), OBS, np.zeros(384), "c", limit=20)
     assert len(asked) == 1 + 10  # 20 simulator steps: the effects of 10 actions

@@ -371,6 +371,7 @@ def test_a_language_window_brings_its_sentence_and_a_reset_start_its_own_latents
     latents = data.Latents.open(play, train.identity(world.state_dict()))
     config = train.A.PRESETS["tiny"]
     batches = train.WindowBatches(play, latents, config, world, 0, "cpu")
+    assert batches.language.rephrase == config.rephrase == True  # noqa: E712  [D30]
     batch = batches.batch(3, reset_start=1.0)
     T, B = config.sequence_length, config.batch_size
     assert batch["s_E"].shape == (T, B, world.config.latent) and batch["emb"].shape == (B // 2, 384)
