@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--against", type=Path, help="JSON of an earlier run")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    bf16 = args.precision == "bf16" or (args.precision == "auto" and T.has_bf16(device))
+    bf16 = args.precision == "bf16" or (args.precision == "auto" and T.bf16_is_faster(device))
     here = machine(device, torch.bfloat16 if bf16 else torch.float32)
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
     here |= {"device": f"{device} {name}", "threads": torch.get_num_threads(), "bf16": bf16}
