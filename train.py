@@ -14,6 +14,7 @@ moment goes on from its last checkpoint when the same command is given again.
 """
 
 import argparse
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -657,6 +658,16 @@ class WindowBatches:
         return torch.cat([torch.stack(hs), z], -1)
 
 
+def rounded(world: W.WorldModel) -> W.WorldModel:
+    """A copy whose products have bf16 weights already. Under autocast it computes the same: that
+    rounds trained weights once a step, but frozen ones anew at every use."""
+    world = copy.deepcopy(world)
+    for module in world.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.GRUCell):
+            module.bfloat16()
+    return world
+
+
 def train_agent(run: Run) -> None:
     """Phase two, Sec. IV-B: Eqs. 5 and 6 by Adam (Table IV) inside the frozen world model."""
     c, data, device = run.model_config, run.data, run.device
@@ -673,9 +684,9 @@ def train_agent(run: Run) -> None:
     validation = WindowBatches(held_out, latents[1], c, world, 0, device)
     torch.manual_seed(run.config.seed)
     agent = A.Agent(c, world.config.deterministic, world.config.latent).to(device)
-    actor_optimizer = torch.optim.Adam(agent.actor_parameters(), c.actor_lr)
+    actor_optimizer = torch.optim.Adam(agent.actor_parameters(), c.actor_lr, fused=True)
     critic_optimizer = torch.optim.AdamW(
-        agent.critic.parameters(), c.critic_lr, weight_decay=c.critic_weight_decay
+        agent.critic.parameters(), c.critic_lr, weight_decay=c.critic_weight_decay, fused=True
     )
     modules = {"model": agent}
     optimizers = {"actor": actor_optimizer, "critic": critic_optimizer}
@@ -686,7 +697,8 @@ def train_agent(run: Run) -> None:
             "remove it, or give another --out."
         )
 
-    losses = run.shared(agent, functools.partial(agent.losses, world))
+    batches.world = rounded(world) if run.bf16 else world  # from here on under autocast only
+    losses = run.shared(agent, functools.partial(agent.losses, batches.world))
 
     def update(step: int) -> dict:
         agent.train()

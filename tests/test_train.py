@@ -395,6 +395,28 @@ def test_a_language_window_brings_its_sentence_and_a_reset_start_its_own_latents
     assert spans.all()
 
 
+def test_a_rounded_world_model_gives_the_same_losses_and_gradients_under_autocast(packed, trained):
+    play = data.PlayData(packed, "training")
+    world = train.load_world_model(train.load_checkpoint(f"{trained}/wm.pt", "wm", "cpu"), "cpu")
+    latents = data.Latents.open(play, train.identity(world.state_dict()))
+    config, sizes = train.A.PRESETS["tiny"], world.config
+    batches = train.WindowBatches(play, latents, config, world, 0, "cpu")
+    agent = train.A.Agent(config, sizes.deterministic, sizes.latent)
+    seen = []
+    for dynamics in (world, train.rounded(world)):
+        torch.manual_seed(0)
+        batches.world = dynamics
+        with torch.autocast("cpu", torch.bfloat16):
+            batch = batches.batch(0)
+            actor, critic, _ = agent.losses(dynamics, batch)
+        (actor + critic).backward()
+        gradients = [p.grad for p in agent.parameters() if p.grad is not None]
+        seen.append([batch["s_E"], actor, critic, *gradients])
+        agent.zero_grad()
+    assert len(seen[0]) > 50 and all(map(torch.equal, *seen))
+    assert world.gru.weight_hh.dtype == torch.float32, "the checkpoint's own model was changed"
+
+
 def test_kill_9_loses_only_the_steps_since_the_last_checkpoint(packed, tmp_path):
     """A run killed without warning goes on, and ends where an undisturbed one ends."""
     command = [sys.executable, str(train.__file__), *WM, "--validate_every", "1000",
