@@ -26,7 +26,7 @@ import sys
 import threading
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from functools import partial
-from itertools import chain, islice, pairwise
+from itertools import chain, islice, pairwise, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -362,39 +362,52 @@ class Operator:
         yield Way(p + 0.06 * UP, o, OPEN)
 
     def _grasps(self, name, turn=0.0):
-        """Yaws that put the fingers across the block, best first; turn: rotation to come (rad)."""
+        """[(yaw, shift (3,) from the block's centre)] that put the fingers across the block, best
+        first; turn: rotation to come (rad)."""
         p, r = self.block(name)
-        others = [self.block(b)[0] for b in BLOCKS if b != name]
-        out = []
-        for axis, width in zip(r.T, SIZES[name], strict=True):
-            if abs(axis[2]) > 0.6 or width > 0.06:
+        here, out = float(wrap(self.target()[1][2] - 1.5)), []
+        for i, width in enumerate(SIZES[name]):
+            if abs(r[2, i]) > 0.6 or width > 0.06:
                 continue
-            across = np.arctan2(axis[1], axis[0]) - np.pi / 2
-            for yaw in 1.5 + wrap(across + np.array([0, np.pi]) - 1.5):
-                f = np.array([-np.sin(yaw), np.cos(yaw), 0.0])
-                tips = [p + side * (width / 2 + 0.025) * f for side in (-1, 1)]
-                hits = sum(np.linalg.norm((t - o)[:2]) < 0.04 for t in tips for o in others)
+            across = np.arctan2(r[1, i], r[0, i]) - np.pi / 2
+            # Along the block's longest side, where a neighbour leaves no room for the fingers.
+            along = max((j for j in range(3) if j != i), key=lambda j: SIZES[name][j])
+            aside = (SIZES[name][along] / 2 - 0.012) * r[:, along] * (abs(r[2, along]) < 0.6)
+            for off, k in product(wrap(across + np.array([0, np.pi]) - 1.5), (0, -1, 1)):
+                f = np.array([-np.sin(1.5 + off), np.cos(1.5 + off), 0.0])
+                tips = [p + k * aside + side * (width / 2 + 0.025) * f for side in (-1, 1)]
+                hits = sum(self._gap(b, t) < 0.012 for t in tips for b in BLOCKS if b != name)
                 if p[2] < 0.42:  # the drawer's walls and the table's edge
                     back = -0.14 - self.scene[1]
                     hits += sum(not (0.02 < t[0] < 0.34 and back < t[1] < -0.2) for t in tips)
-                # Little turning now, none to the limits of the wrist later, the block's short side.
-                cost = 0.6 * abs(yaw - 1.5) + 0.4 * abs(wrap(yaw - self.target()[1][2]))
-                cost += 4 * max(0, abs(yaw + turn - 1.5) - 1.9) + 3 * max(0, abs(yaw - 1.5) - 1.7)
-                out.append((cost + 1.5 * hits + 12 * (width - 0.04), yaw))
-        return [yaw for _, yaw in sorted(out)] or [1.5]
+                # Little turning now, none to the wrist's limits, the block's short side. Who is to
+                # turn the block has no time to spare, and needs the limits of this wrist: 2.7 rad.
+                cost = 0.6 * abs(off) + 0.4 * abs(wrap(off - here)) + 3 * max(0, abs(off) - 1.7)
+                if turn:
+                    cost = abs(off - here) + 4 * max(0, abs(off + turn) - 2.6)
+                cost += 3 * hits + 12 * (width - 0.04) + 0.5 * abs(k)
+                out.append((cost, 1.5 + off, k * aside))
+        return [g[1:] for g in sorted(out, key=lambda g: g[0])] or [(1.5, np.zeros(3))]
+
+    def _gap(self, name, at):
+        """Horizontal distance (m) from a point to a block's outline, 0 inside."""
+        p, r = self.block(name)
+        out = np.abs((at - p) @ r) - SIZES[name] / 2
+        return np.linalg.norm(np.maximum(out, 0) * (np.abs(r[2]) < 0.6))
 
     def _grasp(self, name, turn=0.0):
         """Takes hold of a block where it lies; another way of doing so if the best one fails."""
         yield from self.set_down()
         yield from self.leave(OPEN)
-        yaws = self._grasps(name, turn=turn)
+        grasps = self._grasps(name, turn=turn)
         for k in range(3):
-            yaw, p = yaws[(self.tries + k) % len(yaws)], np.full(3, np.inf)
-            while np.linalg.norm(self.block(name)[0] - p) > 0.008:  # a sliding block is followed
-                p = self.block(name)[0]
+            (yaw, shift), p = grasps[(self.tries + k) % len(grasps)], np.full(3, np.inf)
+            # A sliding block is followed.
+            while np.linalg.norm(self.block(name)[0] + shift - p) > 0.008:
+                p = self.block(name)[0] + shift
                 if p[1] > 0.03:  # in the cabinet
                     o, down, back = (
-                        (np.pi, CABINET_PITCH, np.clip(yaw, 0.9, 2.1)),
+                        (np.pi, CABINET_PITCH, np.clip(yaw, 1.25, 1.75)),
                         CABINET_DOWN,
                         -0.1,
                     )
@@ -456,12 +469,15 @@ class Operator:
 
     def _rotate(self, name, sign):
         i = 11 + 6 * BLOCKS.index(name)
-        done = float(wrap(self.scene[i] - self.start[i]))  # by an earlier try
-        turn = np.clip(1.27 * sign - done, -2, 2)
-        yield from self._grasp(name, turn=turn)
+
+        def turn():  # what is left to do, after an earlier try or a knock
+            done = float(wrap(self.scene[i] - self.start[i]))
+            return np.clip(1.27 * sign - done, -2, 2)
+
+        yield from self._grasp(name, turn=turn())
         pos, orn = self.target()
-        turned = orn + turn * UP
-        yield Way(pos + 0.001 * UP, turned, CLOSE, tol=0.002, settle=3)
+        turned = orn + turn() * UP
+        yield Way(pos, turned, CLOSE, tol=0.002, settle=3)
         yield Way(pos, turned, OPEN, hold=4)
         yield Way(pos + 0.08 * UP, turned, OPEN)
 
@@ -595,7 +611,8 @@ class Operator:
             return
         base = min(bases, key=lambda b: np.linalg.norm(self.block(b)[0] - self.target()[0]))
         p, _ = self.block(base)
-        yaw = min(self._grasps(base), key=lambda a: abs(a - self.target()[1][2]))
+        yaws, here = [yaw for yaw, _ in self._grasps(base)], self.target()[1][2]
+        yaw = min(yaws, key=lambda a: abs(a - here))
         yield from self._put(held, p[:2], 0.502, self.level(held), yaw=yaw, over=0.035)
 
     def _unstack_block(self):
