@@ -164,7 +164,10 @@ def conv_transpose_stride2(x: Tensor, layer: nn.ConvTranspose2d) -> Tensor:
     taps = F.pad(w, (0, 2 * m - k, 0, 2 * m - k)).reshape(c_in, c_out, m, 2, m, 2).flip(2, 4)
     taps = taps.permute(1, 3, 5, 0, 2, 4).reshape(c_out * 4, c_in, m, m)
     taps = taps.contiguous(memory_format=torch.channels_last)
-    y = F.pixel_shuffle(F.conv2d(x, taps, b.repeat_interleave(4), padding=m - 1), 2)
+    edge = m - 1
+    if n >= 16:  # padded beforehand: of a large padded map, oneDNN's weight gradient is slow
+        x, edge = F.pad(x, (edge,) * 4), 0
+    y = F.pixel_shuffle(F.conv2d(x, taps, b.repeat_interleave(4), padding=edge), 2)
     seen = slice(crop, 2 * n - 2 + k - crop)
     return y[..., seen, seen]
 
@@ -275,6 +278,8 @@ class WorldModel(nn.Module):
         # Of the posterior's samples, set while training [D25]; a number would be compiled in.
         self.register_buffer("softness", torch.zeros(()), persistent=False)
         self.to(memory_format=torch.channels_last)
+        for decoder in self.decoders.values():  # but what is used as a matrix
+            decoder.layers[0].weight.data = decoder.layers[0].weight.data.contiguous()
 
     # ------------------------------------------------------------------ the pieces of Eq. 1
     def initial(self, batch: int) -> tuple[Tensor, Tensor]:
