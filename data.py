@@ -405,6 +405,7 @@ class PlayData:
                     setattr(self, k, np.load(path, mmap_mode="r"))
         self.sentences, self.tasks = lang["sentences"], lang["tasks"]
         self.longest = int(np.diff(self.episodes).max())  # frames of the longest episode
+        self.kept = {}  # arrays that lie on a device, see keep_on
         self.is_start = np.zeros(len(self), bool)
         self.is_start[self.episodes[:, 0]] = True
 
@@ -415,15 +416,37 @@ class PlayData:
         """First rows (n,) of stretches of L frames that lie in one episode and share no frame."""
         return np.concatenate([np.arange(a, b - L + 1, L) for a, b in self.episodes])
 
+    def keep_on(self, device: str, free: int) -> bool:
+        """Copies what `frames` reads to a device that has `free` bytes, if half of them suffice:
+        from then on batches are made there, and nothing is read or sent. Returns whether it did."""
+        arrays = {k: getattr(self, k) for k in (*CAMERAS, "robot_obs", "actions", "is_start")}
+        if sum(x.nbytes for x in arrays.values()) > free / 2:
+            return False
+        for name, x in arrays.items():
+            kept = torch.empty(x.shape, dtype=torch.from_numpy(x[:0].copy()).dtype, device=device)
+            for i in range(0, len(x), BLOCK):
+                kept[i : i + BLOCK] = torch.from_numpy(x[i : i + BLOCK].copy())
+            self.kept[name] = kept
+        return True
+
+    def rows(self, name: str, index: np.ndarray) -> torch.Tensor:
+        """Rows of one array, from where it is kept."""
+        if name not in self.kept:
+            return torch.from_numpy(getattr(self, name)[index])
+        return self.kept[name][torch.from_numpy(index).to(self.kept[name].device)]
+
     def frames(self, index: np.ndarray, fresh: bool = False) -> dict[str, torch.Tensor]:
         """Rows index (L, B) as a batch: rgb_* (L, B, 64, 64, 3) uint8, robot_obs (L, B, 15),
         a_prev (L, B, 7) and reset (L, B), which is True where an episode starts, and where the
         batch does if it is a fresh one, which forgets what came before."""
-        batch = {k: getattr(self, k)[index] for k in (*CAMERAS, "robot_obs")}
-        batch["reset"], batch["a_prev"] = self.is_start[index], self.actions[index - 1]
+        batch = {k: self.rows(k, index) for k in (*CAMERAS, "robot_obs")}
+        batch["reset"], batch["a_prev"] = (
+            self.rows("is_start", index),
+            self.rows("actions", index - 1),
+        )
         batch["reset"][0] |= fresh
-        batch["a_prev"][batch["reset"]] = NO_ACTION
-        return {k: torch.from_numpy(x) for k, x in batch.items()}
+        batch["a_prev"][batch["reset"]] = batch["a_prev"].new_tensor(NO_ACTION)
+        return batch
 
 
 class Sequences:

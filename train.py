@@ -432,6 +432,8 @@ def train_world_model(run: Run) -> None:
     modules, optimizers = {"model": world}, {"world": optimizer}
     start, checkpoint = run.resume(modules, optimizers)
     B, L = c.batch_size, c.sequence_length
+    if device.startswith("cuda") and data.keep_on(device, torch.cuda.mem_get_info(device)[0]):
+        print(f"{run.config.data} is kept on {device}")
     sequences, pieces = (
         D.Sequences(data, B * n, L // n, run.config.seed, c.carry_state, run.part(B * n))
         for n in (1, c.shorter)
@@ -754,7 +756,8 @@ def prefetched(read, start: int, end: int, device: str):
     """read(step) for each step, on the device; the next is read while this one is trained on."""
 
     def pinned(step: int) -> dict[str, Tensor]:
-        return {k: x.pin_memory() if "cuda" in device else x for k, x in read(step).items()}
+        pin = lambda x: x.pin_memory() if "cuda" in device and x.device.type == "cpu" else x
+        return {k: pin(x) for k, x in read(step).items()}
 
     with ThreadPoolExecutor(1) as reader:
         coming = reader.submit(pinned, start)

@@ -95,6 +95,20 @@ def equal(a: dict, b: dict) -> bool:
     return all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.parametrize("carry", [True, False])
+def test_data_that_is_kept_on_a_device_gives_the_same_batches_and_is_not_read(play, carry):
+    kept = D.PlayData(play.path.parent, "training")
+    size = sum(getattr(kept, k).nbytes for k in (*D.CAMERAS, "robot_obs", "actions", "is_start"))
+    assert not kept.keep_on("cpu", 2 * size - 1) and not kept.kept, "more than half of what is free"
+    assert kept.keep_on("cpu", 2 * size)
+    one, other = (D.Sequences(data, 4, 16, seed=1, carry=carry) for data in (play, kept))
+    for k in D.CAMERAS:
+        setattr(kept, k, None)
+    for step in range(one.steps_per_epoch + 1):
+        a, b = one.batch(step), other.batch(step)
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
 def test_batches_are_pure_functions_of_seed_and_step(play):
     for make in (
         lambda seed: D.Sequences(play, 3, 8, seed=seed),
