@@ -1,7 +1,9 @@
 """How fast is each stage here, and how close to what this machine could do?
 
-    python tests/benchmark.py --preset sim --out now.json
-    python tests/benchmark.py --preset sim --against earlier.json        prints the ratios
+    python tests/benchmark.py --preset sim --plain --out plain.json
+    python tests/benchmark.py --preset sim --against plain.json        prints the ratios
+
+--plain times what the fast forms replace: fp32, and the library's own transposed convolutions.
 
 A stage's limit is the longer of two times: its floating-point operations (products, convolutions,
 forward and backward, as PyTorch counts them) at this machine's own rate of a large matrix product
@@ -111,15 +113,22 @@ def stages(preset: str, precision: str, folder: Path) -> tuple:
     a = A.PRESETS[preset]
     agent = A.Agent(a, c.deterministic, c.latent).to(run.device)
     optimizers = [
-        torch.optim.Adam(p, 1e-4) for p in (agent.actor_parameters(), agent.critic.parameters())
+        torch.optim.Adam(p, 1e-4, fused=True)
+        for p in (agent.actor_parameters(), agent.critic.parameters())
     ]
     latents = T.cache_latents(world, data, run)
     windows = T.WindowBatches(data, latents, a, world, 0, run.device)
-    practice = windows.batch(0)
+    windows.world = T.rounded(world) if run.bf16 else world
+
+    def load_windows():
+        with run.autocast():
+            return windows.batch(next(step))
+
+    practice = load_windows()
 
     def agent_step():
         with run.autocast():
-            actor, critic, _ = agent.losses(world, practice)
+            actor, critic, _ = agent.losses(windows.world, practice)
         for o in optimizers:
             o.zero_grad()
         (actor + critic).backward()
@@ -128,7 +137,7 @@ def stages(preset: str, precision: str, folder: Path) -> tuple:
 
     shape = f"{a.batch_size} windows of {a.sequence_length}"
     bytes_ = sum(x.nbytes for x in practice.values())
-    yield "load windows", lambda: windows.batch(next(step)), bytes_, shape
+    yield "load windows", load_windows, bytes_, shape
     yield "agent", agent_step, 0, shape
     policy = A.Policy(world, agent)
     obs = {"robot_obs": np.zeros(15, np.float32), "rgb_obs": {}}
@@ -143,11 +152,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Times every stage.")
     parser.add_argument("--preset", choices=tuple(W.PRESETS), default="sim")
     parser.add_argument("--precision", default="auto", help="as train.py's")
+    parser.add_argument("--plain", action="store_true", help="the forms that are to be beaten")
     parser.add_argument("--seconds", type=float, default=5.0, help="at least, per stage")
     parser.add_argument("--out", type=Path, help="JSON of this run")
     parser.add_argument("--against", type=Path, help="JSON of an earlier run")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.plain:
+        args.precision, W.conv_transpose_stride2 = "fp32", lambda x, layer: layer(x)
     bf16 = args.precision == "bf16" or (args.precision == "auto" and T.bf16_is_faster(device))
     here = machine(device, torch.bfloat16 if bf16 else torch.float32)
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
