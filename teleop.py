@@ -366,6 +366,9 @@ class Operator:
         first; turn: rotation to come (rad)."""
         p, r = self.block(name)
         here, out = float(wrap(self.target()[1][2] - 1.5)), []
+        # What a neighbour must be away from a finger, which is thicker above.
+        others = {b: 0.03 if self.block(b)[0][2] > p[2] + 0.02 else 0.012 for b in BLOCKS}
+        del others[name]
         for i, width in enumerate(SIZES[name]):
             if abs(r[2, i]) > 0.6 or width > 0.06:
                 continue
@@ -376,7 +379,7 @@ class Operator:
             for off, k in product(wrap(across + np.array([0, np.pi]) - 1.5), (0, -1, 1)):
                 f = np.array([-np.sin(1.5 + off), np.cos(1.5 + off), 0.0])
                 tips = [p + k * aside + side * (width / 2 + 0.025) * f for side in (-1, 1)]
-                hits = sum(self._gap(b, t) < 0.012 for t in tips for b in BLOCKS if b != name)
+                hits = sum(self._gap(b, t) < near for b, near in others.items() for t in tips)
                 if p[2] < 0.42:  # the drawer's walls and the table's edge
                     back = -0.14 - self.scene[1]
                     hits += sum(not (0.02 < t[0] < 0.34 and back < t[1] < -0.2) for t in tips)
@@ -414,7 +417,8 @@ class Operator:
                     over = np.array([p[0], -0.06, p[2] + 0.07])
                 else:
                     o, down, back = (np.pi, reach(p)[1], yaw), 0.004 * UP, 0.0
-                    over = np.array([*p[:2], max(p[2] + 0.065, 0.47)])
+                    high = self._clear() if p[2] > 0.42 else 0.47  # not through a stack
+                    over = np.array([*p[:2], max(p[2] + 0.065, high)])
                 yield Way(over + self._jit(0.006, 0.006, 0.012), o, OPEN, tol=0.008)
             p = p + down + self._jit(0.003, 0.003, 0.003)
             yield Way(p, o, OPEN, speed=0.016, tol=0.003, settle=5)
