@@ -416,15 +416,18 @@ class PlayData:
         """First rows (n,) of stretches of L frames that lie in one episode and share no frame."""
         return np.concatenate([np.arange(a, b - L + 1, L) for a, b in self.episodes])
 
-    def keep_on(self, device: str, free: int) -> bool:
+    def keep_on(self, device: str, free: int, quiet: bool = False) -> bool:
         """Copies what `frames` reads to a device that has `free` bytes, if half of them suffice:
-        from then on batches are made there, and nothing is read or sent. Returns whether it did."""
+        from then on batches are made there, no frame is read or sent. Returns whether it did."""
+        from tqdm import tqdm
+
         arrays = {k: getattr(self, k) for k in (*CAMERAS, "robot_obs", "actions", "is_start")}
         if sum(x.nbytes for x in arrays.values()) > free / 2:
             return False
         for name, x in arrays.items():
-            kept = torch.empty(x.shape, dtype=torch.from_numpy(x[:0].copy()).dtype, device=device)
-            for i in range(0, len(x), BLOCK):
+            kept = torch.empty(x.shape, dtype=getattr(torch, x.dtype.name), device=device)
+            blocks = range(0, len(x), BLOCK)
+            for i in tqdm(blocks, desc=f"{name} to {device}", unit="block", disable=quiet):
                 kept[i : i + BLOCK] = torch.from_numpy(x[i : i + BLOCK].copy())
             self.kept[name] = kept
         return True

@@ -366,20 +366,23 @@ class Operator:
         first; turn: rotation to come (rad)."""
         p, r = self.block(name)
         here, out = float(wrap(self.target()[1][2] - 1.5)), []
-        # What a neighbour must be away from a finger, which is thicker above.
-        others = {b: 0.03 if self.block(b)[0][2] > p[2] + 0.02 else 0.012 for b in BLOCKS}
-        del others[name]
-        for i, width in enumerate(SIZES[name]):
-            if abs(r[2, i]) > 0.6 or width > 0.06:
+        # What a neighbour must be away from a finger, which is thicker above; not what lies below.
+        high = {b: self.block(b)[0][2] - p[2] for b in BLOCKS if b != name}
+        near = {b: 0.03 if z > 0.02 else 0.011 for b, z in high.items() if z > -0.02}
+        flat = [i for i in range(3) if abs(r[2, i]) < 0.6]
+        for i in flat:
+            if (width := SIZES[name][i]) > 0.06:
                 continue
             across = np.arctan2(r[1, i], r[0, i]) - np.pi / 2
-            # Along the block's longest side, where a neighbour leaves no room for the fingers.
-            along = max((j for j in range(3) if j != i), key=lambda j: SIZES[name][j])
-            aside = (SIZES[name][along] / 2 - 0.012) * r[:, along] * (abs(r[2, along]) < 0.6)
+            # Along the block, where a neighbour leaves no room for the fingers at its centre.
+            along = next(j for j in flat if j != i)
+            aside = (SIZES[name][along] / 2 - 0.008) * r[:, along]
             for off, k in product(wrap(across + np.array([0, np.pi]) - 1.5), (0, -1, 1)):
+                if p[1] > 0.03 and abs(off) > 0.8:  # the hand cannot turn in the cabinet
+                    continue
                 f = np.array([-np.sin(1.5 + off), np.cos(1.5 + off), 0.0])
                 tips = [p + k * aside + side * (width / 2 + 0.025) * f for side in (-1, 1)]
-                hits = sum(self._gap(b, t) < near for b, near in others.items() for t in tips)
+                hits = sum(self._gap(b, t) < gap for b, gap in near.items() for t in tips)
                 if p[2] < 0.42:  # the drawer's walls and the table's edge
                     back = -0.14 - self.scene[1]
                     hits += sum(not (0.02 < t[0] < 0.34 and back < t[1] < -0.2) for t in tips)
@@ -387,8 +390,9 @@ class Operator:
                 # turn the block has no time to spare, and needs the limits of this wrist: 2.7 rad.
                 cost = 0.6 * abs(off) + 0.4 * abs(wrap(off - here)) + 3 * max(0, abs(off) - 1.7)
                 if turn:
-                    cost = abs(off - here) + 4 * max(0, abs(off + turn) - 2.6)
-                cost += 3 * hits + 12 * (width - 0.04) + 0.5 * abs(k)
+                    cost = abs(off - here) + 6 * (abs(off - here) > np.pi)  # through the limit
+                    cost += 8 * max(0, abs(off) - 2.7, abs(off + turn) - 2.7)
+                cost += 3 * hits + 12 * (width - 0.04) + 2 * abs(k)
                 out.append((cost, 1.5 + off, k * aside))
         return [g[1:] for g in sorted(out, key=lambda g: g[0])] or [(1.5, np.zeros(3))]
 
@@ -408,7 +412,7 @@ class Operator:
             # A sliding block is followed.
             while np.linalg.norm(self.block(name)[0] + shift - p) > 0.008:
                 p = self.block(name)[0] + shift
-                if p[1] > 0.03:  # in the cabinet
+                if p[1] - shift[1] > 0.03:  # in the cabinet
                     o, down, back = (
                         (np.pi, CABINET_PITCH, np.clip(yaw, 1.25, 1.75)),
                         CABINET_DOWN,
@@ -417,7 +421,7 @@ class Operator:
                     over = np.array([p[0], -0.06, p[2] + 0.07])
                 else:
                     o, down, back = (np.pi, reach(p)[1], yaw), 0.004 * UP, 0.0
-                    high = self._clear() if p[2] > 0.42 else 0.47  # not through a stack
+                    high = self._clear() if p[2] > 0.42 else 0.495  # above what lies there
                     over = np.array([*p[:2], max(p[2] + 0.065, high)])
                 yield Way(over + self._jit(0.006, 0.006, 0.012), o, OPEN, tol=0.008)
             p = p + down + self._jit(0.003, 0.003, 0.003)

@@ -297,6 +297,9 @@ class Run:
                 raise ValueError(f"{what}; give another --out: {error}") from error
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(c["optimizer"][name])
+            for p, state in optimizer.state.items():  # fused ones pair them as they lie in memory
+                moments = {k: x for k, x in state.items() if x.shape == p.shape}
+                state.update({k: torch.empty_like(p).copy_(x) for k, x in moments.items()})
         torch.set_rng_state(c["random"]["cpu"].cpu())
         if self.device.startswith("cuda") and "cuda" in c["random"]:
             torch.cuda.set_rng_state(c["random"]["cuda"].cpu())
@@ -432,8 +435,8 @@ def train_world_model(run: Run) -> None:
     modules, optimizers = {"model": world}, {"world": optimizer}
     start, checkpoint = run.resume(modules, optimizers)
     B, L = c.batch_size, c.sequence_length
-    if device.startswith("cuda") and data.keep_on(device, torch.cuda.mem_get_info(device)[0]):
-        print(f"{run.config.data} is kept on {device}")
+    if device.startswith("cuda"):
+        data.keep_on(device, torch.cuda.mem_get_info(device)[0], quiet=run.rank > 0)
     sequences, pieces = (
         D.Sequences(data, B * n, L // n, run.config.seed, c.carry_state, run.part(B * n))
         for n in (1, c.shorter)

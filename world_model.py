@@ -278,8 +278,8 @@ class WorldModel(nn.Module):
         # Of the posterior's samples, set while training [D25]; a number would be compiled in.
         self.register_buffer("softness", torch.zeros(()), persistent=False)
         self.to(memory_format=torch.channels_last)
-        for decoder in self.decoders.values():  # but what is used as a matrix
-            decoder.layers[0].weight.data = decoder.layers[0].weight.data.contiguous()
+        for decoder in self.decoders.values():  # but what is used as a matrix on a CPU
+            decoder.layers[0].to(memory_format=torch.contiguous_format)
 
     # ------------------------------------------------------------------ the pieces of Eq. 1
     def initial(self, batch: int) -> tuple[Tensor, Tensor]:

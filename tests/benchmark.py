@@ -3,7 +3,8 @@
     python tests/benchmark.py --preset sim --plain --out plain.json
     python tests/benchmark.py --preset sim --against plain.json        prints the ratios
 
---plain times what the fast forms replace: fp32, and the library's own transposed convolutions.
+--plain times what the fast forms replace: fp32, whatever --precision says, and on a CPU also the
+library's own transposed convolutions.
 
 A stage's limit is the longer of two times: its floating-point operations (products, convolutions,
 forward and backward, as PyTorch counts them) at this machine's own rate of a large matrix product

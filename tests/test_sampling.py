@@ -106,7 +106,7 @@ def test_data_that_is_kept_on_a_device_gives_the_same_batches_and_is_not_read(pl
         setattr(kept, k, None)
     for step in range(one.steps_per_epoch + 1):
         a, b = one.batch(step), other.batch(step)
-        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+        assert a.keys() == b.keys() and equal(a, b)
 
 
 def test_batches_are_pure_functions_of_seed_and_step(play):

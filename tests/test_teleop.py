@@ -33,6 +33,62 @@ def scene(slider=0.0, drawer=0.0, light=0, led=0):
     return s
 
 
+def operator_at(env, state, yaw=1.5):
+    """An operator whose hand is turned by yaw - 1.5 rad from neutral, above a given scene."""
+    env.reset(sim.ROBOT_OBS0, state)
+    env.target_euler = np.array([np.pi, 0, yaw])
+    return teleop.Operator(env).refresh()
+
+
+def test_the_gap_to_a_turned_block_is_that_to_its_outline(env):
+    state = scene()
+    state[11] = 0.6  # red, 0.056 x 0.04 m, at (0.05, -0.12)
+    op = operator_at(env, state)
+    u, v = np.array([np.cos(0.6), np.sin(0.6), 0]), np.array([-np.sin(0.6), np.cos(0.6), 0])
+    for a, b, want in ((0.01, 0.01, 0), (0.058, 0, 0.03), (0, -0.06, 0.04), (0.058, 0.06, 0.05)):
+        at = np.array([0.05, -0.12, 0.5]) + a * u + b * v
+        assert op._gap("block_red", at) == pytest.approx(want, abs=5e-4)
+
+
+@pytest.mark.parametrize("turn", [-1.27, 1.27])
+@pytest.mark.parametrize("here", [-1.9, -0.7, 0.0, 1.9])
+def test_a_block_is_taken_so_that_the_wrist_can_turn_it(env, here, turn):
+    for yaw in np.arange(-1.5, 1.6, 0.3):
+        state = scene()
+        state[18:21], state[23] = (0.14, -0.1, 0.46), 1.5 + yaw
+        state[6:9], state[12:15] = (-0.3, -0.1, 0.46), (0.3, -0.1, 0.46)  # out of the way
+        op = operator_at(env, state, 1.5 + here)
+        (taken, shift), *_ = op._grasps("block_pink", turn)
+        off = taken - 1.5
+        assert max(abs(off), abs(off + turn)) < 3.0 and abs(off - here) < np.pi
+        assert abs(np.sin(off - yaw)) < 0.01 and not shift.any(), "across, in the middle"
+
+
+def test_fingers_find_room_beside_a_neighbour(env):
+    state = scene()
+    state[18:21], state[23] = (0.1, -0.1, 0.46), 1.5
+    state[6:9], state[12:15] = (-0.3, -0.1, 0.46), (0.045, -0.11, 0.46)  # blue at pink's side
+    op = operator_at(env, state)
+    blue = state[12:14]
+    for turn in (0.0, 1.27):
+        (yaw, shift), *_ = op._grasps("block_pink", turn)
+        f = np.array([-np.sin(yaw), np.cos(yaw)])
+        for side in (-1, 1):  # a finger's pad, 0.021 m wide and 0.014 m thick, the hand open
+            finger = state[18:20] + shift[:2] + side * 0.047 * f
+            clear = np.abs(finger - blue) - 0.02 - [0.007, 0.0105]
+            assert clear.max() > 0, f"a finger stands on the blue block, turn {turn}"
+
+
+def test_a_stack_beside_the_way_stays_where_it_is(env):
+    state = scene()
+    state[6:9], state[11] = (0.113, -0.108, 0.46), 1.9
+    state[18:21], state[23] = (0.113, -0.108, 0.5), 1.9
+    state[12:15], state[17] = (0.21, -0.099, 0.46), 1.57
+    op = operator_at(env, state)
+    assert op.attempt("rotate_blue_block_right", 64)[0]
+    assert np.linalg.norm(op.block("block_pink")[0] - state[18:21]) < 0.01
+
+
 # One task of each family: (task, scene, tasks that must come first).
 FAMILIES = [
     ("rotate_red_block_left", scene(), []),

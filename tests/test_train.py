@@ -413,8 +413,27 @@ def test_a_rounded_world_model_gives_the_same_losses_and_gradients_under_autocas
         gradients = [p.grad for p in agent.parameters() if p.grad is not None]
         seen.append([batch["s_E"], actor, critic, *gradients])
         agent.zero_grad()
-    assert len(seen[0]) > 50 and all(map(torch.equal, *seen))
+    assert len(seen[0]) == len(seen[1]) > 50 and all(map(torch.equal, *seen))
+    assert batches.world.gru.weight_hh.dtype == torch.bfloat16
     assert world.gru.weight_hh.dtype == torch.float32, "the checkpoint's own model was changed"
+
+
+def test_moments_of_another_memory_layout_stay_with_their_weights(packed, tmp_path):
+    """Fused AdamW pairs weights and moments as they lie in memory, and asks nobody."""
+    ends = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        common = ["--data", packed, "--out", str(tmp_path / str(layout)), "--steps"]
+        train.main([*WM, *OFTEN, *common, "2"])
+        path = tmp_path / str(layout) / "wm.pt"
+        checkpoint = torch.load(path, weights_only=True)
+        for state in checkpoint["optimizer"]["world"]["state"].values():
+            for k in ("exp_avg", "exp_avg_sq"):
+                if state[k].dim() == 4:
+                    state[k] = state[k].contiguous(memory_format=layout)
+        torch.save(checkpoint, path)
+        train.main([*WM, *OFTEN, *common, "4"])
+        ends.append(weights(path))
+    assert all(torch.equal(x, ends[1][k]) for k, x in ends[0].items())
 
 
 def test_kill_9_loses_only_the_steps_since_the_last_checkpoint(packed, tmp_path):
