@@ -375,8 +375,8 @@ class Operator:
                 continue
             across = np.arctan2(r[1, i], r[0, i]) - np.pi / 2
             # Along the block, where a neighbour leaves no room for the fingers at its centre.
-            along = next(j for j in flat if j != i)
-            aside = (SIZES[name][along] / 2 - 0.008) * r[:, along]
+            along = [(SIZES[name][j] / 2 - 0.008) * r[:, j] for j in flat if j != i]
+            aside = along[0] if along else np.zeros(3)  # none of a block that lies askew
             for off, k in product(wrap(across + np.array([0, np.pi]) - 1.5), (0, -1, 1)):
                 if p[1] > 0.03 and abs(off) > 0.8:  # the hand cannot turn in the cabinet
                     continue

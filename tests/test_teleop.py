@@ -79,6 +79,13 @@ def test_fingers_find_room_beside_a_neighbour(env):
             assert clear.max() > 0, f"a finger stands on the blue block, turn {turn}"
 
 
+def test_a_block_that_lies_askew_has_grasps_too(env):
+    state = scene()
+    state[18:24] = 0.14, -0.1, 0.5, 0.8, 0, 1.5  # pink, rolled by 46 degrees
+    op = operator_at(env, state)
+    assert all(np.isfinite(shift).all() for _, shift in op._grasps("block_pink"))
+
+
 def test_a_stack_beside_the_way_stays_where_it_is(env):
     state = scene()
     state[6:9], state[11] = (0.113, -0.108, 0.46), 1.9
