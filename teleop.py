@@ -134,6 +134,10 @@ class Operator:
     def touching(self, name):
         return {c[2] for c in self.info["scene_info"]["movable_objects"][name]["contacts"]}
 
+    def touched(self):
+        """Names of the blocks that the robot touches."""
+        return {b for b in BLOCKS if self.info["robot_info"]["uid"] in self.touching(b)}
+
     def held(self):
         """Name of the block that only the robot touches, or None."""
         uid = self.info["robot_info"]["uid"]
@@ -154,7 +158,8 @@ class Operator:
     def feasible(self):
         """The tasks that make sense now, by CALVIN's conditions (and the free hand they assume)."""
         self.refresh()
-        s, held, where = self.scene, self.held(), {b: self.place_of(b) for b in BLOCKS}
+        s, held, touched = self.scene, self.held(), self.touched()
+        where = {b: self.place_of(b) for b in BLOCKS}
         at = {b: self.block(b)[0] for b in BLOCKS}
         table = [b for b in BLOCKS if where[b] == "table" and b != held]
         top = [b for b in BLOCKS if where[b] == "top" and b != held]
@@ -184,7 +189,8 @@ class Operator:
             ok[f"lift_{name}_block_slider"] = half.get(where[b], False)
             ok[f"push_{name}_block_right"] = loose and x < 0.27
             ok[f"push_{name}_block_left"] = loose and x > 0.04
-            ok["push_into_drawer"] |= loose and s[1] > 0.17 and 0.04 < x < 0.32 and y < -0.06
+            apart = loose and b not in touched and 0.04 < x < 0.32 and y < -0.06
+            ok["push_into_drawer"] |= apart and s[1] > 0.17
             for d in ("left", "right"):
                 ok[f"rotate_{name}_block_{d}"] = loose and x > -0.05 and far < 0.76
         return sorted(t for t in ok if ok[t])
@@ -252,7 +258,7 @@ class Operator:
         run(): first the one that the hand is still on its way to, then, mostly, its retreat.
         """
         start = self.refresh().info
-        self.start = self.scene.copy()
+        self.start, self.start_touched = self.scene.copy(), self.touched()
         self.steps, self.rest, self.tries, idle = 0, None, -1, 0
         mistake = self._mistake() if self.astray else ()
         while idle < 3:
@@ -505,7 +511,8 @@ class Operator:
     def _push_into_drawer(self):
         held = self.held()
         at = {b: self.block(b)[0] for b in BLOCKS if self.place_of(b) == "table" and b != held}
-        ok = [b for b in at if 0.02 < at[b][0] < 0.34]
+        # What was in the hand at the start does not count.
+        ok = [b for b in at if 0.02 < at[b][0] < 0.34 and b not in self.start_touched]
         if not ok:
             return
         yield from self._free()

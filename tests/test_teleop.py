@@ -79,6 +79,15 @@ def test_fingers_find_room_beside_a_neighbour(env):
             assert clear.max() > 0, f"a finger stands on the blue block, turn {turn}"
 
 
+def test_what_the_hand_has_just_turned_is_not_pushed_into_the_drawer(env):
+    state = scene(drawer=0.22)
+    state[12:15] = 0.0, 0.09, 0.461  # blue in the cabinet: red, in the hand, is the only one left
+    op = operator_at(env, state)
+    assert "push_into_drawer" in op.feasible()
+    assert op.attempt("rotate_red_block_left")[0] and "block_red" in op.touched()
+    assert "push_into_drawer" not in op.feasible()
+
+
 def test_a_block_that_lies_askew_has_grasps_too(env):
     state = scene()
     state[18:24] = 0.14, -0.1, 0.5, 0.8, 0, 1.5  # pink, rolled by 46 degrees
