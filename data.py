@@ -443,10 +443,8 @@ class PlayData:
         a_prev (L, B, 7) and reset (L, B), which is True where an episode starts, and where the
         batch does if it is a fresh one, which forgets what came before."""
         batch = {k: self.rows(k, index) for k in (*CAMERAS, "robot_obs")}
-        batch["reset"], batch["a_prev"] = (
-            self.rows("is_start", index),
-            self.rows("actions", index - 1),
-        )
+        batch["reset"] = self.rows("is_start", index)
+        batch["a_prev"] = self.rows("actions", index - 1)
         batch["reset"][0] |= fresh
         batch["a_prev"][batch["reset"]] = batch["a_prev"].new_tensor(NO_ACTION)
         return batch
