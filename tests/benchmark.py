@@ -58,6 +58,20 @@ def machine(device: str, dtype: torch.dtype) -> dict:
     }
 
 
+def peak(function, device: str) -> int:
+    """Bytes of tensors in use at most during a call; on a CPU those that it made."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        return torch.cuda.max_memory_allocated()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        function()
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        profile.export_chrome_trace(file.name)
+        events = json.loads(Path(file.name).read_bytes())["traceEvents"]
+    return max(e["args"]["Total Allocated"] for e in events if e["name"] == "[memory]")
+
+
 def random_play(root: Path, frames: int) -> str:
     """A packed set of noise; a span of 32 frames in every 100."""
     rng = np.random.default_rng(0)
@@ -168,22 +182,21 @@ def main() -> None:
     then = json.loads(args.against.read_text())["stages"] if args.against else {}
     result = {"preset": args.preset, "machine": here, "torch": torch.__version__, "stages": {}}
     print(f"{here['flop_rate'] / 1e9:.0f} GFLOP/s, {here['copy_rate'] / 1e9:.1f} GB/s copied")
-    print(f"{'stage':<14}{'of':<24}{'ms':>9}{'GFLOP':>9}{'limit ms':>10}{'reached':>9}{'times':>8}")
+    print(f"{'stage':<14}{'of':<24}{'ms':>9}{'GFLOP':>9}{'limit ms':>10}{'reached':>9}"
+          f"{'peak MB':>9}{'times':>8}")  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         for stage, function, moved, of in stages(args.preset, args.precision, Path(folder)):
             with FlopCounterMode(display=False) as counter:
                 function()
-            if device == "cuda":
-                torch.cuda.reset_peak_memory_stats()
             took, flop = seconds(function, device, args.seconds), counter.get_total_flops()
             limit = max(flop / here["flop_rate"], moved / here["copy_rate"])
             row = {"of": of, "seconds": took, "flop": flop, "bytes": moved, "limit": limit}
-            if device == "cuda":
-                row["peak_bytes"] = torch.cuda.max_memory_allocated()
+            row["peak_bytes"] = peak(function, device)
             result["stages"][stage] = row
             faster = f"{then[stage]['seconds'] / took:.2f}" if stage in then else ""
             print(f"{stage:<14}{of:<24}{1000 * took:>9.1f}{flop / 1e9:>9.1f}{1000 * limit:>10.2f}"
-                  f"{limit / took:>9.0%}{faster:>8}", flush=True)  # fmt: skip
+                  f"{limit / took:>9.0%}{row['peak_bytes'] / 1e6:>9.1f}{faster:>8}",
+                  flush=True)  # fmt: skip
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
 
