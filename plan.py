@@ -43,24 +43,33 @@ def kl_balanced(q: Tensor, p: Tensor, delta: float) -> Tensor:
     return (1 - delta) * kl(q, p.detach()) + delta * kl(q.detach(), p)
 
 
-def contrastive_loss(x: Tensor, y: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+def contrastive_loss(
+    x: Tensor, y: Tensor, tau: Tensor, some: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """½ ( mean_i CE(logits_per_latent(i), i) + mean_i CE(logits_per_text(i), i) ),
     logit(x_i, y_j) = cos_sim(x_i, y_j) · exp(τ).
 
     x: (M, n) latent features, y: (M, n) language features of the same M windows; only the diagonal
-    pairs are true. Means over M where the paper prints sums [D9]. Returns the loss () and the
-    accuracy () with which a window finds its own sentence, wherever in the batch that stands.
+    pairs are true. Means over M where the paper prints sums [D9]. some (M,) bool: which windows
+    take part, if not all (without asking how many, for which a GPU would have to be waited for).
+    Returns the loss () and the accuracy () with which a window finds its own sentence, wherever in
+    the batch that stands; zeros where fewer than two take part.
     """
+    some = torch.ones_like(x[:, 0]) > 0 if some is None else some
     logits = F.normalize(x.float(), dim=-1) @ F.normalize(y.float(), dim=-1).T * tau.exp()
-    pairs = torch.arange(len(x), device=x.device)
-    # Eq. 8: rows are latents, columns are sentences; then the transpose
-    loss = 0.5 * (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs))
-    return loss, (logits.diagonal() >= logits.amax(-1) - 1e-3).float().mean()
+    logits = logits.masked_fill(~(some[:, None] & some), -1e9)
+    pairs = torch.arange(len(x), device=x.device).where(some, -100)  # which cross_entropy ignores
+    mean = lambda x: x.sum() / some.sum().clamp(min=2)
+    ask = lambda logits: mean(F.cross_entropy(logits, pairs, reduction="none"))
+    loss = 0.5 * (ask(logits) + ask(logits.T))  # Eq. 8: of latents (rows), then of sentences
+    found = (logits.diagonal() >= logits.amax(-1) - 1e-3) & some
+    return loss, mean(found) * (some.sum() > 1)
 
 
 def sample_plan(logits: Tensor) -> Tensor:
     """A sample (..., C*K) of categoricals (..., C, K), with straight-through gradient."""
-    return OneHotCategoricalStraightThrough(logits=logits.float()).rsample().flatten(-2)
+    plan = OneHotCategoricalStraightThrough(logits=logits.float(), validate_args=False)
+    return plan.rsample().flatten(-2)
 
 
 def of_all_processes(x: Tensor) -> Tensor:
@@ -158,6 +167,4 @@ class Alignment(nn.Module):
         Eq. 8 [D11] -> loss (), accuracy (); zeros where they are fewer than two."""
         rows = self.latent(features), self.text(g), align.to(features.dtype)
         x, y, align = (of_all_processes(x) for x in rows)  # the negatives are the whole batch's
-        if align.sum() < 2:
-            return 0 * (x.sum() + y.sum()), align.new_zeros(())
-        return contrastive_loss(x[align > 0], y[align > 0], self.tau)
+        return contrastive_loss(x, y, self.tau, align > 0)

@@ -269,7 +269,7 @@ class Run:
             if self.rank == 0:
                 self.log_path.unlink(missing_ok=True)
             return 0, {}
-        c = load_checkpoint(self.checkpoint_path, self.config.stage, self.device)
+        c = load_checkpoint(self.checkpoint_path, self.config.stage, "cpu")
         if {"optimizer", "random"} - c.keys():
             what = f"{self.checkpoint_path} was published, without its optimiser, or is damaged"
             sys.exit(f"{what}: it cannot be trained on. Give another --out.")
@@ -300,9 +300,9 @@ class Run:
             for p, state in optimizer.state.items():  # fused ones pair them as they lie in memory
                 moments = {k: x for k, x in state.items() if x.shape == p.shape}
                 state.update({k: torch.empty_like(p).copy_(x) for k, x in moments.items()})
-        torch.set_rng_state(c["random"]["cpu"].cpu())
+        torch.set_rng_state(c["random"]["cpu"])
         if self.device.startswith("cuda") and "cuda" in c["random"]:
-            torch.cuda.set_rng_state(c["random"]["cuda"].cpu())
+            torch.cuda.set_rng_state(c["random"]["cuda"])
         self.seconds = c["seconds"]
         if self.rank:
             return c["step"], c
@@ -334,23 +334,26 @@ class Run:
         checkpoint |= {k: m.state_dict() for k, m in modules.items()} | more
         save_checkpoint(self.checkpoint_path, checkpoint)
 
-    def add(self, step: int, figures: dict[str, Tensor]) -> None:
-        """Collects one step's figures; a figure that is not finite ends the run by name."""
+    def add(self, figures: dict[str, Tensor]) -> None:
+        """Collects one step's figures where they are: reading them would wait for the device."""
         for name, value in figures.items():
-            value = float(value)
+            self.sums[name] = self.sums.get(name, 0.0) + value.float()
+        self.count += 1
+
+    def check(self, step: int) -> None:
+        """A figure that was not finite since the last log ends the run by name."""
+        for name, value in zip(self.sums, torch.stack([*self.sums.values()]).tolist(), strict=True):
             if not math.isfinite(value):
                 sys.exit(
-                    f"{name} is {value} at step {step}. The last checkpoint is kept; "
-                    "try a lower learning rate, or --precision fp32."
+                    f"{name} is {value} between steps {step - self.count} and {step}. The last "
+                    "checkpoint is kept; try a lower learning rate, or --precision fp32."
                 )
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        self.count += 1
 
     def log(self, step: int, figures: dict | None = None) -> None:
         """Without `figures`: the means since the last call. One line, one JSONL record."""
         kind = "validate" if figures is not None else "train"
         if figures is None:
-            sums = torch.tensor([*self.sums.values()], device=self.device, dtype=torch.float32)
+            sums = torch.stack([*self.sums.values()])
             mean = self.whole(sums[None]).mean(0) / self.count
             figures = dict(zip(self.sums, mean.tolist(), strict=True))
             self.sums, self.count = {}, 0
@@ -390,12 +393,17 @@ class Run:
         how = {"initial": start, "total": self.steps, "unit": "step", "disable": self.rank > 0}
         for step in tqdm(range(start, self.steps), **how):
             begun = time.monotonic()
-            self.add(step, update(step))
-            self.seconds += time.monotonic() - begun
+            self.add(update(step))
             done = step + 1
-            if due(done, self.config.log_every):
+            looks = due(done, self.config.validate_every)
+            saves = due(done, self.config.checkpoint_every) or looks
+            logs = due(done, self.config.log_every)
+            if logs or saves:
+                self.check(done)  # waits for the device: `seconds` are right after it
+            self.seconds += time.monotonic() - begun
+            if logs:
                 self.log(done)
-            if due(done, self.config.checkpoint_every) or due(done, self.config.validate_every):
+            if saves:
                 save(done)  # first: a picture that cannot be written costs no steps
             look(done)
 
@@ -405,7 +413,7 @@ def bf16_is_faster(device: str) -> bool:
     """Whether bf16 matrix products are faster than fp32 here. On a CPU that is measured: some that
     have instructions for them (Intel's without AMX) take twice as long as in fp32."""
     if device == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     mkldnn = torch.backends.mkldnn.is_available()  # not in every torch
     if not (mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return False
@@ -443,7 +451,7 @@ def train_world_model(run: Run) -> None:
     )
     validation = D.Sequences(held_out, min(B, len(held_out) // L), L, 0, carry=False)
     clips = eventful(held_out, min(55, held_out.longest))
-    state = [x[run.part(B)] for x in checkpoint.get("state") or world.initial(B)]
+    state = [x[run.part(B)].to(device) for x in checkpoint.get("state") or world.initial(B)]
     losses = run.shared(world, world.loss)
 
     read = lambda step: (pieces if step < run.steps / 2 else sequences).batch(step)  # [D26]
@@ -559,11 +567,10 @@ def cache_latents(world: W.WorldModel, data: D.PlayData, run: Run) -> D.Latents:
     return out.commit()
 
 
-def stored_z(world: W.WorldModel, data: D.PlayData, z: np.ndarray, rows, device: str) -> Tensor:
-    """Cached classes z (..., C) of the frames `rows` (...) of a split -> z (..., Z) float."""
-    one_hot = F.one_hot(torch.from_numpy(z.astype(np.int64)).to(device), world.config.classes)
-    p = world.pose(torch.from_numpy(data.robot_obs[rows]).to(device))
-    return torch.cat([one_hot.flatten(-2).float(), p], -1)
+def stored_z(world: W.WorldModel, classes: Tensor, robot_obs: Tensor) -> Tensor:
+    """Cached classes (..., C) uint8 and robot_obs (..., 15) of the same frames -> z (..., Z)."""
+    one_hot = F.one_hot(classes.long(), world.config.classes).flatten(-2).float()
+    return torch.cat([one_hot, world.pose(robot_obs)], -1)
 
 
 def probe(run: Run, world: W.WorldModel, train: tuple, held_out: tuple) -> None:
@@ -573,7 +580,8 @@ def probe(run: Run, world: W.WorldModel, train: tuple, held_out: tuple) -> None:
 
     def pairs(latents, data) -> tuple[Tensor, Tensor]:
         rows = np.linspace(0, len(data) - 1, min(len(data), 50_000)).astype(int)
-        z = stored_z(world, data, latents.z[rows], rows, device)
+        classes, robot_obs = latents.z[rows], data.robot_obs[rows]
+        z = stored_z(world, *(torch.from_numpy(x).to(device) for x in (classes, robot_obs)))
         s = torch.cat([torch.from_numpy(latents.h[rows]).to(device).float(), z], -1)
         return s, torch.from_numpy(data.scene_obs[rows]).to(device)
 
@@ -634,22 +642,31 @@ class WindowBatches:
             a_part = world.recurrent_in.inputs[1](nothing)
             self.h_reset = world.recurrent(*world.initial(1), a_part)[0]
 
-    def batch(self, step: int, reset_start: float | None = None) -> dict[str, Tensor]:
-        """Table IV's batch for a step; reset_start overrides [D8]'s probability."""
+    def read(self, step: int) -> dict[str, Tensor]:
+        """What the disk knows of a step's batch: no random numbers of torch's, no device."""
         play, language = self.play.batch(step), self.language.batch(step)
-        both = {k: torch.cat([play[k], language[k]], -1) for k in ("index", "length")}
-        both["a"] = torch.cat([play["a"], language["a"]], 1)
-        index = both.pop("index").numpy()  # (T, B)
-        batch = to_device(both | {k: language[k] for k in ("emb", "align")}, self.device)
-        z_of = lambda z, rows: stored_z(self.world, self.data, z[rows], rows, self.device)
-        z, z_0 = z_of(self.latents.z, index), z_of(self.latents.z_reset, index[0])
-        h = torch.from_numpy(self.latents.h[index[0]]).to(self.device).float()
+        batch = {k: torch.cat([play[k], language[k]], -1) for k in ("index", "length")}
+        batch["a"] = torch.cat([play["a"], language["a"]], 1)
+        index = batch.pop("index").numpy()  # (T, B)
+        arrays = {"z": self.latents.z[index], "z_reset": self.latents.z_reset[index[0]]}
+        arrays |= {"h": self.latents.h[index[0]], "robot_obs": self.data.robot_obs[index]}
+        batch |= {k: language[k] for k in ("emb", "align")}
+        return batch | {k: torch.from_numpy(x) for k, x in arrays.items()}
+
+    def states(self, read: dict[str, Tensor], reset_start: float | None = None):
+        """`read`, on the device -> Agent.losses' batch; reset_start overrides [D8]'s chance."""
+        batch, robot_obs, h = dict(read), read["robot_obs"], read["h"].float()
+        z = stored_z(self.world, read["z"], robot_obs)
+        z_0 = stored_z(self.world, read["z_reset"], robot_obs[0])
         chance = self.reset_start if reset_start is None else reset_start
-        forget = torch.rand(len(h), 1, device=self.device) < chance
+        forget = torch.rand(len(h), 1, device=h.device) < chance
         h, z[0] = torch.where(forget, self.h_reset, h), torch.where(forget, z_0, z[0])
         batch["s_E"] = self.expert(h, z, batch["a"], batch["length"])
-        batch["gripper"] = torch.from_numpy(self.data.robot_obs[index[0], 14]).to(self.device)
-        return batch
+        return batch | {"gripper": robot_obs[0, :, 14]}
+
+    def batch(self, step: int, reset_start: float | None = None) -> dict[str, Tensor]:
+        """Table IV's batch for a step."""
+        return self.states(to_device(self.read(step), self.device), reset_start)
 
     @torch.no_grad()
     def expert(self, h: Tensor, z: Tensor, a: Tensor, length: Tensor) -> Tensor:
@@ -677,7 +694,7 @@ def train_agent(run: Run) -> None:
     """Phase two, Sec. IV-B: Eqs. 5 and 6 by Adam (Table IV) inside the frozen world model."""
     c, data, device = run.model_config, run.data, run.device
     held_out = D.PlayData(run.config.data, "validation")
-    world_checkpoint = load_checkpoint(run.out / "wm.pt", "wm", device)
+    world_checkpoint = load_checkpoint(run.out / "wm.pt", "wm", "cpu")
     same_kind(world_checkpoint, data, run.config.data)
     D.same_text_encoder(world_checkpoint["text_encoder"], data.meta["text_encoder"], run.out)
     done, planned = world_checkpoint["step"], world_checkpoint["run"]["steps"]
@@ -704,13 +721,14 @@ def train_agent(run: Run) -> None:
 
     batches.world = rounded(world) if run.bf16 else world  # from here on under autocast only
     losses = run.shared(agent, functools.partial(agent.losses, batches.world))
+    coming = prefetched(batches.read, start, run.steps, device)
 
     def update(step: int) -> dict:
         agent.train()
         if step % c.slow_critic_interval == 0:
             agent.update_slow_critic()  # [D18]
         with run.autocast():
-            loss_actor, loss_critic, figures = losses(batches.batch(step))
+            loss_actor, loss_critic, figures = losses(batches.states(next(coming)))
         actor_optimizer.zero_grad(), critic_optimizer.zero_grad()
         (loss_actor + loss_critic).backward()  # they share no parameter: see test_eq5, test_eq6
         left = min(1.0, (run.steps - step) / max(1.0, c.anneal * run.steps))  # [D7]

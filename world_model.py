@@ -425,9 +425,9 @@ class WorldModel(nn.Module):
         # The sum over t of Eq. 2 is estimated, without bias, from every n-th frame [D19]:
         # neighbours tell almost the same, and decoding is most of a step's work.
         n = c.decode_every if self.training else 1
-        some = slice(int(torch.randint(n, ())), None, n)
-        s, x = torch.cat([h, z], -1), {k: x[some] for k, x in images.items()}
-        decoded = self.decode(s[some])
+        some = torch.arange(0, len(h), n, device=h.device) + torch.randint(n, (), device=h.device)
+        s, x = torch.cat([h, z], -1), {k: x.index_select(0, some) for k, x in images.items()}
+        decoded = self.decode(s.index_select(0, some))
         if c.proprioception:  # [D5] how far the arm moves; not known after a reset
             p, known = z[..., c.discrete :], ~reset[1:, :, None]
             x["robot"] = (p[1:] - p[:-1]) * known / POSE_SIGMA

@@ -180,7 +180,7 @@ def test_the_agent_learns_to_steer_a_simple_world():
     )
     s = 1 + 0.05 * torch.arange(T)[:, None, None] * torch.ones(T, B, 4)
     s_E = torch.cat([s, torch.zeros(T, B, 4)], -1)
-    batch = windows(T, B, M=0) | {"s_E": s_E, "align": torch.zeros(0)}
+    batch = windows(T, B, M=2) | {"s_E": s_E, "align": torch.zeros(2) > 0}
     batch["a"] = torch.zeros(T, B, 7)
     optimizer = torch.optim.Adam(agent.actor_parameters(), 3e-3)
     for _ in range(150):

@@ -185,7 +185,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_by_name(packed, tmp_path, monke
         return loss, terms | {"kl": terms["kl"] * float("nan")}
 
     monkeypatch.setattr(train.W, "elbo_loss", broken)
-    with pytest.raises(SystemExit, match="kl is nan at step 0"):
+    with pytest.raises(SystemExit, match="kl is nan between steps 0 and 1"):
         train.main([*WM, "--data", packed, "--out", str(tmp_path), "--steps", "1"])
     assert not (tmp_path / "wm.pt").exists()
 
@@ -362,7 +362,8 @@ def test_latents_are_those_of_the_whole_episode(packed, trained):
             part = world.recurrent_in.inputs[1](batch["a_prev"][t])
             h = world.recurrent(h * keep, z * keep, part)
             assert torch.allclose(h, torch.tensor(latents.h[start + t]).float(), atol=2e-3)
-            z = train.stored_z(world, play, latents.z[[start + t]], [start + t], "cpu")
+            frame = latents.z[[start + t]], play.robot_obs[[start + t]]
+            z = train.stored_z(world, *map(torch.from_numpy, frame))
 
 
 def test_a_language_window_brings_its_sentence_and_a_reset_start_its_own_latents(packed, trained):
@@ -385,7 +386,8 @@ def test_a_language_window_brings_its_sentence_and_a_reset_start_its_own_latents
     h = world.recurrent(
         *world.initial(1), world.recurrent_in.inputs[1](torch.tensor([train.A.NO_ACTION]))
     )[0]
-    z = [train.stored_z(world, play, latents.z_reset[index[0]], index[0], "cpu"), *s[1:, :, H:]]
+    reset = latents.z_reset[index[0]], play.robot_obs[index[0]]
+    z = [train.stored_z(world, *map(torch.from_numpy, reset)), *s[1:, :, H:]]
     h, held = h.expand(B, -1), None
     for t in range(T):
         held = torch.where((t < batch["length"])[:, None], h, h if held is None else held)

@@ -159,7 +159,7 @@ def test_every_nth_frame_estimates_the_reconstruction_without_bias(monkeypatch):
     batch["robot_obs"] = torch.randn(T, B, 15)
 
     def loss(start):
-        monkeypatch.setattr(W.torch, "randint", lambda high, size: torch.tensor(start % high))
+        monkeypatch.setattr(W.torch, "randint", lambda high, *_, **__: torch.tensor(start % high))
         torch.manual_seed(0)  # the same samples of z
         return world.loss(batch, world.initial(B))[0]
 
