@@ -66,6 +66,8 @@ STEPS = {
     "sim": {"wm": 12_000, "agent": 20_000},
     "tiny": {"wm": 300, "agent": 200},
 }
+# How often a run of the paper's steps is looked at and kept: on a GPU they take milliseconds.
+SELDOM = {"validate_every": 10_000, "checkpoint_every": 5_000}
 DEVICES = ("auto", "cpu", "cuda")
 RANKS = {"RANK": "0", "WORLD_SIZE": "1"}  # torchrun's, and what they are without it
 # Given again with more steps, a run goes on, but its schedules are shares of them [D7, D25, D26].
@@ -803,7 +805,8 @@ def parse(arguments: list[str] | None = None) -> tuple[RunConfig, object]:
     presets = W.PRESETS if first.stage == "wm" else A.PRESETS
     parser = argparse.ArgumentParser(parents=[known], allow_abbrev=False)
     model = presets[first.preset]
-    fields = [(f, f.default) for f in dataclasses.fields(RunConfig)[2:]]
+    seldom = SELDOM if first.preset == "paper" else {}
+    fields = [(f, seldom.get(f.name, f.default)) for f in dataclasses.fields(RunConfig)[2:]]
     fields += [(f, getattr(model, f.name)) for f in dataclasses.fields(model)]
     for field, default in fields:
         kind = boolean if field.type is bool else field.type

@@ -148,28 +148,11 @@ def elbo_loss(
 
 
 # ---------------------------------------------------------------------------- modules
-def conv_transpose_stride2(x: Tensor, layer: nn.ConvTranspose2d) -> Tensor:
-    """layer(x) for stride 2, about twice as fast on a CPU. x: (N, C, n, n).
-
-    With m = kernel / 2, rounded up, every output pixel (2i+u, 2j+v) sees at most m x m input
-    pixels, so the layer is an ordinary m x m convolution with four times the channels (one set per
-    parity u, v), then a pixel shuffle. On a 1 x 1 input it is a plain matrix product.
-    """
-    w, b, n, crop = layer.weight, layer.bias, x.shape[-1], layer.padding[0]
-    c_in, c_out, k, _ = w.shape
-    if n == 1:
-        y = (x.flatten(1) @ w.reshape(c_in, -1)).view(-1, c_out, k, k)
-        return y.contiguous(memory_format=torch.channels_last) + b.view(1, -1, 1, 1).to(y.dtype)
-    m = (k + 1) // 2
-    taps = F.pad(w, (0, 2 * m - k, 0, 2 * m - k)).reshape(c_in, c_out, m, 2, m, 2).flip(2, 4)
-    taps = taps.permute(1, 3, 5, 0, 2, 4).reshape(c_out * 4, c_in, m, m)
-    taps = taps.contiguous(memory_format=torch.channels_last)
-    edge = m - 1
-    if n >= 16:  # padded beforehand: of a large padded map, oneDNN's weight gradient is slow
-        x, edge = F.pad(x, (edge,) * 4), 0
-    y = F.pixel_shuffle(F.conv2d(x, taps, b.repeat_interleave(4), padding=edge), 2)
-    seen = slice(crop, 2 * n - 2 + k - crop)
-    return y[..., seen, seen]
+def one_pixel(x: Tensor, layer: nn.ConvTranspose2d) -> Tensor:
+    """layer(x) of an image of 1 x 1 pixel, x (N, C): a matrix product, and so as fast as one."""
+    y = (x @ layer.weight.flatten(1)).unflatten(1, layer.weight.shape[1:])
+    y = y.contiguous(memory_format=torch.channels_last)
+    return y + layer.bias.view(1, -1, 1, 1).to(y.dtype)
 
 
 class ImageEncoder(nn.Module):
@@ -210,12 +193,11 @@ class ImageDecoder(nn.Module):
         )
 
     def forward(self, x: Tensor, own: Tensor | None = None) -> Tensor:
-        x = x[..., None, None]
-        for i, layer in enumerate(self.layers):
-            x = x if i == 0 else F.elu(x)
-            # On a GPU the library's own kernel is the fast one.
-            x = conv_transpose_stride2(x, layer) if x.device.type == "cpu" else layer(x)
-            x = x if i > 0 or own is None else x + self.own(own)
+        first, *others = self.layers
+        x = one_pixel(x, first)
+        x = x if own is None else x + self.own(own)
+        for layer in others:
+            x = layer(F.elu(x))
         return x
 
 
@@ -278,7 +260,7 @@ class WorldModel(nn.Module):
         # Of the posterior's samples, set while training [D25]; a number would be compiled in.
         self.register_buffer("softness", torch.zeros(()), persistent=False)
         self.to(memory_format=torch.channels_last)
-        for decoder in self.decoders.values():  # but what is used as a matrix on a CPU
+        for decoder in self.decoders.values():  # but what `one_pixel` uses as a matrix
             decoder.layers[0].to(memory_format=torch.contiguous_format)
 
     # ------------------------------------------------------------------ the pieces of Eq. 1

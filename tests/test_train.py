@@ -174,7 +174,9 @@ def test_every_field_of_the_configuration_is_an_option():
     assert (run.seed, model.batch_size, model.carry_state) == (7, 3, False)
     _, model = train.parse([*AGENT, "--alpha_2", "0.5", "--method", "no_ditto"])
     assert (model.alpha_2, model.method) == (0.5, "no_ditto")
-    assert train.parse(["--stage", "wm"])[1] == train.W.WorldModelConfig()  # the paper's
+    run, model = train.parse(["--stage", "wm"])  # the paper's, looked at seldom
+    assert model == train.W.WorldModelConfig() and run.checkpoint_every == 5000
+    assert train.parse([*WM, "--checkpoint_every", "3"])[0].checkpoint_every == 3
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_by_name(packed, tmp_path, monkeypatch):
@@ -395,6 +397,37 @@ def test_a_language_window_brings_its_sentence_and_a_reset_start_its_own_latents
         h = world.recurrent(h, z[t], world.recurrent_in.inputs[1](batch["a"][t]))
     spans = language["index"][0][:, None] >= torch.tensor(play.spans)[language["span"], :1]
     assert spans.all()
+
+
+def test_bf16_products_give_the_losses_and_gradients_of_fp32(packed, trained, monkeypatch):
+    """Every draw at its mean, so that no rounding turns into another sample."""
+    monkeypatch.setattr(train.W, "sample_straight_through", lambda q, *_: q.softmax(-1).flatten(-2))
+    monkeypatch.setattr(train.A.P, "sample_plan", lambda q: q.softmax(-1).flatten(-2))
+    play = data.PlayData(packed, "training")
+    world = train.load_world_model(train.load_checkpoint(f"{trained}/wm.pt", "wm", "cpu"), "cpu")
+    latents = data.Latents.open(play, train.identity(world.state_dict()))
+    config, sizes = train.A.PRESETS["tiny"], world.config
+    practice = train.WindowBatches(play, latents, config, world, 0, "cpu").batch(0)
+    agent = train.A.Agent(config, sizes.deterministic, sizes.latent).eval()  # no dropout
+    sequences = data.Sequences(play, 4, 8, 0).batch(0)
+    learner = train.W.WorldModel(sizes).eval()
+    for module, losses in (
+        (learner, lambda: learner.loss(sequences, learner.initial(4))[:1]),
+        (agent, lambda: agent.losses(world, practice)[:2]),
+    ):
+        seen = []
+        for bf16 in (False, True):
+            torch.manual_seed(0)
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                values = losses()
+            assert all(x.dtype == torch.float32 for x in values)
+            module.zero_grad(), sum(values).backward()
+            gradients = [p.grad.flatten() for p in module.parameters() if p.grad is not None]
+            seen.append((torch.stack(values).detach(), torch.cat(gradients)))
+        (loss, gradient), (loss_bf16, gradient_bf16) = seen
+        assert not torch.equal(gradient, gradient_bf16), "bf16 was not used"
+        assert torch.allclose(loss, loss_bf16, rtol=0.02)
+        assert (gradient - gradient_bf16).norm() < 0.1 * gradient.norm()
 
 
 def test_a_rounded_world_model_gives_the_same_losses_and_gradients_under_autocast(packed, trained):

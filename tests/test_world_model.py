@@ -213,14 +213,11 @@ def test_imagination_and_evaluation_never_soften_their_samples(world):
     assert not one_hot(observe())
 
 
-@pytest.mark.parametrize(
-    ("n", "kernel", "padding"),
-    [(1, 5, 0), (5, 5, 0), (13, 6, 0), (30, 6, 0), (1, 4, 0), (4, 4, 1), (32, 4, 1)],
-)
-def test_the_fast_transposed_convolution_is_the_plain_one(n, kernel, padding):
-    layer = torch.nn.ConvTranspose2d(6, 4, kernel, stride=2, padding=padding).double()
-    x = torch.randn(2, 6, n, n, dtype=torch.double, requires_grad=True)
-    fast, plain = W.conv_transpose_stride2(x, layer), layer(x)
+@pytest.mark.parametrize("kernel", [4, 5])
+def test_the_decoders_first_layer_is_the_transposed_convolution_of_one_pixel(kernel):
+    layer = torch.nn.ConvTranspose2d(6, 4, kernel, stride=2).double()
+    x = torch.randn(2, 6, dtype=torch.double, requires_grad=True)
+    fast, plain = W.one_pixel(x, layer), layer(x[..., None, None])
     assert torch.allclose(fast, plain)
     for a, b in zip(
         torch.autograd.grad(fast.square().sum(), (x, layer.weight, layer.bias)),
