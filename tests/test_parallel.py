@@ -31,6 +31,7 @@ SAME = [*SAME.split(), "--batch_size", "8"]
 # Windows in which every batch has pairs for Eq. 8: those of the paper. Their held ends are masked,
 # and so each process has another number of steps to average over.
 LONG = "--sequence_length 32 --min_window 20 --max_window 32 --mask_padding true".split()
+ALIKE = {"wm": ["--zeta", "0"], "agent": ["--reset_start", "0", *LONG]}
 NAMES = {
     "wm": ("loss", "kl", "gradient"),
     "agent": ("loss_actor", "loss_critic", "contrast", "gradient_actor", "gradient_critic"),
@@ -61,7 +62,7 @@ def packed(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(packed):
     out = packed.parent / "alone"
-    for stage, *more in (["wm", "--zeta", "0"], ["agent", "--reset_start", "0", *LONG]):
+    for stage, more in ALIKE.items():
         done = run(1, packed, out, stage, "--steps", "4", *more)
         assert done.returncode == 0, done.stderr[:6000]
     return out
@@ -71,7 +72,7 @@ def alone(packed):
 def test_n_processes_share_a_batch_and_learn_the_same(n, packed, alone, tmp_path):
     """Carried states, KL, both agent losses; Eq. 8's negatives come from all processes [D11]."""
     out = tmp_path / "out"
-    for stage, *more in (["wm", "--zeta", "0"], ["agent", "--reset_start", "0", *LONG]):
+    for stage, more in ALIKE.items():
         done = run(n, packed, out, stage, "--steps", "4", *more)
         assert done.returncode == 0, done.stderr[:6000]
         names = NAMES[stage]
@@ -101,12 +102,17 @@ def test_compiled_losses_are_the_plain_ones(stage, more, packed, alone, tmp_path
     assert torch.allclose(*rows, rtol=2e-3, atol=1e-4), rows
 
 
-def test_a_run_goes_on_with_another_number_of_processes(packed, alone, tmp_path):
+@pytest.mark.parametrize("stage, first, then", [("wm", 2, 1), ("agent", 1, 2)])
+def test_a_run_goes_on_with_another_number_of_processes(
+    stage, first, then, packed, alone, tmp_path
+):
     out = tmp_path / "out"
-    for n, steps in ((2, "2"), (1, "4")):
-        done = run(n, packed, out, "wm", "--zeta", "0", "--steps", steps)
+    out.mkdir()
+    (out / "wm.pt").symlink_to(alone / "wm.pt") if stage == "agent" else None
+    for n, steps in ((first, "2"), (then, "4")):
+        done = run(n, packed, out, stage, *ALIKE[stage], "--steps", steps)
         assert done.returncode == 0, done.stderr[:6000]
-    ours, theirs = (losses(x, "wm", "loss", "kl") for x in (out, alone))
+    ours, theirs = (losses(x, stage, *NAMES[stage]) for x in (out, alone))
     assert torch.allclose(ours, theirs, rtol=2e-3, atol=1e-4)
 
 
