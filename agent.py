@@ -214,6 +214,8 @@ class Agent(nn.Module):
             raise ValueError(f"reward_on must be 's' or 'h', got {config.reward_on!r}")
         if not 2 <= config.min_window <= config.max_window <= config.sequence_length:
             raise ValueError("2 <= min_window <= max_window <= sequence_length, please")
+        if config.batch_size < 2:
+            raise ValueError("batch_size must be 2 or more: a play and a language window [D6]")
         if config.features % 8:
             raise ValueError("features must be a multiple of 8, the transformer's heads [D7]")
         self.config, self.deterministic, c = config, deterministic, config
@@ -333,9 +335,9 @@ class Agent(nn.Module):
             loss_critic = critic_loss(self.critic(x[:-1].detach()), v_lambda, weight)
             loss_actor = actor_loss(v_lambda, kl, contrast, c.alpha_1, c.alpha_2, weight)
             figures |= {"v_lambda": v_lambda.mean()}
-        figures |= {
-            "loss_actor": loss_actor, "loss_critic": loss_critic, "plan_kl": kl,
-            "contrast": contrast, "alignment_accuracy": accuracy, "action_mse": error.mean(),
+        figures |= {  # causes first: the first one that is not finite is named
+            "plan_kl": kl, "contrast": contrast, "alignment_accuracy": accuracy,
+            "action_mse": error.mean(), "loss_actor": loss_actor, "loss_critic": loss_critic,
         }  # fmt: skip
         return loss_actor, loss_critic, {k: x.detach() for k, x in figures.items()}
 

@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributions import OneHotCategoricalStraightThrough
 
 
 # ---------------------------------------------------------------------------- equations
@@ -55,21 +54,25 @@ def contrastive_loss(
     Returns the loss () and the accuracy () with which a window finds its own sentence, wherever in
     the batch that stands; zeros where fewer than two take part.
     """
-    some = torch.ones_like(x[:, 0]) > 0 if some is None else some
+    some = torch.ones(len(x), dtype=torch.bool, device=x.device) if some is None else some
     logits = F.normalize(x.float(), dim=-1) @ F.normalize(y.float(), dim=-1).T * tau.exp()
     logits = logits.masked_fill(~(some[:, None] & some), -1e9)
     pairs = torch.arange(len(x), device=x.device).where(some, -100)  # which cross_entropy ignores
-    mean = lambda x: x.sum() / some.sum().clamp(min=2)
-    ask = lambda logits: mean(F.cross_entropy(logits, pairs, reduction="none"))
-    loss = 0.5 * (ask(logits) + ask(logits.T))  # Eq. 8: of latents (rows), then of sentences
+    M = some.sum()
+    ce = lambda logits: F.cross_entropy(logits, pairs, reduction="sum") / M.clamp(min=1)
+    loss = 0.5 * (ce(logits) + ce(logits.T))  # Eq. 8: rows are latents; then sentences
     found = (logits.diagonal() >= logits.amax(-1) - 1e-3) & some
-    return loss, mean(found) * (some.sum() > 1)
+    return loss, found.sum() / M.clamp(min=1) * (M > 1)
 
 
 def sample_plan(logits: Tensor) -> Tensor:
-    """A sample (..., C*K) of categoricals (..., C, K), with straight-through gradient."""
-    plan = OneHotCategoricalStraightThrough(logits=logits.float(), validate_args=False)
-    return plan.rsample().flatten(-2)
+    """A sample (..., C*K) of categoricals (..., C, K), with straight-through gradient: forward the
+    sample, backward as if it were the probabilities. As world_model.py's, without its softness."""
+    probabilities = logits.float().softmax(-1)
+    u = torch.rand_like(probabilities[..., :1])  # the class in whose share of 0..1 it falls:
+    index = (probabilities.cumsum(-1) < u).sum(-1).clamp_max(logits.shape[-1] - 1)
+    sample = F.one_hot(index, logits.shape[-1]).to(probabilities.dtype)
+    return (sample + probabilities - probabilities.detach()).flatten(-2)
 
 
 def of_all_processes(x: Tensor) -> Tensor:

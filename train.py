@@ -19,7 +19,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import os
 import sys
 import time
@@ -66,8 +65,6 @@ STEPS = {
     "sim": {"wm": 12_000, "agent": 20_000},
     "tiny": {"wm": 300, "agent": 200},
 }
-# How often a run of the paper's steps is looked at and kept: on a GPU they take milliseconds.
-SELDOM = {"validate_every": 10_000, "checkpoint_every": 5_000}
 DEVICES = ("auto", "cpu", "cuda")
 RANKS = {"RANK": "0", "WORLD_SIZE": "1"}  # torchrun's, and what they are without it
 # Given again with more steps, a run goes on, but its schedules are shares of them [D7, D25, D26].
@@ -216,7 +213,7 @@ class Run:
         self.checkpoint_path = self.out / f"{config.stage}.pt"
         self.log_path = self.out / f"{config.stage}.jsonl"
         self.steps = config.steps or STEPS[config.preset][config.stage]
-        self.sums, self.count, self.seconds, self.validated = {}, 0, 0.0, set()
+        self.names, self.figures, self.seconds, self.validated = [], [], 0.0, set()
         self.board = None
         torch.manual_seed(config.seed)
         if self.rank:
@@ -338,27 +335,27 @@ class Run:
 
     def add(self, figures: dict[str, Tensor]) -> None:
         """Collects one step's figures where they are: reading them would wait for the device."""
-        for name, value in figures.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value.float()
-        self.count += 1
+        self.names = [*figures]
+        self.figures.append(torch.stack([x.float() for x in figures.values()]))
 
-    def check(self, step: int) -> None:
-        """A figure that was not finite since the last log ends the run by name."""
-        for name, value in zip(self.sums, torch.stack([*self.sums.values()]).tolist(), strict=True):
-            if not math.isfinite(value):
-                sys.exit(
-                    f"{name} is {value} between steps {step - self.count} and {step}. The last "
-                    "checkpoint is kept; try a lower learning rate, or --precision fp32."
-                )
+    def check(self, done: int) -> None:
+        """The first figure since the last log that is not finite ends the run by name and step."""
+        table = torch.stack(self.figures)  # (steps, figures)
+        if len(bad := (~table.isfinite()).nonzero()):
+            row, column = bad[0].tolist()
+            sys.exit(
+                f"{self.names[column]} is {float(table[row, column])} at step "
+                f"{done - len(table) + row}. The last checkpoint is kept; try a lower learning "
+                "rate, or --precision fp32."
+            )
 
     def log(self, step: int, figures: dict | None = None) -> None:
         """Without `figures`: the means since the last call. One line, one JSONL record."""
         kind = "validate" if figures is not None else "train"
         if figures is None:
-            sums = torch.stack([*self.sums.values()])
-            mean = self.whole(sums[None]).mean(0) / self.count
-            figures = dict(zip(self.sums, mean.tolist(), strict=True))
-            self.sums, self.count = {}, 0
+            mean = self.whole(torch.stack(self.figures).mean(0)[None]).mean(0)
+            figures = dict(zip(self.names, mean.tolist(), strict=True))
+            self.figures = []
         if self.rank:
             return
         record = {"step": step, "kind": kind, "hours": round(self.seconds / 3600, 4)}
@@ -655,11 +652,12 @@ class WindowBatches:
         batch |= {k: language[k] for k in ("emb", "align")}
         return batch | {k: torch.from_numpy(x) for k, x in arrays.items()}
 
-    def states(self, read: dict[str, Tensor], reset_start: float | None = None):
+    def states(self, read: dict, reset_start: float | None = None) -> dict[str, Tensor]:
         """`read`, on the device -> Agent.losses' batch; reset_start overrides [D8]'s chance."""
-        batch, robot_obs, h = dict(read), read["robot_obs"], read["h"].float()
-        z = stored_z(self.world, read["z"], robot_obs)
-        z_0 = stored_z(self.world, read["z_reset"], robot_obs[0])
+        batch = dict(read)
+        h, robot_obs = batch.pop("h").float(), batch.pop("robot_obs")
+        z = stored_z(self.world, batch.pop("z"), robot_obs)
+        z_0 = stored_z(self.world, batch.pop("z_reset"), robot_obs[0])
         chance = self.reset_start if reset_start is None else reset_start
         forget = torch.rand(len(h), 1, device=h.device) < chance
         h, z[0] = torch.where(forget, self.h_reset, h), torch.where(forget, z_0, z[0])
@@ -805,8 +803,7 @@ def parse(arguments: list[str] | None = None) -> tuple[RunConfig, object]:
     presets = W.PRESETS if first.stage == "wm" else A.PRESETS
     parser = argparse.ArgumentParser(parents=[known], allow_abbrev=False)
     model = presets[first.preset]
-    seldom = SELDOM if first.preset == "paper" else {}
-    fields = [(f, seldom.get(f.name, f.default)) for f in dataclasses.fields(RunConfig)[2:]]
+    fields = [(f, f.default) for f in dataclasses.fields(RunConfig)[2:]]
     fields += [(f, getattr(model, f.name)) for f in dataclasses.fields(model)]
     for field, default in fields:
         kind = boolean if field.type is bool else field.type

@@ -149,7 +149,7 @@ def elbo_loss(
 
 # ---------------------------------------------------------------------------- modules
 def one_pixel(x: Tensor, layer: nn.ConvTranspose2d) -> Tensor:
-    """layer(x) of an image of 1 x 1 pixel, x (N, C): a matrix product, and so as fast as one."""
+    """layer(x) of an image of one pixel, x (N, C), as one matrix product; without padding."""
     y = (x @ layer.weight.flatten(1)).unflatten(1, layer.weight.shape[1:])
     y = y.contiguous(memory_format=torch.channels_last)
     return y + layer.bias.view(1, -1, 1, 1).to(y.dtype)
@@ -241,6 +241,7 @@ class WorldModel(nn.Module):
         if c.proprioception:  # [D5] normalised by the training set's mean and deviation
             self.register_buffer("robot_mean", torch.zeros(15))
             self.register_buffer("robot_std", torch.ones(15))
+            self.register_buffer("pose_columns", torch.tensor(POSE), persistent=False)
             self.motion = nn.Linear(c.deterministic + 7, len(POSE))
         self.recurrent_in = Head((c.stochastic, 7), c.hidden)
         self.gru = nn.GRUCell(c.hidden, c.deterministic)
@@ -297,7 +298,7 @@ class WorldModel(nn.Module):
         """robot_obs (..., 15) -> p (..., 11), the end of z [D5]; else (..., 0)."""
         if not self.config.proprioception:
             return robot_obs[..., :0]
-        return self.standardise(robot_obs)[..., POSE]
+        return self.standardise(robot_obs).index_select(-1, self.pose_columns)
 
     def recurrent(self, h: Tensor, z: Tensor, a_part: Tensor) -> Tensor:
         """h_t = f_φ(ŝ_{t-1}, a_{t-1}); a_part: the action's linear layer, already applied."""
@@ -344,7 +345,9 @@ class WorldModel(nn.Module):
         E = self.posterior_head.inputs[1].in_features
         e_part = self.posterior_head.inputs[1](e[..., :E])  # (T, B, hidden)
         own = e[..., E:].float().unflatten(-1, (-1, c.classes)) if c.cells else [0.0] * len(e)
-        p = e[..., E - 15 : E][..., POSE] if c.proprioception else e[..., :0]  # [D5]
+        p = e[..., :0]
+        if c.proprioception:  # [D5]
+            p = e[..., E - 15 : E].index_select(-1, self.pose_columns)
         hs, zs, qs = [], [], []
         for t in range(e.shape[0]):
             h = self.recurrent(h * keep[t], z * keep[t], a_part[t])
@@ -407,9 +410,13 @@ class WorldModel(nn.Module):
         # The sum over t of Eq. 2 is estimated, without bias, from every n-th frame [D19]:
         # neighbours tell almost the same, and decoding is most of a step's work.
         n = c.decode_every if self.training else 1
-        some = torch.arange(0, len(h), n, device=h.device) + torch.randint(n, (), device=h.device)
-        s, x = torch.cat([h, z], -1), {k: x.index_select(0, some) for k, x in images.items()}
-        decoded = self.decode(s.index_select(0, some))
+        s, x = torch.cat([h, z], -1), images
+        if n > 1:
+            some = torch.arange(0, len(h), n, device=h.device)
+            some = some + torch.randint(n, (), device=h.device)
+            s = s.index_select(0, some)
+            x = {k: to_float(batch[f"rgb_{k}"].index_select(0, some)) for k in images}
+        decoded = self.decode(s)
         if c.proprioception:  # [D5] how far the arm moves; not known after a reset
             p, known = z[..., c.discrete :], ~reset[1:, :, None]
             x["robot"] = (p[1:] - p[:-1]) * known / POSE_SIGMA

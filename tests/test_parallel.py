@@ -108,7 +108,8 @@ def test_a_run_goes_on_with_another_number_of_processes(
 ):
     out = tmp_path / "out"
     out.mkdir()
-    (out / "wm.pt").symlink_to(alone / "wm.pt") if stage == "agent" else None
+    if stage == "agent":
+        (out / "wm.pt").symlink_to(alone / "wm.pt")
     for n, steps in ((first, "2"), (then, "4")):
         done = run(n, packed, out, stage, *ALIKE[stage], "--steps", steps)
         assert done.returncode == 0, done.stderr[:6000]

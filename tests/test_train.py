@@ -174,22 +174,30 @@ def test_every_field_of_the_configuration_is_an_option():
     assert (run.seed, model.batch_size, model.carry_state) == (7, 3, False)
     _, model = train.parse([*AGENT, "--alpha_2", "0.5", "--method", "no_ditto"])
     assert (model.alpha_2, model.method) == (0.5, "no_ditto")
-    run, model = train.parse(["--stage", "wm"])  # the paper's, looked at seldom
-    assert model == train.W.WorldModelConfig() and run.checkpoint_every == 5000
-    assert train.parse([*WM, "--checkpoint_every", "3"])[0].checkpoint_every == 3
+    assert train.parse(["--stage", "wm"])[1] == train.W.WorldModelConfig()  # the paper's
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_by_name(packed, tmp_path, monkeypatch):
-    real = train.W.elbo_loss
+@pytest.mark.parametrize("stage, name", [("wm", "kl"), ("agent", "contrast")])
+def test_a_loss_that_is_not_finite_stops_the_run_by_name_and_step(
+    stage, name, packed, trained, tmp_path, monkeypatch
+):
+    """Although all are not finite from the next step on, and nobody looks before step 4."""
+    shutil.copy(f"{trained}/wm.pt", tmp_path) if stage == "agent" else None
+    module, function = (train.W, "elbo_loss") if stage == "wm" else (train.A.P, "contrastive_loss")
+    real, calls = getattr(module, function), []
 
     def broken(*args):
         loss, terms = real(*args)
-        return loss, terms | {"kl": terms["kl"] * float("nan")}
+        nan = float("nan") if len(calls) == 1 else 1.0
+        calls.append(nan)
+        return loss * nan, (terms | {"kl": terms["kl"] * nan}) if stage == "wm" else terms
 
-    monkeypatch.setattr(train.W, "elbo_loss", broken)
-    with pytest.raises(SystemExit, match="kl is nan between steps 0 and 1"):
-        train.main([*WM, "--data", packed, "--out", str(tmp_path), "--steps", "1"])
-    assert not (tmp_path / "wm.pt").exists()
+    monkeypatch.setattr(module, function, broken)
+    before = (tmp_path / "wm.pt").exists()
+    options = ["--log_every", "4", "--steps", "5", "--data", packed, "--out", str(tmp_path)]
+    with pytest.raises(SystemExit, match=f"{name} is nan at step 1"):
+        train.main([*(WM if stage == "wm" else AGENT), *options])
+    assert (tmp_path / "wm.pt").exists() == before and not (tmp_path / "agent.pt").exists()
 
 
 def test_a_published_checkpoint_acts_alike_from_fewer_bytes_and_is_not_trained_on(
@@ -451,6 +459,24 @@ def test_a_rounded_world_model_gives_the_same_losses_and_gradients_under_autocas
     assert len(seen[0]) == len(seen[1]) > 50 and all(map(torch.equal, *seen))
     assert batches.world.gru.weight_hh.dtype == torch.bfloat16
     assert world.gru.weight_hh.dtype == torch.float32, "the checkpoint's own model was changed"
+
+
+def test_no_loss_waits_for_the_numbers_of_a_device(monkeypatch):
+    """On `meta`, which has none, whatever reads a number fails; so a GPU is never waited for."""
+    one_hot = lambda i, n: (i[..., None] == torch.arange(n, device=i.device)).long()
+    monkeypatch.setattr(torch.nn.functional, "one_hot", one_hot)  # reads them, but on CUDA
+    config, c = train.W.PRESETS["tiny"], train.A.PRESETS["tiny"]
+    world = train.W.WorldModel(config).to("meta")
+    agent = train.A.Agent(c, world.config.deterministic, world.config.latent).to("meta")
+    T, B, M = c.sequence_length, 4, 2
+    empty = lambda *shape, dtype=torch.float32: torch.empty(*shape, dtype=dtype, device="meta")
+    sequences = {f"rgb_{k}": empty(8, B, 64, 64, 3, dtype=torch.uint8) for k in world.encoders}
+    sequences |= {"robot_obs": empty(8, B, 15), "a_prev": empty(8, B, 7)}
+    sequences["reset"] = empty(8, B, dtype=torch.bool)
+    windows = {"s_E": empty(T, B, world.config.latent), "a": empty(T, B, 7), "emb": empty(M, 384)}
+    windows |= {"length": empty(B, dtype=torch.long), "align": empty(M, dtype=torch.bool)}
+    world.loss(sequences, world.initial(B))[0].backward()
+    sum(agent.losses(world.requires_grad_(False), windows)[:2]).backward()
 
 
 def test_moments_of_another_memory_layout_stay_with_their_weights(packed, tmp_path):
