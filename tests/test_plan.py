@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import plan as P
+import world_model as W
 
 
 def test_eq8_matches_a_double_loop():
@@ -50,7 +51,10 @@ def test_windows_that_do_not_enter_eq_8_do_not_matter_and_one_alone_has_no_negat
 
 def test_plans_are_one_hot_per_categorical_with_the_softmax_gradient():
     logits = torch.randn(3, 4, 5, requires_grad=True)
+    torch.manual_seed(0)
     plan = P.sample_plan(logits)
+    torch.manual_seed(0)
+    assert torch.equal(plan, W.sample_straight_through(logits))  # the twin, for who copies one file
     assert torch.equal(plan.detach().unflatten(-1, (4, 5)).sum(-1).round(), torch.ones(3, 4))
     w = torch.randn(20)
     (gradient,) = torch.autograd.grad((plan * w).sum(), logits)
