@@ -50,9 +50,9 @@ def contrastive_loss(
 
     x: (M, n) latent features, y: (M, n) language features of the same M windows; only the diagonal
     pairs are true. Means over M where the paper prints sums [D9]. some (M,) bool: which windows
-    take part, if not all (without asking how many, for which a GPU would have to be waited for).
-    Returns the loss () and the accuracy () with which a window finds its own sentence, wherever in
-    the batch that stands; zeros where fewer than two take part.
+    take part, if not all; the others are masked, for selecting them would wait for a GPU. Returns
+    the loss () and the accuracy () with which a window finds its own sentence, wherever in the
+    batch that stands; zeros where fewer than two take part.
     """
     some = torch.ones(len(x), dtype=torch.bool, device=x.device) if some is None else some
     logits = F.normalize(x.float(), dim=-1) @ F.normalize(y.float(), dim=-1).T * tau.exp()
