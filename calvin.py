@@ -1,24 +1,56 @@
-"""CALVIN's own simulator behind the interface of sim.PlayTable. LUMOS Sec. V-A.
+"""CALVIN's benchmark and its own simulator. LUMOS Sec. V-A.
 
-    path, scene -> configuration -> PlayTableSimEnv -> Table: reset, step, get_obs, get_info
-    path        -> conf/tasks    -> its Tasks       -> oracle(start_info, info, task)
+    TASKS, oracle(start_info, info, task) -> bool     the 34 tasks, and when each counts as done
+    chain(n) -> start state, five tasks               the 1000 chains, n from 0 to 999
+    start_pose(state) -> robot_obs, scene_obs         where a chain begins
 
+    scene -> configuration -> PlayTableSimEnv -> Table: reset, step, get_obs, get_info
+    conf/tasks                                -> make_oracle, calvin_env's own
+
+The benchmark needs numpy alone. The rules read the infos of sim.PlayTable and of calvin_env.
 calvin_env is not on PyPI: README, "CALVIN's own simulator", says how to install it. None of its
 files is edited, and neither tacto nor calvin_agent is needed: the tactile camera is left out, and
 the look-up of its git commit, which fails outside a clone, is answered here. A reset loads the
 scene anew, for Bullet keeps a solver history: the same start and actions give the same numbers.
 One Table per process: some of calvin_env's calls go to the process's first simulation, whichever
 Table they are for.
-Copy this file alone. Needs: numpy, calvin_env and what that needs.
+Copy this file alone. Needs: numpy; for Table also calvin_env and what that needs.
 """
 
+import difflib
+import functools
 import importlib
 import importlib.util
+import itertools
 import sys
+from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
+# The names of the table's joints and links.
+SLIDE, DRAWER, BUTTON, SWITCH = "base__slide", "base__drawer", "base__button", "base__switch"
+TOP, SHELF, TRAY = "base_link", "plank_link", "drawer_link"  # where blocks lie
+# fmt: off
+# The benchmark's first robot state; a default scene: red, blue on the table, pink on the shelf.
+ROBOT_OBS0 = np.array([
+    0.02586889, -0.2313129, 0.5712808, 3.09045411, -0.02908596, 1.50013585, 0.07999963, -1.21779124,
+    1.03987629, 2.11978254, -2.34205014, -0.87015899, 1.64119093, 0.55344928, 1.0])
+SCENE_OBS0 = np.array([
+    0, 0, 0, 0, 0, 0, 0.05, -0.12, 0.45999, 0, 0, np.pi / 2, 0.23, -0.12, 0.45999, 0, 0, 0,
+    0.0703, 0.0924, 0.46099, 0, 0, np.pi / 2])
+# fmt: on
+BLOCKS = ("red_block", "blue_block", "pink_block")
+TABLE_PLACES = (  # m, where a chain's blocks lie on the table
+    (0.0500000896, -0.120000177, 0.459990009),
+    (0.229995412, -0.119995140, 0.459990010),
+)
+SHELF_PLACES = {  # m, the two slots in the cabinet, behind the sliding door
+    "slider_left": (-0.240851662, 0.0924044687, 0.460990009),
+    "slider_right": (0.0703416330, 0.0924044687, 0.460990009),
+}
+State = namedtuple("State", ("led", "lightbulb", "slider", "drawer", *BLOCKS))
 INSTALL = """To install it (README: CALVIN's own simulator):
   pip install pybullet gym==0.26.2 hydra-core scipy
   pip install opencv-python-headless numpy-quaternion gitpython
@@ -29,6 +61,222 @@ RENDERERS = ("egl", "tiny")  # the dataset's, on a GPU or by Mesa; Bullet's own,
 CAMERAS = ("static", "gripper")
 
 
+# ------------------------------------------------------------------ the 34 tasks
+def _facts(info):
+    """An info in short. Of a block or the robot: touches {(body, link)}, bodies {body}."""
+    scene, robot = info["scene_info"], SimpleNamespace(**info["robot_info"])
+    blocks = {name: SimpleNamespace(**block) for name, block in scene["movable_objects"].items()}
+    for thing in (robot, *blocks.values()):
+        thing.touches = {(contact[2], contact[4]) for contact in thing.contacts}
+        thing.bodies = {body for body, _ in thing.touches}
+    table = scene["fixed_objects"]["table"]
+    parts = {name: (table["uid"], link) for name, link in table["links"].items()}
+    return SimpleNamespace(robot=robot, blocks=blocks, parts=parts, scene=scene)
+
+
+def turn_degrees(before, after):
+    """Roll, pitch, yaw in degrees of the turn in the world between quaternions (x, y, z, w)."""
+    v, w, u, s = np.array(after[:3]), after[3], -np.array(before[:3]), before[3]
+    x, y, z = w * u + s * v + np.cross(v, u)  # after times the inverse of before
+    w = w * s - v @ u
+    roll = np.arctan2(2 * (w * x + y * z), 1 - 2 * (x * x + y * y))
+    yaw = np.arctan2(2 * (w * z + x * y), 1 - 2 * (y * y + z * z))
+    return np.degrees([roll, np.arcsin(np.clip(2 * (w * y - z * x), -1, 1)), yaw])
+
+
+def rotated(start, end, block, sign):
+    """Turned by over 60° about z, upright, within 0.1 m, resting on something besides the robot."""
+    a, b = start.blocks[block], end.blocks[block]
+    roll, pitch, yaw = turn_degrees(a.current_orn, b.current_orn)
+    turned = 60 < sign * yaw < 180 and max(abs(roll), abs(pitch)) < 30
+    near = np.linalg.norm(np.subtract(b.current_pos, a.current_pos)) <= 0.1
+    return turned and near and b.bodies - {start.robot.uid}
+
+
+def pushed(start, end, block, sign):
+    """Moved by over 0.1 m in x, lying on something at both times, and still on all it lay on."""
+    a, b = start.blocks[block], end.blocks[block]
+    under, still = ({x for x in c.touches if x[0] != start.robot.uid} for c in (a, b))
+    return under and under <= still and sign * (b.current_pos[0] - a.current_pos[0]) > 0.1
+
+
+def lifted(start, end, block, metres, part):
+    """Risen by over `metres` from a contact with the table's `part`; touched by the robot alone."""
+    a, b = start.blocks[block], end.blocks[block]
+    held = b.bodies == {start.robot.uid} and start.parts[part] in a.touches
+    return held and b.current_pos[2] - a.current_pos[2] > metres
+
+
+def placed(start, end, part):
+    """The one thing the robot held, a block that touched nothing else, let go, touches `part`."""
+    for a, b in zip(start.blocks.values(), end.blocks.values(), strict=True):
+        if start.robot.bodies == {a.uid} and a.uid not in end.robot.bodies:
+            return a.bodies == {start.robot.uid} and end.parts[part] in b.touches
+    return False
+
+
+def slid(start, end, door, metres):
+    """Door or drawer moved by over `metres`, in its direction."""
+    a, b = (facts.scene["doors"][door]["current_state"] for facts in (start, end))
+    return (b - a) * np.sign(metres) > abs(metres)
+
+
+def switched(start, end, light, state):
+    """The light came to `state`, 0 or 1, from the other."""
+    a, b = (facts.scene["lights"][light]["logical_state"] for facts in (start, end))
+    return (a, b) == (1 - state, state)
+
+
+def stacked(start, end):
+    """A block clear of others comes to rest on blocks alone, slower than 1 m/s and 1 rad/s."""
+    blocks = {block.uid for block in start.blocks.values()}
+    for a, b in zip(start.blocks.values(), end.blocks.values(), strict=True):
+        slow = np.abs([b.current_lin_vel, b.current_ang_vel]).max() < 1
+        if slow and b.bodies and b.bodies <= blocks and not a.bodies & blocks:
+            return True
+    return False
+
+
+def dropped(start, end):
+    """A block that lay on the table top alone touches the drawer, without the robot."""
+    for a, b in zip(start.blocks.values(), end.blocks.values(), strict=True):
+        fell = a.touches == {start.parts[TOP]} and end.parts[TRAY] in b.touches
+        if fell and start.robot.uid not in b.bodies:
+            return True
+    return False
+
+
+_COLOURS, _SIDES = ("red", "blue", "pink"), (("right", 1), ("left", -1))
+_LIFTS = {"table": (0.05, TOP), "slider": (0.03, SHELF), "drawer": (0.05, TRAY)}
+_RULES = {
+    **{f"rotate_{c}_block_{to}": (rotated, f"block_{c}", -s) for c in _COLOURS for to, s in _SIDES},
+    **{f"push_{c}_block_{to}": (pushed, f"block_{c}", s) for c in _COLOURS for to, s in _SIDES},
+    "move_slider_left": (slid, SLIDE, 0.15), "move_slider_right": (slid, SLIDE, -0.15),
+    "open_drawer": (slid, DRAWER, 0.12), "close_drawer": (slid, DRAWER, -0.12),
+    **{f"lift_{c}_block_{x}": (lifted, f"block_{c}", *_LIFTS[x]) for c in _COLOURS for x in _LIFTS},
+    "place_in_slider": (placed, SHELF), "place_in_drawer": (placed, TRAY),
+    "stack_block": (stacked,), "unstack_block": (lambda start, end: stacked(end, start),),
+    "turn_on_lightbulb": (switched, "lightbulb", 1),
+    "turn_off_lightbulb": (switched, "lightbulb", 0),
+    "turn_on_led": (switched, "led", 1), "turn_off_led": (switched, "led", 0),
+    "push_into_drawer": (dropped,),
+}  # fmt: skip
+TASKS = tuple(_RULES)  # in the order of CALVIN's task table
+
+
+def oracle(start_info, info, task):
+    """Whether `task` was done between two infos."""
+    if task not in _RULES:
+        close = difflib.get_close_matches(str(task), TASKS, cutoff=0.3) or TASKS[:3]
+        raise ValueError(f"unknown task {task!r}; TASKS has, for example, {', '.join(close)}")
+    rule, *arguments = _RULES[task]
+    return bool(rule(_facts(start_info), _facts(info), *arguments))
+
+
+# ------------------------------------------------------------------ the benchmark's 1000 chains
+@functools.cache
+def start_states() -> tuple[State, ...]:
+    """The 192 initial states: two blocks on the table, or one on it and one in either slot."""
+    doors = itertools.product((0, 1), (0, 1), ("right", "left"), ("closed", "open"))
+    blocks = itertools.product(("table", "slider_right", "slider_left"), repeat=3)
+    blocks = [at for at in blocks if at.count("table") == 2 or len(set(at)) == 3]
+    return tuple(State(*door, *at) for door, at in itertools.product(doors, blocks))
+
+
+@functools.cache
+def outcomes(state: State, task: str) -> tuple[State, ...]:
+    """The states that `task` can lead to: none if it is impossible, several if it is ambiguous."""
+    at = state._asdict()
+    kind, *_, last = words = task.split("_")
+    held = [b for b in BLOCKS if at[b] == "grasped"]
+    on_table = [b for b in BLOCKS if at[b] == "table"]
+    changes = []  # one {what: its new value} per way of doing it
+    if kind == "place":  # the benchmark names the slot after the side where the door is
+        where = "drawer" if last == "drawer" else f"slider_{state.slider}"
+        changes = [{b: where} for b in held if where != "drawer" or state.drawer == "open"]
+    elif kind == "stack":
+        changes = [{b: "top", under: "bottom"} for b in held for under in on_table]
+    elif held:
+        pass  # everything else needs an empty gripper
+    elif kind == "unstack":
+        tower = [b for b in BLOCKS if at[b] in ("top", "bottom")]
+        changes = [dict.fromkeys(tower, "table")] if tower else []
+    elif task == "push_into_drawer":  # with the other two blocks out of the way, in the cabinet
+        if state.drawer == "open" and sum(at[b] in SHELF_PLACES for b in BLOCKS) == 2:
+            changes = [{b: "drawer"} for b in on_table]
+    elif kind in ("turn", "move", "open", "close"):
+        what = {"turn": last, "move": "slider"}.get(kind, "drawer")
+        after = {"turn": int(words[1] == "on"), "move": last, "open": "open"}.get(kind, "closed")
+        changes = [{what: after}] if at[what] != after else []
+    else:  # lift, push or rotate a block of one colour
+        block = f"{words[1]}_block"
+        far = "slider_left" if state.slider == "right" else "slider_right"  # what the door bares
+        source = {"slider": far, "drawer": "drawer"}.get(last, "table")
+        if at[block] == source and (source != "drawer" or state.drawer == "open"):
+            changes = [{block: "grasped"} if kind == "lift" else {}]
+    return tuple(state._replace(**change) for change in changes)
+
+
+def category(task: str) -> str:
+    """The five tasks of a chain are of five different categories, out of eleven."""
+    kind, *_, last = task.split("_")
+    if kind in ("rotate", "push") and last != "drawer":
+        return "turn or push a block"
+    return {"lift": f"lift from {last}", "open": "drawer", "close": "drawer"}.get(kind, kind)
+
+
+def possible(state: State, tasks) -> bool:
+    """Each task in turn has exactly one outcome, and no two are of one category."""
+    for task in tasks:
+        after = outcomes(state, task)
+        if len(after) != 1:
+            return False
+        state = after[0]
+    return len({category(task) for task in tasks}) == len(tasks)
+
+
+@functools.cache
+def chains_from(i: int, count: int) -> list[tuple[str, ...]]:
+    """The first `count` possible draws of 5 of the 34 tasks in state i, by RandomState(i)."""
+    state, rng, found = start_states()[i], np.random.RandomState(i), []
+    first = {k for k, task in enumerate(TASKS) if len(outcomes(state, task)) == 1}
+    in_order, drawn = np.arange(len(TASKS)), np.arange(len(TASKS))
+    while len(found) < count:  # some 16,000 draws; a choice without replacement is a shuffle
+        drawn[:] = in_order
+        rng.shuffle(drawn)
+        if drawn.item(0) in first:
+            tasks = tuple(TASKS[k] for k in drawn[:5].tolist())
+            found += [tasks] if possible(state, tasks) else []
+    return found
+
+
+def chain(number: int) -> tuple[State, tuple[str, ...]]:
+    """Chain `number` (0 to 999) of the benchmark: its start state and its five tasks."""
+    parts = np.array_split(np.arange(1000), len(start_states()))  # 6 chains of each of 40, then 5
+    order = np.random.RandomState(0).permutation(1000)
+    i = next(i for i, part in enumerate(parts) if order[number] in part)
+    return start_states()[i], chains_from(i, len(parts[i]))[order[number] - parts[i][0]]
+
+
+def start_pose(state: State) -> tuple[np.ndarray, np.ndarray]:
+    """robot_obs (15,) and scene_obs (24,) of a start state; the blocks' poses are drawn for it."""
+    seed = 0  # FNV-1, 32 bit, of the state as Python prints it; the last 0: nothing is grasped
+    for byte in f"dict_values({[*state, 0]})".encode("utf-16-le"):
+        seed = (seed * 0x01000193) % 2**32 ^ byte
+    rng, table, scene = np.random.RandomState(seed), list(TABLE_PLACES), np.zeros(24)
+    rng.shuffle(table)
+    scene[0] = 0.28 * (state.slider == "left")  # m
+    scene[1] = 0.22 * (state.drawer == "open")  # m
+    scene[3] = 0.088 * state.lightbulb  # m, the switch
+    scene[4:6] = state.lightbulb, state.led
+    places = (0, int(state.red_block == "table"), 1)  # blue takes what red and pink leave it
+    for k, (block, place) in enumerate(zip(BLOCKS, places, strict=True)):
+        scene[6 + 6 * k : 9 + 6 * k] = SHELF_PLACES.get(getattr(state, block), table[place])
+        scene[11 + 6 * k] = rng.uniform(np.pi / 2 - np.pi / 8, np.pi / 2 + np.pi / 8)  # yaw
+    return ROBOT_OBS0.copy(), scene
+
+
+# ------------------------------------------------------------------ CALVIN's own simulator
 def home(path=None) -> Path:
     """calvin_env's clone, with conf/ and data/ beside the package: at `path`, or where Python finds
     it. Puts `path` on Python's. Raises ImportError, which says what to install."""

@@ -39,7 +39,6 @@ import signal
 import subprocess
 import threading
 import time
-from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -55,116 +54,6 @@ TABLETOP = HERE / "assets/tabletop.json"  # the real robot's tasks
 LIMIT = 360  # simulator steps per instruction: 12 s
 FILM_STEPS, FILM_FPS, FILM_FRAMES = 4, 15, 240  # a picture every 4 steps, shown twice as fast
 MARKS = {None: ("#404040", ""), True: ("#188038", ": solved"), False: ("#c5221f", ": failed")}
-BLOCKS = ("red_block", "blue_block", "pink_block")
-TABLE = ((0.0500000896, -0.120000177, 0.459990009), (0.229995412, -0.119995140, 0.459990010))  # m
-SHELF = {  # m, the two slots in the cabinet, behind the sliding door
-    "slider_left": (-0.240851662, 0.0924044687, 0.460990009),
-    "slider_right": (0.0703416330, 0.0924044687, 0.460990009),
-}
-State = namedtuple("State", ("led", "lightbulb", "slider", "drawer", *BLOCKS))
-
-
-# ------------------------------------------------------------------ the benchmark's 1000 chains
-@functools.cache
-def start_states() -> tuple[State, ...]:
-    """The 192 initial states: two blocks on the table, or one on it and one in either slot."""
-    doors = itertools.product((0, 1), (0, 1), ("right", "left"), ("closed", "open"))
-    blocks = itertools.product(("table", "slider_right", "slider_left"), repeat=3)
-    blocks = [at for at in blocks if at.count("table") == 2 or len(set(at)) == 3]
-    return tuple(State(*door, *at) for door, at in itertools.product(doors, blocks))
-
-
-@functools.cache
-def outcomes(state: State, task: str) -> tuple[State, ...]:
-    """The states that `task` can lead to: none if it is impossible, several if it is ambiguous."""
-    at = state._asdict()
-    kind, *_, last = words = task.split("_")
-    held = [b for b in BLOCKS if at[b] == "grasped"]
-    on_table = [b for b in BLOCKS if at[b] == "table"]
-    changes = []  # one {what: its new value} per way of doing it
-    if kind == "place":  # the benchmark names the slot after the side where the door is
-        where = "drawer" if last == "drawer" else f"slider_{state.slider}"
-        changes = [{b: where} for b in held if where != "drawer" or state.drawer == "open"]
-    elif kind == "stack":
-        changes = [{b: "top", under: "bottom"} for b in held for under in on_table]
-    elif held:
-        pass  # everything else needs an empty gripper
-    elif kind == "unstack":
-        tower = [b for b in BLOCKS if at[b] in ("top", "bottom")]
-        changes = [dict.fromkeys(tower, "table")] if tower else []
-    elif task == "push_into_drawer":  # with the other two blocks out of the way, in the cabinet
-        if state.drawer == "open" and sum(at[b] in SHELF for b in BLOCKS) == 2:
-            changes = [{b: "drawer"} for b in on_table]
-    elif kind in ("turn", "move", "open", "close"):
-        what = {"turn": last, "move": "slider"}.get(kind, "drawer")
-        after = {"turn": int(words[1] == "on"), "move": last, "open": "open"}.get(kind, "closed")
-        changes = [{what: after}] if at[what] != after else []
-    else:  # lift, push or rotate a block of one colour
-        block = f"{words[1]}_block"
-        far = "slider_left" if state.slider == "right" else "slider_right"  # what the door bares
-        source = {"slider": far, "drawer": "drawer"}.get(last, "table")
-        if at[block] == source and (source != "drawer" or state.drawer == "open"):
-            changes = [{block: "grasped"} if kind == "lift" else {}]
-    return tuple(state._replace(**change) for change in changes)
-
-
-def category(task: str) -> str:
-    """The five tasks of a chain are of five different categories, out of eleven."""
-    kind, *_, last = task.split("_")
-    if kind in ("rotate", "push") and last != "drawer":
-        return "turn or push a block"
-    return {"lift": f"lift from {last}", "open": "drawer", "close": "drawer"}.get(kind, kind)
-
-
-def possible(state: State, tasks) -> bool:
-    """Each task in turn has exactly one outcome, and no two are of one category."""
-    for task in tasks:
-        after = outcomes(state, task)
-        if len(after) != 1:
-            return False
-        state = after[0]
-    return len({category(task) for task in tasks}) == len(tasks)
-
-
-@functools.cache
-def chains_from(i: int, count: int) -> list[tuple[str, ...]]:
-    """The first `count` possible draws of 5 of the 34 tasks in state i, by RandomState(i)."""
-    state, rng, found = start_states()[i], np.random.RandomState(i), []
-    first = {k for k, task in enumerate(sim.TASKS) if len(outcomes(state, task)) == 1}
-    in_order, drawn = np.arange(len(sim.TASKS)), np.arange(len(sim.TASKS))
-    while len(found) < count:  # some 16,000 draws; a choice without replacement is a shuffle
-        drawn[:] = in_order
-        rng.shuffle(drawn)
-        if drawn.item(0) in first:
-            tasks = tuple(sim.TASKS[k] for k in drawn[:5].tolist())
-            found += [tasks] if possible(state, tasks) else []
-    return found
-
-
-def chain(number: int) -> tuple[State, tuple[str, ...]]:
-    """Chain `number` (0 to 999) of the benchmark: its start state and its five tasks."""
-    parts = np.array_split(np.arange(1000), len(start_states()))  # 6 chains of each of 40, then 5
-    order = np.random.RandomState(0).permutation(1000)
-    i = next(i for i, part in enumerate(parts) if order[number] in part)
-    return start_states()[i], chains_from(i, len(parts[i]))[order[number] - parts[i][0]]
-
-
-def start_pose(state: State) -> tuple[np.ndarray, np.ndarray]:
-    """robot_obs (15,) and scene_obs (24,) of a start state; the blocks' poses are drawn for it."""
-    seed = 0  # FNV-1, 32 bit, of the state as Python prints it; the last 0: nothing is grasped
-    for byte in f"dict_values({[*state, 0]})".encode("utf-16-le"):
-        seed = (seed * 0x01000193) % 2**32 ^ byte
-    rng, table, scene = np.random.RandomState(seed), list(TABLE), np.zeros(24)
-    rng.shuffle(table)
-    scene[0] = 0.28 * (state.slider == "left")  # m
-    scene[1] = 0.22 * (state.drawer == "open")  # m
-    scene[3] = 0.088 * state.lightbulb  # m, the switch
-    scene[4:6] = state.lightbulb, state.led
-    places = (0, int(state.red_block == "table"), 1)  # blue takes what red and pink leave it
-    for k, (block, place) in enumerate(zip(BLOCKS, places, strict=True)):
-        scene[6 + 6 * k : 9 + 6 * k] = SHELF.get(getattr(state, block), table[place])
-        scene[11 + 6 * k] = rng.uniform(np.pi / 2 - np.pi / 8, np.pi / 2 + np.pi / 8)  # yaw
-    return sim.ROBOT_OBS0.copy(), scene
 
 
 # ------------------------------------------------------------------ environments and policies
@@ -223,7 +112,7 @@ def load_judge(args, world, checkpoint: dict):
     path = args.out / f"judge_{key}.pt"
     if not path.exists():
         env = sim.PlayTable(render=False)
-        judge = dream.train_judge(world, play, env, sim.oracle, sim.TASKS)
+        judge = dream.train_judge(world, play, env, sim.oracle, calvin.TASKS)
         env.close()
         path.parent.mkdir(parents=True, exist_ok=True)
         train.save_checkpoint(path, {"tasks": judge.tasks, "model": judge.state_dict()})
@@ -241,7 +130,7 @@ def read_sentences(args, encoder: str) -> dict[str, tuple]:
     """
     import data
 
-    where, tasks = args.sentences, set(sim.TASKS)
+    where, tasks = args.sentences, set(calvin.TASKS)
     if where and where.suffix == ".json":
         with data.naming(where, 'It should be {"open_drawer": "pull the drawer open", ...}'):
             told = {task: (s, None) for task, s in json.loads(where.read_text()).items()}
@@ -330,7 +219,7 @@ def summarise(records: list[dict]) -> dict:
         for k, task in enumerate(r["tasks"][: r["solved"] + 1]):
             ok, n = tasks.get(task, (0, 0))
             tasks[task] = [ok + (k < r["solved"]), n + 1]
-    tasks = {task: tasks[task] for task in sim.TASKS if task in tasks}  # [solved, attempted]
+    tasks = {task: tasks[task] for task in calvin.TASKS if task in tasks}  # [solved, attempted]
     success = [float((solved >= n).mean()) for n in range(1, 6)]
     length = solved.mean().item()
     return {"chains": len(records), "avg_len": length, "success": success, "tasks": tasks}
@@ -386,8 +275,8 @@ def as_calvin(result: dict) -> dict:
 def write_chains(path: Path) -> None:
     """All 1000 chains with the benchmark's names of things, for anyone to compare."""
     out = []
-    for state, tasks in map(chain, range(1000)):
-        robot_obs, scene_obs = (x.tolist() for x in start_pose(state))
+    for state, tasks in map(calvin.chain, range(1000)):
+        robot_obs, scene_obs = (x.tolist() for x in calvin.start_pose(state))
         start = state._asdict() | {"grasped": 0}
         out.append({"initial_state": start, "tasks": tasks, "robot_obs": robot_obs})
         out[-1]["scene_obs"] = scene_obs
@@ -705,8 +594,8 @@ class Worker:
 
     def run_chain(self, number: int, film: Path | None = None) -> dict:
         """One chain, from its start pose to the first failure: what chains.jsonl keeps of it."""
-        args, env, (state, tasks) = self.args, Filmed(self.env, film), chain(number)
-        env.reset(*start_pose(state))
+        args, env, (state, tasks) = self.args, Filmed(self.env, film), calvin.chain(number)
+        env.reset(*calvin.start_pose(state))
         rng = np.random.default_rng((args.seed, number))  # neither order nor process matters
         if args.policy == "operator":
             try_task = teleop.Operator(env, rng, oracle=self.oracle).attempt
@@ -746,11 +635,11 @@ class Worker:
         env, seen = Filmed(self.env, film), {}
 
         def take_notes(start, info, _):  # of all tasks; says yes to none
-            new = [x for x in sim.TASKS if x not in seen and self.oracle(start, info, x)]
+            new = [x for x in calvin.TASKS if x not in seen and self.oracle(start, info, x)]
             seen.update(dict.fromkeys(new, env.t))
 
         self.policy.seed(self.args.seed)
-        env.reset(*start_pose(chain(number)[0]))
+        env.reset(*calvin.start_pose(calvin.chain(number)[0]))
         env.caption = sentence
         attempt(env, take_notes, self.policy, self.embeddings, sentence, self.args.limit)
         env.save()

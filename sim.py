@@ -14,10 +14,9 @@ robot_obs (15,)                                [3]        switch, 0 .. 0.088 on
   [7:14] arm joints    [14] gripper action     [18:24]    pink block
 
 obs_t -> target pose += action_t -> inverse kinematics -> 8 physics steps -> lights -> obs_t+1
-Copy this file alone. Needs: numpy, pybullet.
+Copy this file together with calvin.py. Needs: numpy, pybullet.
 """
 
-import difflib
 import os
 import re
 import tempfile
@@ -26,17 +25,14 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from calvin import BUTTON, DRAWER, ROBOT_OBS0, SCENE_OBS0, SHELF, SLIDE, SWITCH, TOP, TRAY
+from calvin import TASKS as TASKS  # so that a user of this file finds them here
+from calvin import oracle as oracle
+
 PHYSICS_HZ, CONTROL_HZ = 240, 30
 POS_SCALE, EULER_SCALE = 0.02, 0.05  # m, rad per unit of action
 ROBOT_BASE, TCP_Z = (-0.34, -0.46, 0.24), 0.14  # CALVIN's tcp is 35 mm beyond pybullet_data's
 # fmt: off
-# The benchmark's first robot state; a default scene: red, blue on the table, pink on the shelf.
-ROBOT_OBS0 = np.array([
-    0.02586889, -0.2313129, 0.5712808, 3.09045411, -0.02908596, 1.50013585, 0.07999963, -1.21779124,
-    1.03987629, 2.11978254, -2.34205014, -0.87015899, 1.64119093, 0.55344928, 1.0])
-SCENE_OBS0 = np.array([
-    0, 0, 0, 0, 0, 0, 0.05, -0.12, 0.45999, 0, 0, np.pi / 2, 0.23, -0.12, 0.45999, 0, 0, 0,
-    0.0703, 0.0924, 0.46099, 0, 0, np.pi / 2])
 # Modified Denavit-Hartenberg rows (a, d, α): the Panda's seven joints, then the tcp (no joint).
 PANDA_DH = [(0, 0.333, 0), (0, 0, -np.pi / 2), (0, 0.316, np.pi / 2), (0.0825, 0, np.pi / 2),
             (-0.0825, 0.384, -np.pi / 2), (0, 0, np.pi / 2), (0.088, 0, np.pi / 2),
@@ -46,8 +42,6 @@ JOINT_HIGH = np.array([2.8973, 1.7628, 2.8973, -0.0698, 2.8973, 3.7525, 2.8973])
 # fmt: on
 ARM_MOTOR = {"force": 200, "maxVelocity": 2, "positionGain": 0.3}  # N m, rad/s, error per step
 GRIP_FORCE, OPEN_FORCE, HOLD_FORCE = 200, 10, 4  # N; the last holds doors, lifts the button
-SLIDE, DRAWER, BUTTON, SWITCH = "base__slide", "base__drawer", "base__button", "base__switch"
-TOP, SHELF, TRAY = "base_link", "plank_link", "drawer_link"  # where blocks lie
 TRAVEL = {SLIDE: 0.28, DRAWER: 0.22, BUTTON: 0.02, SWITCH: 0.088}  # m, in scene_obs's order
 LIGHTS = {"lightbulb": ("light_link", (1, 0.95, 0.1)), "led": ("led_link", (0.1, 0.95, 0.15))}
 
@@ -155,116 +149,6 @@ def panda_urdf(folder):
         link = rf'(<link name="{name}">.*?</inertial>).*?</link>'
         text = re.sub(link, rf"\1{_link_urdf(name, (mount, pad))}</link>", text, flags=re.DOTALL)
     return text
-
-
-# ------------------------------------------------------------------------------ oracle of the tasks
-def _facts(info):
-    """An info in short. Of a block or the robot: touches {(body, link)}, bodies {body}."""
-    scene, robot = info["scene_info"], SimpleNamespace(**info["robot_info"])
-    blocks = {name: SimpleNamespace(**block) for name, block in scene["movable_objects"].items()}
-    for thing in (robot, *blocks.values()):
-        thing.touches = {(contact[2], contact[4]) for contact in thing.contacts}
-        thing.bodies = {body for body, _ in thing.touches}
-    table = scene["fixed_objects"]["table"]
-    parts = {name: (table["uid"], link) for name, link in table["links"].items()}
-    return SimpleNamespace(robot=robot, blocks=blocks, parts=parts, scene=scene)
-
-
-def turn_degrees(before, after):
-    """Roll, pitch, yaw in degrees of the turn in the world between quaternions (x, y, z, w)."""
-    v, w, u, s = np.array(after[:3]), after[3], -np.array(before[:3]), before[3]
-    x, y, z = w * u + s * v + np.cross(v, u)  # after times the inverse of before
-    w = w * s - v @ u
-    roll = np.arctan2(2 * (w * x + y * z), 1 - 2 * (x * x + y * y))
-    yaw = np.arctan2(2 * (w * z + x * y), 1 - 2 * (y * y + z * z))
-    return np.degrees([roll, np.arcsin(np.clip(2 * (w * y - z * x), -1, 1)), yaw])
-
-
-def rotated(start, end, block, sign):
-    """Turned by over 60° about z, upright, within 0.1 m, resting on something besides the robot."""
-    a, b = start.blocks[block], end.blocks[block]
-    roll, pitch, yaw = turn_degrees(a.current_orn, b.current_orn)
-    turned = 60 < sign * yaw < 180 and max(abs(roll), abs(pitch)) < 30
-    near = np.linalg.norm(np.subtract(b.current_pos, a.current_pos)) <= 0.1
-    return turned and near and b.bodies - {start.robot.uid}
-
-
-def pushed(start, end, block, sign):
-    """Moved by over 0.1 m in x, lying on something at both times, and still on all it lay on."""
-    a, b = start.blocks[block], end.blocks[block]
-    under, still = ({x for x in c.touches if x[0] != start.robot.uid} for c in (a, b))
-    return under and under <= still and sign * (b.current_pos[0] - a.current_pos[0]) > 0.1
-
-
-def lifted(start, end, block, metres, part):
-    """Risen by over `metres` from a contact with the table's `part`; touched by the robot alone."""
-    a, b = start.blocks[block], end.blocks[block]
-    held = b.bodies == {start.robot.uid} and start.parts[part] in a.touches
-    return held and b.current_pos[2] - a.current_pos[2] > metres
-
-
-def placed(start, end, part):
-    """The one thing the robot held, a block that touched nothing else, let go, touches `part`."""
-    for a, b in zip(start.blocks.values(), end.blocks.values(), strict=True):
-        if start.robot.bodies == {a.uid} and a.uid not in end.robot.bodies:
-            return a.bodies == {start.robot.uid} and end.parts[part] in b.touches
-    return False
-
-
-def slid(start, end, door, metres):
-    """Door or drawer moved by over `metres`, in its direction."""
-    a, b = (facts.scene["doors"][door]["current_state"] for facts in (start, end))
-    return (b - a) * np.sign(metres) > abs(metres)
-
-
-def switched(start, end, light, state):
-    """The light came to `state`, 0 or 1, from the other."""
-    a, b = (facts.scene["lights"][light]["logical_state"] for facts in (start, end))
-    return (a, b) == (1 - state, state)
-
-
-def stacked(start, end):
-    """A block clear of others comes to rest on blocks alone, slower than 1 m/s and 1 rad/s."""
-    blocks = {block.uid for block in start.blocks.values()}
-    for a, b in zip(start.blocks.values(), end.blocks.values(), strict=True):
-        slow = np.abs([b.current_lin_vel, b.current_ang_vel]).max() < 1
-        if slow and b.bodies and b.bodies <= blocks and not a.bodies & blocks:
-            return True
-    return False
-
-
-def dropped(start, end):
-    """A block that lay on the table top alone touches the drawer, without the robot."""
-    for a, b in zip(start.blocks.values(), end.blocks.values(), strict=True):
-        fell = a.touches == {start.parts[TOP]} and end.parts[TRAY] in b.touches
-        if fell and start.robot.uid not in b.bodies:
-            return True
-    return False
-
-
-_COLOURS, _SIDES = ("red", "blue", "pink"), (("right", 1), ("left", -1))
-_LIFTS = {"table": (0.05, TOP), "slider": (0.03, SHELF), "drawer": (0.05, TRAY)}
-_RULES = {
-    **{f"rotate_{c}_block_{to}": (rotated, f"block_{c}", -s) for c in _COLOURS for to, s in _SIDES},
-    **{f"push_{c}_block_{to}": (pushed, f"block_{c}", s) for c in _COLOURS for to, s in _SIDES},
-    "move_slider_left": (slid, SLIDE, 0.15), "move_slider_right": (slid, SLIDE, -0.15),
-    "open_drawer": (slid, DRAWER, 0.12), "close_drawer": (slid, DRAWER, -0.12),
-    **{f"lift_{c}_block_{x}": (lifted, f"block_{c}", *_LIFTS[x]) for c in _COLOURS for x in _LIFTS},
-    "place_in_slider": (placed, SHELF), "place_in_drawer": (placed, TRAY),
-    "stack_block": (stacked,), "unstack_block": (lambda start, end: stacked(end, start),),
-    **{f"turn_{to}_{x}": (switched, x, s) for x in LIGHTS for to, s in (("on", 1), ("off", 0))},
-    "push_into_drawer": (dropped,),
-}  # fmt: skip
-TASKS = tuple(_RULES)  # in the order of CALVIN's task table
-
-
-def oracle(start_info, info, task):
-    """Whether `task` was done between two infos of this table, or of calvin_env."""
-    if task not in _RULES:
-        close = difflib.get_close_matches(str(task), TASKS, cutoff=0.3) or TASKS[:3]
-        raise ValueError(f"unknown task {task!r}; sim.TASKS has, for example, {', '.join(close)}")
-    rule, *arguments = _RULES[task]
-    return bool(rule(_facts(start_info), _facts(info), *arguments))
 
 
 # -------------------------------------------------------------------------------------- environment

@@ -55,7 +55,7 @@ def _rollouts():
     actions[:, 2], actions[:, 6] = -0.4, 1  # down, among the blocks
     out = []
     for number in (0, 7, 0):
-        obs = env.reset(*E.start_pose(E.chain(number)[0]))
+        obs = env.reset(*calvin.start_pose(calvin.chain(number)[0]))
         out.append([obs, *(env.step(a)[0] for a in actions)])
     return [[np.concatenate([o["robot_obs"], o["scene_obs"]]) for o in roll] for roll in out]
 
@@ -64,14 +64,15 @@ def test_a_reset_restores_the_state_and_repeats_bit_for_bit(there):
     first, other, again = map(np.array, there(_rollouts))
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 0.01
-    start = np.concatenate(E.start_pose(E.chain(0)[0]))  # then calvin_env makes one physics step
+    # After a reset calvin_env makes one physics step.
+    start = np.concatenate(calvin.start_pose(calvin.chain(0)[0]))
     np.testing.assert_allclose(first[0], start, atol=5e-3)
 
 
 def _solve(task):
     """The operator does one task: (its verdict, calvin_env's, the twin's, another task's)."""
     env, oracle = table()
-    env.reset(*E.start_pose(E.start_states()[0]))
+    env.reset(*calvin.start_pose(calvin.start_states()[0]))
     start = env.get_info()
     done, _ = teleop.Operator(env, oracle=oracle).attempt(task)
     other = oracle(start, env.get_info(), "close_drawer")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import calvin
 import data
 import evaluate as E
 import sim
@@ -27,14 +28,14 @@ def line(state, tasks, robot_obs, scene_obs):
 
 @pytest.fixture(scope="module")
 def chains():
-    return [E.chain(n) for n in range(1000)]
+    return [calvin.chain(n) for n in range(1000)]
 
 
 # ------------------------------------------------------------------ the benchmark's 1000 chains
 def test_chains_and_initial_states_are_the_benchmarks_own(chains):
     digest = hashlib.sha256()
     for state, tasks in chains:
-        digest.update(line(state, tasks, *E.start_pose(state)).encode())
+        digest.update(line(state, tasks, *calvin.start_pose(state)).encode())
     assert digest.hexdigest() == BENCHMARK
 
 
@@ -42,14 +43,14 @@ def test_chains_json_holds_the_benchmarks_chains(tmp_path):
     E.main(["--chains-json", str(tmp_path / "chains.json")])
     digest = hashlib.sha256()
     for row in json.loads((tmp_path / "chains.json").read_text()):
-        assert list(row["initial_state"])[4:] == [*E.BLOCKS, "grasped"]
+        assert list(row["initial_state"])[4:] == [*calvin.BLOCKS, "grasped"]
         state = list(row["initial_state"].values())[:-1]
         digest.update(line(state, row["tasks"], row["robot_obs"], row["scene_obs"]).encode())
     assert digest.hexdigest() == BENCHMARK
 
 
 def test_192_states_start_1000_chains_40_of_them_six_and_the_rest_five(chains):
-    states = E.start_states()
+    states = calvin.start_states()
     assert len(set(states)) == 192
     counts = Counter(state for state, _ in chains)
     assert [counts[state] for state in states] == [6] * 40 + [5] * 152
@@ -107,14 +108,14 @@ def test_every_task_of_a_chain_is_possible_after_those_before_it(chains):
 
 
 def test_five_tasks_are_of_five_categories_out_of_eleven(chains):
-    assert {len({E.category(task) for task in tasks}) for _, tasks in chains} == {5}
-    assert len({E.category(task) for task in sim.TASKS}) == 11
+    assert {len({calvin.category(task) for task in tasks}) for _, tasks in chains} == {5}
+    assert len({calvin.category(task) for task in sim.TASKS}) == 11
 
 
 def test_scene_obs_sets_the_scene_in_which_the_first_task_can_be_done(chains):
     env = sim.PlayTable(render=False)
     for state, tasks in chains[:100]:
-        robot_obs, scene_obs = E.start_pose(state)
+        robot_obs, scene_obs = calvin.start_pose(state)
         obs = env.reset(robot_obs, scene_obs)
         np.testing.assert_allclose(obs["scene_obs"], scene_obs, atol=2e-5)
         assert tasks[0] in teleop.Operator(env).feasible()
@@ -212,7 +213,9 @@ def fake(monkeypatch, tmp_path):
         return np.array([len(s) for s in sentences])
 
     monkeypatch.setattr(E, "ENVIRONMENTS", {"sim": lambda *_: (world.env, world.env.oracle)})
-    monkeypatch.setattr(E, "chain", lambda n: (E.start_states()[n], sim.TASKS[n % 30 : n % 30 + 5]))
+    monkeypatch.setattr(
+        calvin, "chain", lambda n: (calvin.start_states()[n], sim.TASKS[n % 30 : n % 30 + 5])
+    )
     monkeypatch.setattr(train, "load_agent", lambda *_: (world.policy, checkpoint))
     monkeypatch.setattr(data, "encode", encode)
     world.checkpoint, world.out = checkpoint, tmp_path / "out"
@@ -225,7 +228,7 @@ def test_a_chain_resets_the_scene_once_the_policy_per_task_and_ends_at_the_first
     fake.env.plan = [5, 9, 400]  # two tasks solved, the third never
     result = fake.run("--chains", "1", "--first", "4")
     assert result["avg_len"] == 2 and fake.env.resets == 1 and fake.policy.resets == 3
-    np.testing.assert_array_equal(fake.env.scene, E.start_pose(E.start_states()[4])[1])
+    np.testing.assert_array_equal(fake.env.scene, calvin.start_pose(calvin.start_states()[4])[1])
     words = json.loads((E.HERE / "assets/sentences.json").read_text())["tasks"]
     held_out = [len(words[task]["validation"][0]) for task in sim.TASKS[4:7]]
     assert fake.policy.seen == [held_out[0]] * 5 + [held_out[1]] * 9 + [held_out[2]] * 360
@@ -371,7 +374,7 @@ RECORDS = [
 
 
 def test_success_in_a_row_average_length_and_task_rates_by_hand(monkeypatch):
-    monkeypatch.setattr(sim, "TASKS", ("a", "b", "c", "d", "e"))
+    monkeypatch.setattr(calvin, "TASKS", ("a", "b", "c", "d", "e"))
     result = E.summarise(RECORDS)
     assert result["success"] == [0.75, 0.5, 0.5, 0.25, 0.25]
     assert result["avg_len"] == 2.25 == sum(result["success"])

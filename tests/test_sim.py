@@ -461,10 +461,9 @@ def test_a_bad_state_is_an_error_that_names_it(env):
         env.reset(None, np.full(24, 0.5))
 
 
-def test_the_file_works_alone_in_an_empty_folder_and_without_pybullet_says_what_to_install(
-    tmp_path,
-):
-    shutil.copy(REPO / "sim.py", tmp_path)
+def test_sim_and_calvin_work_alone_in_an_empty_folder_and_name_pybullet_if_it_is_missing(tmp_path):
+    for file in ("sim.py", "calvin.py"):
+        shutil.copy(REPO / file, tmp_path)
     alone = "import sim; print(sim.PlayTable(8, 8).get_obs()['rgb_obs']['rgb_static'].shape)"
     without = "import sys; sys.modules['pybullet_data'] = None; import sim; sim.PlayTable()"
     good, bad = (
