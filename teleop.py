@@ -1,19 +1,22 @@
-"""The scripted operator that plays with the table, and the recorder. LUMOS Sec. V-B, App. E.
+"""The reactive operator that plays with the table, and the recorder. LUMOS Sec. V-B, App. E.
 
-rates      python teleop.py rates --n 20 --procs 2       success and frames of each of the 34 tasks
-record     python teleop.py record DIR --frames N --val-frames M --procs P --seed S
+rates      python teleop.py rates --n 20 --procs 2       success and steps of each of the 34 tasks
+record     python teleop.py record DIR --frames N --val-frames M --procs P --seed S --skip 2
            long unsegmented play in CALVIN's on-disk format, with language from the oracle
-           --skip 2: a frame for every second step only, 15 a second
 both take  --env calvin        and play in CALVIN's own simulator, with its own oracle
 
-Operator moves the *target pose* along way-points that it passes without stopping, so that a skill
-fits into one span of 64 frames. Skills are generators of way-points: what went wrong is seen and
-answered between two of them, and aborting one, or going on after its success, is trivial. It knows
-the environment by reset, step, get_obs, get_info and the target pose alone.
+`act(task, seen)` is a pure function: it has no way-points, no phases and no memory. One idea
+carries every skill: the hand keeps a distance from its goal that grows with its error beside the
+goal (a cone). Approach, correction and retry are then one law, and whatever pushes the hand aside
+is answered from what is seen.
 
-frame      t                t+1              rel_actions[t]: commanded at t, noise included
+             want = slope * (off - tol)            high while off the axis, down where on it
+    funnel   to a point along an axis              to grasp, to put down, to press
+    stroke   the same, and on along a way          to push, to slide, to pull
+
+frame      t                t+1              rel_actions[t]: commanded at t, held for `skip` steps
            o_t -- a_t -->   o_{t+1}          actions[t]: the tcp pose of frame t+1, and the gripper
-Copy this file together with sim.py and calvin.py. Needs: numpy, tqdm.
+Copy this file together with sim.py, calvin.py and data.py. Needs: numpy, scipy, tqdm.
 """
 
 import argparse
@@ -26,626 +29,502 @@ import sys
 import threading
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from functools import partial
-from itertools import chain, islice, pairwise, product
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
 import calvin
 import sim
 
 BLOCKS = ("block_red", "block_blue", "block_pink")
-SIZES = dict(
-    zip(BLOCKS, np.array([[0.056, 0.04, 0.04], [0.04] * 3, [0.08, 0.04, 0.04]]), strict=True)
-)
-DOWN = np.array([np.pi, 0.0, 1.5])  # neutral orientation: fingers down, opening along the world's x
-# In the cabinet the hand, 0.2 m wide, must stay clear of the door: it leans out, and grasps high.
-CABINET_PITCH, CABINET_DOWN = -0.9, np.array([0.0, -0.008, 0.010])
-NEUTRAL = np.array([0.026, -0.231, 0.571])  # the benchmark's start
+SIZES = {
+    "block_red": (0.056, 0.04, 0.04),
+    "block_blue": (0.04,) * 3,
+    "block_pink": (0.08, 0.04, 0.04),
+}
+UP, SLOPE = np.array([0.0, 0.0, 1.0]), np.array([0.0, 0.5, 0.866])  # the second: up the cabinet
+DOWN = np.array([np.pi, 0.0, 1.5])  # euler xyz: fingers down, opening along the world's x
+NEUTRAL = np.array([0.026, -0.231, 0.571])  # m, the benchmark's start
 OPEN, CLOSE = 1, -1
-UP = np.array([0.0, 0.0, 1.0])
-TABLE_X, TABLE_Y = (0.02, 0.30), (-0.14, -0.07)  # where a block may be put down on the table
-SHELVES = {"left": (-0.28, -0.20), "right": (-0.02, 0.09)}  # x ranges of the cabinet's two halves
+SPEED, TURN, GAIN = 0.036, 0.1, 0.35  # m, rad and share of the error, per action
+LEASH = 0.05  # m, how far the commanded pose may be ahead of the hand
+GATE = 0.015  # m beside a block at which the fingers close: a third of it is a learner's error
+TABLE_X, TABLE_Y = (0.02, 0.30), (-0.14, -0.07)  # m, where a block may be put down on the table
+SHELVES = {"left": (-0.28, -0.20), "right": (-0.02, 0.09)}  # m, x ranges of the cabinet's halves
+ROOM = np.array([(-0.25, -0.26, 0.45), (0.32, 0.0, 0.58)])  # m, where a burst may lead the hand
+BURSTS = ("push", 6), ("fingers", 6), ("belief", 15), ("astray", 12)  # most frames of each
 EPISODE = 200, 600  # steps, then a new scene: what a world model finds hard is scenes, not motion
-PLACES = (0.40, 0.13, 0.13, 0.22, 0.12)  # a block on the table, left, right, in the drawer, on top
-ROOM = (-0.40, -0.50, 0.38), (0.42, 0.22, 0.75)  # low, high: where noise may push the target pose
-SETTLE = 12  # steps behind a success, at most, in which the motion that brought it is completed
+SPAN = 64  # steps that an annotated span has at most, as CALVIN's
 LANG = "lang_paraphrase-MiniLM-L3-v2"
+PATIENCE = 180  # steps, then a skill has failed
+PLACES = (0.40, 0.13, 0.13, 0.22, 0.12)  # a block on the table, left, right, in the drawer, on top
 ASSETS = Path(__file__).resolve().parent / "assets"
 
 
-def wrap(a):
+# ------------------------------------------------------------------------------------ what is seen
+class Seen(NamedTuple):
+    """Arm and table as cameras and arm show them. Metres and radians."""
+
+    tcp: np.ndarray  # (3,)
+    euler: np.ndarray  # (3,) xyz
+    width: float  # between the fingers
+    grip: int  # OPEN or CLOSE, the last command
+    door: float
+    drawer: float
+    button: float
+    switch: float
+    led: int
+    at: dict  # block: its position (3,)
+    axes: dict  # block: its rotation (3, 3)
+    target: np.ndarray  # (3,) the commanded position, which an arm knows
+
+
+def see(env, obs):
+    """An environment's observation -> Seen."""
+    robot, scene = obs["robot_obs"], obs["scene_obs"]
+    poses = dict(zip(BLOCKS, scene[6:].reshape(3, 6), strict=True))
+    return Seen(
+        robot[:3], robot[3:6], robot[6], int(robot[14]), *scene[:4], int(scene[5]),
+        {b: pose[:3] for b, pose in poses.items()},
+        {b: Rotation.from_euler("xyz", pose[3:]).as_matrix() for b, pose in poses.items()},
+        np.array(env.target_pos),
+    )  # fmt: skip
+
+
+def wrap(angle):
     """Angles to [-π, π)."""
-    return (np.asarray(a) + np.pi) % (2 * np.pi) - np.pi
+    return (np.asarray(angle) + np.pi) % (2 * np.pi) - np.pi
 
 
-def rotation(euler):
-    """(3,) euler xyz (PyBullet's: R = Rz Ry Rx) -> (3, 3)."""
-    (cx, cy, cz), (sx, sy, sz) = np.cos(euler), np.sin(euler)
-    rx = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]])
-    ry = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
-    rz = np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]])
-    return rz @ ry @ rx
+def unit(*v):
+    return np.array(v) / np.linalg.norm(v)
 
 
-def reach(pos, pitch=0.0):
-    """Orientation (3,) of a tool at pos (3,): far from the base the hand leans back towards it."""
-    far = np.hypot(pos[0] + 0.34, pos[1] + 0.46) + 0.3 * max(0, pos[2] - 0.47)
-    return np.array([np.pi, min(pitch, -6 * np.clip(far - 0.70, 0, 0.08)), 1.5])
+def held(seen):
+    """The block between the closed fingers, or None."""
+    if seen.grip == OPEN or not 0.03 < seen.width < 0.062:
+        return None
+    level = [b for b in BLOCKS if abs(seen.at[b][2] - seen.tcp[2]) < 0.035]
+    return nearest(seen, [b for b in level if gap(seen, b, seen.tcp) < 0.008])
 
 
-class Way(NamedTuple):
-    """One way-point of the target pose."""
-
-    pos: tuple | np.ndarray  # (3,) m
-    orn: tuple | np.ndarray  # (3,) euler xyz, rad
-    grip: int  # OPEN or CLOSE, commanded on the way there
-    speed: float = 0.028  # m per frame; each axis is limited to 0.02 by the action itself
-    tol: float = 0.012  # passed when the target is this near: corners are cut, nothing stops
-    settle: int = 0  # frames to wait at most for the arm to catch up with the target
-    hold: int = 0  # frames to stay, for the gripper
+def nearest(seen, blocks):
+    return min(blocks, key=lambda b: np.linalg.norm(seen.at[b] - seen.tcp), default=None)
 
 
-class Operator:
-    """Solves one task at a time from wherever the arm is.
+def place_of(seen, block):
+    """'table', 'left', 'right' (half of the cabinet), 'drawer', 'top' (of a block), 'lost'."""
+    x, y, z = seen.at[block]
+    if z < 0.42:
+        inside = z > 0.3 and 0 < x < 0.36 and -0.157 - seen.drawer < y < -0.15
+        return "drawer" if inside else "lost"
+    if y > 0.03:
+        return "left" if x < -0.12 else "right"
+    if not (-0.42 < x < 0.42 and y > -0.18 and z < 0.6):
+        return "lost"
+    return "top" if z > 0.485 else "table"
 
-    env: sim.PlayTable or its like. rng: numpy Generator (used only where style() asks for it).
-    on_step(action (7,), obs, info) is called after every step; render=True: obs carries pictures.
+
+def lying(seen, *places):
+    """The blocks in these places that are not in the hand."""
+    return [b for b in BLOCKS if place_of(seen, b) in places and b != held(seen)]
+
+
+def half_size(seen, block, axis):
+    """Half of a block's extent along a world axis (0, 1 or 2)."""
+    return np.abs(seen.axes[block][axis]) @ SIZES[block] / 2
+
+
+def gap(seen, block, point):
+    """Horizontal distance from a point to a block's outline, 0 inside."""
+    axes = seen.axes[block]
+    beyond = np.abs((point - seen.at[block]) @ axes) - np.array(SIZES[block]) / 2
+    return np.linalg.norm(np.maximum(beyond, 0) * (np.abs(axes[2]) < 0.6))
+
+
+def clear(seen):
+    """Height at which the hand passes over everything on the table."""
+    tops = [seen.at[b][2] + 0.02 for b in lying(seen, "table", "top")]
+    return min(max([0.48, *tops]), 0.56) + 0.035 + 0.03 * (held(seen) is not None)
+
+
+# ----------------------------------------------------------------------------------------- the laws
+# A law returns where the hand should go: position (3,), euler (3,), gripper.
+def cone(seen, goal, axis, aside, along, off, far, slope, tol=0.010):
+    """The one idea: kept from `goal` along `axis`, at most by `far`, by slope times what is off.
+
+    aside (3,), along: where the hand is, across and along the axis from the goal. Sideways it goes
+    only as far as it is high enough.
     """
+    want = np.clip(slope * (off - tol), 0, far)
+    share = np.clip(1 - (want - along - 0.008) / 0.05, 0.03, 1)
+    return goal + want * axis + (1 - share) * aside
 
-    def __init__(self, env, rng=None, oracle=sim.oracle, on_step=None, render=False):
-        self.env, self.rng, self.oracle, self.on_step = env, rng, oracle, on_step
-        self.render, self.rest, self.grip, self.tries = render, None, OPEN, 0
-        self.style()
 
-    def style(self, vary=0.0, noise=0.0, astray=0, haste=0.0):
-        """How the next skills are done. vary: 0 is the quickest way, 1 varies speeds, approaches
-        and grasps as a person would; noise: standard deviation of correlated noise on the arm's six
-        numbers; astray: for how many frames the next skill goes wrong; haste: 0 waits for the arm,
-        1 moves the target twice as fast, if actions can, and lets it lead the arm by some 8 cm."""
-        r = self.rng
-        self.noise, self.ou, self.astray, self.vary = noise, np.zeros(6), astray, vary
-        self.pace = 1.0 if not vary else r.uniform(0.55, 1.0) if r.random() < 0.4 else 1.0
-        self.pace, self.lead = self.pace * (1 + haste), 0.026 + 0.054 * haste
+def amiss(seen, aside, euler, fingers):
+    """How much is off (m): across, turned by more than 0.1 rad, the fingers by `fingers` (m)."""
+    turned = np.abs(wrap(euler - seen.euler)).max()
+    return np.linalg.norm(aside) + 0.04 * max(0, turned - 0.1) + 0.5 * max(0, fingers)
 
-    def _jit(self, *scale):
-        """Gaussian offset of the given scales (m or rad), none unless this style varies."""
-        if not self.vary:
-            return np.zeros(len(scale))
-        return self.vary * self.rng.normal(size=len(scale)) * scale
 
-    # ---- what the operator sees ----
-    def refresh(self):
-        """Reads the environment's state; needed after a reset or after somebody else has acted."""
-        self.obs, self.info = self.env.get_obs(render=False), self.env.get_info()
-        return self
+def funnel(seen, goal, axis, far, euler, fingers=0.0, tol=0.010, slope=2.5):
+    """To a point against an axis: position (3,), what is off (m), distance along the axis (m)."""
+    along = (seen.tcp - goal) @ axis
+    aside = seen.tcp - goal - along * axis
+    off = amiss(seen, aside, euler, fingers)
+    return cone(seen, goal, axis, aside, along, off, far, slope, tol), off, along
 
-    @property
-    def scene(self):
-        return self.obs["scene_obs"]
 
-    def block(self, name):
-        """Position (3,) and rotation (3, 3) of a block."""
-        i = 6 + 6 * BLOCKS.index(name)
-        return self.scene[i : i + 3], rotation(self.scene[i + 3 : i + 6])
+def travel(seen, pos, off, euler, grip):
+    """From far off: out of the cabinet, up, across. Beside a block the fingers stay as they are."""
+    tcp = seen.tcp
+    far, high = np.clip((off - 0.03) / 0.04, 0, 1), clear(seen)
+    low = far * np.clip((high - tcp[2]) / 0.04, 0, 1)
+    across = pos[:2] + low * (tcp[:2] - pos[:2])
+    pos = np.array([*across, pos[2] + far * max(0, high + 0.005 - pos[2])])
+    inside = far * np.clip((tcp[1] + 0.03) / 0.03, 0, 1) * (tcp[2] < 0.70)
+    back = np.array([tcp[0], -0.12, max(tcp[2] + 0.02, 0.5)])
+    pos = pos + inside * (back - pos)
+    euler = euler + inside * wrap(upright(seen) - euler)
+    for block in BLOCKS:
+        x, y, z = seen.at[block] - tcp
+        if np.hypot(x, y) < 0.06 and -0.032 < z < 0.05:
+            grip = seen.grip
+    return pos, euler, grip
 
-    def touching(self, name):
-        return {c[2] for c in self.info["scene_info"]["movable_objects"][name]["contacts"]}
 
-    def touched(self):
-        """Names of the blocks that the robot touches."""
-        return {b for b in BLOCKS if self.info["robot_info"]["uid"] in self.touching(b)}
+def stroke(seen, at, way, axis, far, euler, lead, ahead=0.025, back=0.03, slope=2.5):
+    """Closed fingers come to `at` against `axis`, then go on along `way`, `lead` per action.
 
-    def held(self):
-        """Name of the block that only the robot touches, or None."""
-        uid = self.info["robot_info"]["uid"]
-        return next((b for b in BLOCKS if self.touching(b) == {uid}), None)
+    ahead, back: how far before and behind `at` along the way the hand may be to go on (m).
+    """
+    rel, cosine = seen.tcp - at, way @ axis
+    t, along = np.linalg.solve([[1, cosine], [cosine, 1]], [rel @ way, rel @ axis])
+    aside = rel - t * way - along * axis
+    wrong = max(0.0, t - ahead, -t - back)
+    off = amiss(seen, aside, euler, seen.width - 0.01) + wrong
+    aside = aside + t * way * (wrong > 0)
+    pos = cone(seen, at, axis, aside, along, off, far, slope)
+    push = np.clip(1.5 - along / 0.012, 0, 1) * np.clip(1.7 - off / GATE, 0, 1)
+    return travel(seen, pos + way * (push * (max(t, 0) + lead)), off, euler, CLOSE)
 
-    def place_of(self, name):
-        """'table', 'left', 'right' (half of the cabinet), 'drawer', 'top' (of a block), 'lost'."""
-        x, y, z = self.block(name)[0]
-        if z < 0.42:
-            inside = z > 0.3 and 0.0 < x < 0.36 and -0.157 - self.scene[1] < y < -0.15
-            return "drawer" if inside else "lost"
-        if y > 0.03:
-            return "left" if x < -0.12 else "right"
-        if not (-0.42 < x < 0.42 and y > -0.18 and z < 0.6):
-            return "lost"
-        return "top" if z > 0.485 else "table"
 
-    def feasible(self):
-        """The tasks that make sense now, by CALVIN's conditions (and the free hand they assume)."""
-        self.refresh()
-        s, held, touched = self.scene, self.held(), self.touched()
-        where = {b: self.place_of(b) for b in BLOCKS}
-        at = {b: self.block(b)[0] for b in BLOCKS}
-        table = [b for b in BLOCKS if where[b] == "table" and b != held]
-        top = [b for b in BLOCKS if where[b] == "top" and b != held]
-        free = [b for b in table if all(np.hypot(*(at[b] - at[t])[:2]) > 0.04 for t in top)]
-        if held:
-            ok = {
-                "place_in_slider": s[0] < 0.06 or s[0] > 0.22,
-                "place_in_drawer": s[1] > 0.17,
-                "stack_block": bool(free),
-            }
-            return sorted(t for t in ok if ok[t])
-        ok = {
-            "move_slider_left": s[0] < 0.1,
-            "move_slider_right": s[0] > 0.18,
-            "open_drawer": s[1] < 0.08,
-            "close_drawer": s[1] > 0.14,
-            f"turn_{'off' if s[4] else 'on'}_lightbulb": True,
-            f"turn_{'off' if s[5] else 'on'}_led": True,
-            "unstack_block": bool(top),
-            "push_into_drawer": False,
-        }
-        for b in BLOCKS:
-            name, (x, y, _), loose = b[6:], at[b], b in free
-            half, far = {"left": s[0] < 0.06, "right": s[0] > 0.22}, np.hypot(x + 0.34, y + 0.46)
-            ok[f"lift_{name}_block_table"] = loose and far < 0.77
-            ok[f"lift_{name}_block_drawer"] = where[b] == "drawer" and s[1] > 0.17
-            ok[f"lift_{name}_block_slider"] = half.get(where[b], False)
-            ok[f"push_{name}_block_right"] = loose and x < 0.27
-            ok[f"push_{name}_block_left"] = loose and x > 0.04
-            apart = loose and b not in touched and 0.04 < x < 0.32 and y < -0.06
-            ok["push_into_drawer"] |= apart and s[1] > 0.17
-            for d in ("left", "right"):
-                ok[f"rotate_{name}_block_{d}"] = loose and x > -0.05 and far < 0.76
-        return sorted(t for t in ok if ok[t])
+def rise(seen):
+    return travel(seen, np.array([*seen.tcp[:2], 0.56]), 1.0, upright(seen), OPEN)
 
-    # ---- motion: everything goes through env.step ----
-    def _act(self, dpos, dorn, grip):
-        """One frame: target moves by dpos (m) and dorn (rad), plus the style's correlated noise."""
-        a = np.concatenate([dpos / 0.02, dorn / 0.05, [grip]])
-        if self.noise:  # Ornstein-Uhlenbeck, stationary deviation = noise
-            self.ou = 0.85 * self.ou + self.noise * np.sqrt(1 - 0.85**2) * self.rng.normal(size=6)
-            low, high = np.array(ROOM)
-            lost = (self.env.target_pos < low).any() or (self.env.target_pos > high).any()
-            if lost or rotation(self.env.target_euler)[2, 2] > -0.5:
-                self.ou[:] = 0  # clumsy, but not looking away from the table
-            a[:6] += self.ou
-        a[:6] = np.clip(a[:6], -1, 1)
-        self.grip = grip
-        self.obs, _, _, self.info = self.env.step(a, render=self.render)
-        self.steps += 1
-        if self.on_step:
-            self.on_step(a, self.obs, self.info)
 
-    def _follow(self, way):
-        """Moves the target to one way-point; yields after every step."""
-        env, tol, patience = self.env, way.tol + 0.01 * self.noise, 15
-        while patience > 0:
-            dp, do = way.pos - env.target_pos, wrap(way.orn - env.target_euler)
-            d, turn = np.linalg.norm(dp), np.abs(do).max()
-            if d <= tol and turn <= 0.02 + 8 * tol:
-                break
-            # Position and orientation arrive together. The target waits for an arm that lags:
-            # something is in its way, or a joint is at its fastest.
-            lag = np.linalg.norm(self.obs["robot_obs"][:3] - env.target_pos)
-            pace = self.pace * np.clip((self.lead - lag) / 0.02, 0.1, 1)
-            frames = max(d / way.speed, np.abs(dp).max() / 0.02, turn / 0.05) / pace
-            patience -= lag > 0.012
-            self._act(dp / max(frames, 1), do / max(frames, 1), way.grip)
-            yield
-        for k in range(way.settle + way.hold):
-            tcp = self.obs["robot_obs"]
-            if k >= way.hold and np.linalg.norm(tcp[:3] - way.pos) < 0.006:
-                break
-            dp, do = way.pos - env.target_pos, wrap(way.orn - env.target_euler)
-            self._act(np.clip(dp, -0.004, 0.004), np.clip(do, -0.03, 0.03), way.grip)
-            yield
+def upright(seen):
+    return np.array([np.pi, *seen.euler[1:]])
 
-    def _along(self, ways, wrong=0.0, turn=0.0, flip=1):
-        """Follows way-points, all of them `wrong` (3,) m off and turned by `turn` rad, with the
-        gripper's command times flip (1 or -1); yields the present one every step."""
-        for way in ways:
-            pos, orn = np.add(way.pos, wrong), np.add(way.orn, (0, 0, turn))
-            there = way._replace(pos=pos, orn=orn, grip=way.grip * flip)
-            for _ in self._follow(there):
-                yield way
 
-    def run(self, ways, max_steps):
-        """Follows way-points without any goal; returns False if max_steps came first."""
-        self.refresh().steps = 0
-        return not any(self.steps >= max_steps for _ in self._along(ways))
+def lean(pos):
+    """Euler of a hand at pos (3,): far from the base it leans back towards it."""
+    far = np.hypot(pos[0] + 0.34, pos[1] + 0.46) + 0.3 * max(0, pos[2] - 0.47)
+    return np.array([np.pi, -6 * np.clip(far - 0.70, 0, 0.08), 1.5])
 
-    def attempt(self, task, max_steps=360):
-        """Tries, and tries again, until the oracle agrees. Returns (success, steps).
 
-        After a success `self.rest` iterates over the way-points that would complete the motion, for
-        run(): first the one that the hand is still on its way to, then, mostly, its retreat.
-        """
-        start = self.refresh().info
-        self.start, self.start_touched = self.scene.copy(), self.touched()
-        self.steps, self.rest, self.tries, idle = 0, None, -1, 0
-        mistake = self._mistake() if self.astray else ()
-        while idle < 3:
-            self.tries += 1
-            before = self.began = self.steps
-            ways = self._skill(task)
-            along = self._along(ways, *mistake)
-            while way := next(along, None):
-                if self.oracle(start, self.info, task):
-                    self.rest = chain([way], ways)
-                    return True, self.steps
-                if self.steps >= max_steps:
-                    return False, self.steps
-                if self.steps == self.astray:  # sees its mistake: begins anew, or mends it
-                    mistake, self.astray, self.began = (), 0, self.steps
-                    if self.rng.random() < 0.5:
-                        self.tries -= 1
-                        break
-                    along = self._along(chain([way], ways))
-            idle = idle + 1 if self.steps == before else 0  # nothing that could be done
-        return False, self.steps
-
-    def _mistake(self):
-        """An offset (3,) m, mostly sideways, that puts a hand beside the thing; an angle (rad), in
-        half of the cases, that it is turned by; and, if the hand is empty, in half of the cases
-        fingers that are closed where they should be open, or open where they should be closed,
-        there or in the right place."""
-        a, far = self.rng.uniform(0, 2 * np.pi), self.rng.uniform(0.01, 0.06)
-        flip = -1 if self.rng.random() < 0.5 and not self.held() else 1
-        if flip < 0 and self.rng.random() < 0.5:
-            far = 0.0
-        turn = 0.6 * self.rng.normal() if self.rng.random() < 0.5 else 0.0
-        return far * np.array([np.cos(a), np.sin(a), self.rng.uniform(-0.5, 0.5)]), turn, flip
-
-    def target(self):
-        return np.array(self.env.target_pos), np.array(self.env.target_euler)
-
-    # ---- parts of skills: generators of way-points ----
-    def _clear(self):
-        """Height (m) at which the hand passes over everything on the table."""
-        high = max([0.48] + [self.block(b)[0][2] + 0.02 for b in BLOCKS if b != self.held()])
-        return min(high, 0.56) + 0.035 + 0.03 * bool(self.held())
-
-    def leave(self, grip=None, top=None):
-        """From wherever the last skill ended to where the hand can travel freely."""
-        pos, orn = self.target()
-        top = self._clear() if top is None else top
-        grip = self.grip if grip is None else grip
-        tcp, width = self.obs["robot_obs"][:3], self.obs["robot_obs"][6]
-        near = min(np.linalg.norm(self.block(b)[0] - tcp) for b in BLOCKS)
-        if near < 0.035 and width > 0.015 and not self.held() and pos[1] < 0.03:
-            # A block lies between the fingers: let go, straight up.
-            yield Way(pos, orn, OPEN, hold=3 * (width < 0.07))
-            yield Way(pos + 0.045 * UP, orn, OPEN)
-            pos = pos + 0.045 * UP
-        if pos[1] > -0.065:  # at the cabinet: straight back first
-            pos = np.array([pos[0], -0.085, max(pos[2] + 0.02, 0.50)])
-            yield Way(pos, orn, self.grip)
-        if pos[2] < top - 0.01:
-            if near < 0.08 and grip != self.grip:  # moving fingers would knock a block away
-                pos = pos + 0.035 * UP
-                yield Way(pos, orn, self.grip)
-            yield Way((*pos[:2], max(pos[2], top)), orn, grip, tol=0.02)
-
-    def home(self):
-        """Back to the benchmark's start pose."""
-        yield from self.set_down()
-        yield from self.leave(OPEN)
-        yield Way(NEUTRAL, DOWN, OPEN, tol=0.002, settle=8)
-
-    def spot(self, xs, ys, gap=0.09):
-        """The place (2,) in the ranges with most room (up to gap), and rather near the hand."""
-        held, tcp = self.held(), self.obs["robot_obs"]
-        others = [self.block(b)[0][:2] for b in BLOCKS if b != held]
-        grid = [np.array([x, y]) for x in np.linspace(*xs, 9) for y in np.linspace(*ys, 3)]
-        room = [min(gap, *(np.linalg.norm(g - o) for o in others)) for g in grid]
-        cost = [0.05 * np.linalg.norm(g - tcp[:2]) for g in grid]
-        return grid[int(np.argmax(np.subtract(room, cost) + self._jit(*[0.05] * len(grid))))]
-
-    def level(self, name):
-        """Pitch at which the held block is level: undoes the tilt it was grasped with."""
-        euler, r = self.obs["robot_obs"][3:6], self.block(name)[1]
-        up = r[:, np.argmax(np.abs(r[2]))]
-        up = up * np.sign(up[2])
-        f = np.array([-np.sin(euler[2]), np.cos(euler[2]), 0.0])  # the axis that pitch turns about
-        tilt = np.arctan2(np.dot(f, np.cross([0, 0, 1], up)), up[2])
-        return float(np.clip(self.env.target_euler[1] - tilt, -0.9, 0.5))
-
-    def set_down(self):
-        """Puts a held block down on the table, so that the hand is free."""
-        held = self.held()
-        if held is None:
-            return
-        xy = self.spot(TABLE_X, TABLE_Y)
-        yield from self._put(held, xy, 0.46, self.level(held))
-
-    def _put(self, held, xy, z, pitch, yaw=None, over=0.05):
-        """Lets go of the held block with its centre at (xy, z) (m)."""
-        o = (np.pi, pitch, self.target()[1][2] if yaw is None else yaw)
-        yield from self.leave(CLOSE, max(self._clear(), z + over + 0.02))
-        off = self.obs["robot_obs"][:3] - self.block(held)[0]
-        yield Way(np.array([*xy, z + over]) + off, o, CLOSE, tol=0.008)
-        off = self.obs["robot_obs"][:3] - self.block(held)[0]  # again: the tilt has changed it
-        p = np.array([*xy, z + 0.004]) + off
-        yield Way(p, o, CLOSE, speed=0.014, tol=0.003, settle=3)
-        yield Way(p, o, OPEN, hold=4)
-        yield Way(p + 0.06 * UP, o, OPEN)
-
-    def _grasps(self, name, turn=0.0):
-        """[(yaw, shift (3,) from the block's centre)] that put the fingers across the block, best
-        first; turn: rotation to come (rad)."""
-        p, r = self.block(name)
-        here, out = float(wrap(self.target()[1][2] - 1.5)), []
-        # What a neighbour must be away from a finger, which is thicker above; not what lies below.
-        high = {b: self.block(b)[0][2] - p[2] for b in BLOCKS if b != name}
-        near = {b: 0.03 if z > 0.02 else 0.011 for b, z in high.items() if z > -0.02}
-        flat = [i for i in range(3) if abs(r[2, i]) < 0.6]
-        for i in flat:
-            if (width := SIZES[name][i]) > 0.06:
+def grasp_yaw(seen, block, turn):
+    """The hand's yaw that puts the fingers across a block. turn: the rotation to come."""
+    at, axes, best = seen.at[block], seen.axes[block], (np.inf, 1.5)
+    others = [b for b in BLOCKS if b != block and seen.at[b][2] - at[2] > -0.02]
+    for i, width in enumerate(SIZES[block]):
+        if width > 0.06 or abs(axes[2, i]) > 0.6:  # too wide, or upright
+            continue
+        across = np.arctan2(axes[1, i], axes[0, i]) - np.pi / 2
+        for half_turn in (0, np.pi):
+            off = float(wrap(across + half_turn - 1.5))
+            f = np.array([-np.sin(1.5 + off), np.cos(1.5 + off), 0.0])
+            tips = [at + side * (width / 2 + 0.025) * f for side in (-1, 1)]
+            hits = sum(gap(seen, b, tip) < 0.012 for b in others for tip in tips)
+            if at[2] < 0.42:  # the drawer's walls and the table's edge
+                rear = -0.14 - seen.drawer
+                hits += sum(not (0.02 < x < 0.34 and rear < y < -0.2) for x, y, _ in tips)
+            if at[1] > 0.03 and abs(off) > 0.8:  # the hand cannot turn in the cabinet
                 continue
-            across = np.arctan2(r[1, i], r[0, i]) - np.pi / 2
-            # Along the block, where a neighbour leaves no room for the fingers at its centre.
-            along = [(SIZES[name][j] / 2 - 0.008) * r[:, j] for j in flat if j != i]
-            aside = along[0] if along else np.zeros(3)  # none of a block that lies askew
-            for off, k in product(wrap(across + np.array([0, np.pi]) - 1.5), (0, -1, 1)):
-                if p[1] > 0.03 and abs(off) > 0.8:  # the hand cannot turn in the cabinet
-                    continue
-                f = np.array([-np.sin(1.5 + off), np.cos(1.5 + off), 0.0])
-                tips = [p + k * aside + side * (width / 2 + 0.025) * f for side in (-1, 1)]
-                hits = sum(self._gap(b, t) < gap for b, gap in near.items() for t in tips)
-                if p[2] < 0.42:  # the drawer's walls and the table's edge
-                    back = -0.14 - self.scene[1]
-                    hits += sum(not (0.02 < t[0] < 0.34 and back < t[1] < -0.2) for t in tips)
-                # Little turning now, none to the wrist's limits, the block's short side. Who is to
-                # turn the block has no time to spare, and needs the limits of this wrist: 2.7 rad.
-                cost = 0.6 * abs(off) + 0.4 * abs(wrap(off - here)) + 3 * max(0, abs(off) - 1.7)
-                if turn:
-                    cost = abs(off - here) + 6 * (abs(off - here) > np.pi)  # through the limit
-                    cost += 8 * max(0, abs(off) - 2.7, abs(off + turn) - 2.7)
-                cost += 3 * hits + 12 * (width - 0.04) + 2 * abs(k)
-                out.append((cost, 1.5 + off, k * aside))
-        return [g[1:] for g in sorted(out, key=lambda g: g[0])] or [(1.5, np.zeros(3))]
+            # Little turning, none to the wrist's limits, the short side, no neighbours.
+            here = abs(float(wrap(1.5 + off - seen.euler[2])))
+            cost = abs(off + turn / 2) + 0.3 * here + 3 * hits + 12 * (width - 0.04)
+            cost += 8 * max(0, abs(off) - 2.6, abs(off + turn) - 2.6)
+            best = min(best, (cost, 1.5 + off))
+    return best[1]
 
-    def _gap(self, name, at):
-        """Horizontal distance (m) from a point to a block's outline, 0 inside."""
-        p, r = self.block(name)
-        out = np.abs((at - p) @ r) - SIZES[name] / 2
-        return np.linalg.norm(np.maximum(out, 0) * (np.abs(r[2]) < 0.6))
 
-    def _grasp(self, name, turn=0.0):
-        """Takes hold of a block where it lies; another way of doing so if the best one fails."""
-        yield from self.set_down()
-        yield from self.leave(OPEN)
-        grasps = self._grasps(name, turn=turn)
-        for k in range(3):
-            (yaw, shift), p = grasps[(self.tries + k) % len(grasps)], np.full(3, np.inf)
-            # A sliding block is followed.
-            while np.linalg.norm(self.block(name)[0] + shift - p) > 0.008:
-                p = self.block(name)[0] + shift
-                if p[1] - shift[1] > 0.03:  # in the cabinet
-                    o, down, back = (
-                        (np.pi, CABINET_PITCH, np.clip(yaw, 1.25, 1.75)),
-                        CABINET_DOWN,
-                        -0.1,
-                    )
-                    over = np.array([p[0], -0.06, p[2] + 0.07])
-                else:
-                    o, down, back = (np.pi, reach(p)[1], yaw), 0.004 * UP, 0.0
-                    high = self._clear() if p[2] > 0.42 else 0.495  # above what lies there
-                    over = np.array([*p[:2], max(p[2] + 0.065, high)])
-                yield Way(over + self._jit(0.006, 0.006, 0.012), o, OPEN, tol=0.008)
-            p = p + down + self._jit(0.003, 0.003, 0.003)
-            yield Way(p, o, OPEN, speed=0.016, tol=0.003, settle=5)
-            if np.linalg.norm(self.obs["robot_obs"][:3] - self.env.target_pos) < 0.012:
-                yield from self._close(p, o)
-                if self.obs["robot_obs"][6] > 0.012:
-                    return
-            yield Way((p[0], p[1] + back, p[2] + 0.07), o, OPEN)
+def take(seen, block, turn=0.0):
+    """Goes to a block and closes the fingers."""
+    at, yaw = seen.at[block], grasp_yaw(seen, block, turn)
+    if at[1] > 0.03:  # in the cabinet the hand leans out, and grasps high: it must clear the door
+        euler = np.array([np.pi, -0.9, np.clip(yaw, 1.25, 1.75)])
+        goal, axis = at - (0, 0.008, -0.010), unit(0, -0.15, 0.07)
+        far, slope = 0.19, 4.0
+    else:
+        euler = np.array([np.pi, lean(at)[1], yaw])
+        goal, axis, slope = at + 0.004 * UP, UP, 2.5
+        far = max(0.065, (clear(seen) if at[2] > 0.42 else 0.495) - at[2])
+    pos, off, along = funnel(seen, goal, axis, far, euler, 0.07 - seen.width, slope=slope)
+    aside = np.linalg.norm(seen.tcp - goal - along * axis)
+    turned = np.abs(wrap(euler - seen.euler)).max()
+    if aside < GATE and abs(along) < 0.012 and turned < 0.25:
+        return goal, euler, CLOSE
+    pos, euler, grip = travel(seen, pos, off, euler, OPEN)
+    astride = aside < GATE and turned < 0.3
+    return pos, euler, OPEN if astride else grip
 
-    def _close(self, p, o):
-        """Closes the fingers and waits no longer than they move."""
-        last = 1.0
-        for k in range(7):
-            yield Way(p, o, CLOSE, tol=0.02, hold=1)
-            width = self.info["robot_info"]["gripper_opening_width"]
-            if k >= 2 and last - width < 0.001:
-                break
-            last = width
 
-    # ---- the skills ----
-    def _skill(self, task):
-        words = task.split("_")
-        name = next((b for b in BLOCKS if b[6:] in words), None)
-        if task not in sim.TASKS:
-            raise ValueError(f"unknown task {task!r}; expected one of {', '.join(sim.TASKS)}")
-        if words[0] == "lift":
-            return self._lift(name)
-        if words[0] == "rotate":
-            return self._rotate(name, 1 if words[-1] == "left" else -1)
-        if words[0] == "push" and name:
-            return self._push(name, 1 if words[-1] == "right" else -1)
-        if words[0] == "turn":
-            return self._button() if words[2] == "led" else self._switch(words[1] == "on")
-        if task.startswith("move_slider"):
-            return self._slider(words[-1] == "left")
-        return getattr(self, f"_{task}")()
+def put(seen, block, xy, z, pitch, yaw=None, far=0.06, axis=UP, gate=GATE, slope=2.5):
+    """Brings the held block's centre to (xy, z) and lets go."""
+    euler = np.array([np.pi, pitch, seen.euler[2] if yaw is None else yaw])
+    goal = np.array([*xy, z + 0.004]) + seen.tcp - seen.at[block]
+    goal[2] = max(goal[2], z + 0.001)  # not with the finger tips into what is below
+    pos, off, along = funnel(seen, goal, axis, far, euler, tol=0.6 * gate, slope=slope)
+    if off < gate and along < 0.010:
+        return seen.tcp, euler, OPEN
+    pos, euler, _ = travel(seen, pos, off, euler, CLOSE)
+    return pos, euler, CLOSE
 
-    def _free(self, grip=CLOSE):
-        """Hand empty and high enough to travel, fingers closing on the way when they only push."""
-        yield from self.set_down()
-        yield from self.leave(grip)
 
-    def _lift(self, name):
-        yield from self._grasp(name)
-        pos, orn = self.target()
-        if pos[1] > 0.0:  # in the cabinet: up a little, then out
-            yield Way((pos[0], pos[1] - 0.01, pos[2] + 0.06), orn, CLOSE, speed=0.014)
-            yield Way((pos[0], -0.12, pos[2] + 0.12), orn, CLOSE, speed=0.018)
-        else:
-            yield Way(pos + 0.09 * UP, orn, CLOSE, speed=0.016)
-            yield Way((*pos[:2], max(0.56, pos[2] + 0.1)), orn, CLOSE)
+def spot(seen, block, xs, ys):
+    """The place (2,) in the ranges with most room, and rather near."""
+    others = [seen.at[b][:2] for b in BLOCKS if b != block]
+    grid = [np.array([x, y]) for x in np.linspace(*xs, 9) for y in np.linspace(*ys, 3)]
+    room = [min([0.09, *(np.linalg.norm(g - o) for o in others)]) for g in grid]
+    cost = [0.1 * np.linalg.norm(g - seen.at[block][:2]) for g in grid]
+    return grid[int(np.argmax(np.subtract(room, cost)))]
 
-    def _rotate(self, name, sign):
-        i = 11 + 6 * BLOCKS.index(name)
 
-        def turn():  # what is left to do, after an earlier try or a knock
-            done = float(wrap(self.scene[i] - self.start[i]))
-            return np.clip(1.27 * sign - done, -2, 2)
+def level(seen, block):
+    """Pitch at which the held block is level: undoes the tilt it was grasped with."""
+    axes, yaw = seen.axes[block], seen.euler[2]
+    up = axes[:, np.argmax(np.abs(axes[2]))]
+    up = up * np.sign(up[2])
+    hinge = np.array([-np.sin(yaw), np.cos(yaw), 0.0])  # the axis that pitch turns about
+    tilt = np.arctan2(hinge @ np.cross(UP, up), up[2])
+    return np.clip(seen.euler[1] - tilt, -0.9, 0.5)
 
-        yield from self._grasp(name, turn=turn())
-        pos, orn = self.target()
-        turned = orn + turn() * UP
-        yield Way(pos, turned, CLOSE, tol=0.002, settle=3)
-        yield Way(pos, turned, OPEN, hold=4)
-        yield Way(pos + 0.08 * UP, turned, OPEN)
 
-    def _push(self, name, sign):
-        """Closed fingers beside the block, then along x."""
-        yield from self._free()
-        p, r = self.block(name)
-        half = np.abs(r[0]) @ SIZES[name] / 2 + 0.022  # half the block along x, and a finger
-        y, z = p[1] + self._jit(0.004)[0], 0.462 + self._jit(0.003)[0]
-        x = p[0] - sign * (half + 0.008)
-        a, b = np.array([x - sign * 0.012, y, z]), np.array([x + sign * 0.15, y, z])
-        yield Way(a + 0.06 * UP + self._jit(0.008, 0.008, 0.01), reach(a), CLOSE)
-        yield Way(a, reach(a), CLOSE, speed=0.018)
-        yield Way(b, reach(b), CLOSE, speed=0.012, tol=0.003)
-        yield Way(b + 0.06 * UP, reach(b), CLOSE)
+def set_down(seen, block):
+    return put(seen, block, spot(seen, block, TABLE_X, TABLE_Y), 0.46, level(seen, block))
 
-    def _push_into_drawer(self):
-        held = self.held()
-        at = {b: self.block(b)[0] for b in BLOCKS if self.place_of(b) == "table" and b != held}
-        # What was in the hand at the start does not count.
-        ok = [b for b in at if 0.02 < at[b][0] < 0.34 and b not in self.start_touched]
-        if not ok:
-            return
-        yield from self._free()
-        name = min(ok, key=lambda b: abs(at[b][1] + 0.1))  # the easiest: well in front
-        p, r = self.block(name)
-        y = min(p[1] + np.abs(r[1]) @ SIZES[name] / 2 + 0.02, -0.005)
-        yield Way((p[0], y + 0.005, 0.53), DOWN, CLOSE)
-        yield Way((p[0], y + 0.005, 0.468), DOWN, CLOSE, speed=0.018, tol=0.006)
-        yield Way((p[0], -0.185, 0.468), DOWN, CLOSE, speed=0.013, tol=0.003, settle=2)
-        yield Way((p[0], -0.17, 0.53), DOWN, CLOSE, hold=10)
 
-    def _slider(self, left):
-        s = self.scene[0]
-        yield from self._free()
-        x, sign = 0.04 - s, -1 if left else 1
-        o = (np.pi, -0.45, 1.5)
-        goal = 0.04 - 0.28 if left else 0.04
-        z = 0.51 + self._jit(0.004)[0]
-        yield Way(
-            np.array([x - sign * 0.06, -0.05, z + 0.01]) + self._jit(0.005, 0.008, 0.008),
-            o,
-            CLOSE,
-            tol=0.015,
-        )
-        yield Way((x - sign * 0.05, -0.018, z), o, CLOSE, tol=0.005)
-        yield Way((goal - sign * 0.02, -0.018, z), o, CLOSE, speed=0.017, tol=0.003, settle=2)
-        yield Way((goal - sign * 0.04, -0.09, 0.54), o, CLOSE)
+def lift(seen, block):
+    if held(seen) != block:
+        return take(seen, block)
+    x, y, z = seen.tcp
+    if y > -0.05:  # in the cabinet: up a little, then out
+        out = np.clip((z - 0.49) / 0.03, 0, 1)
+        way = np.array([0, -0.1 - 0.8 * out, 0.8 - 0.4 * out])
+        return seen.tcp + 0.09 * way, upright(seen), CLOSE
+    return np.array([x, y, min(z + 0.09, max(0.62, z))]), upright(seen), CLOSE
 
-    def _open_drawer(self):
-        s = self.scene[1]
-        yield from self._free()
-        x, y = 0.17 + self._jit(0.025)[0], -0.212 - s
-        yield Way((x, y, 0.50), DOWN, CLOSE, tol=0.012)  # over the blocks at the table's edge
-        yield Way((x, y, 0.352), DOWN, CLOSE, speed=0.02, tol=0.005)  # deep: 3 cm of either way
-        yield Way((x, -0.212 - 0.232, 0.352), DOWN, CLOSE, speed=0.017, tol=0.003, settle=2)
-        yield Way((x, -0.212 - 0.205, 0.39), DOWN, CLOSE)
-        yield Way((x, -0.212 - 0.2, 0.52), DOWN, CLOSE)
 
-    def _close_drawer(self):
-        s = self.scene[1]
-        yield from self._free()
-        x, y = 0.18 + self._jit(0.03)[0], -0.261 - s
-        yield Way((x, y - 0.03, 0.46), DOWN, CLOSE, tol=0.015)
-        yield Way((x, y - 0.03, 0.367), DOWN, CLOSE, tol=0.01)
-        yield Way((x, -0.261 - 0.002, 0.367), DOWN, CLOSE, speed=0.017, tol=0.003, settle=2)
-        yield Way((x, -0.32, 0.45), DOWN, CLOSE)
+def rotate(seen, block, sign):
+    """Turned where it lies, until the rule is content or the wrist at its limit."""
+    if held(seen) != block:
+        return take(seen, block, 1.27 * sign)
+    euler = np.array([np.pi, lean(seen.at[block])[1], seen.euler[2] + 0.3 * sign])
+    limit = sign * wrap(seen.euler[2] - 1.5) > 2.6
+    pos = seen.tcp + (0.46 - seen.at[block][2]) * UP
+    return pos, euler, OPEN if limit else CLOSE
 
-    def _button(self):
-        yield from self._free()
-        p = np.array([-0.12, -0.12, 0.0]) + self._jit(0.006, 0.006, 0)
-        yield Way(p + 0.51 * UP, DOWN, CLOSE, tol=0.006)
-        yield Way(p + 0.456 * UP, DOWN, CLOSE, speed=0.01, tol=0.003, settle=4)
-        yield Way(p + 0.55 * UP, DOWN, CLOSE)
 
-    def _switch(self, on):
-        """The switch slides along (0, 0.5, 0.866): pushed up from below, down from above."""
-        yield from self._free()
-        slope = np.array([0.0, 0.5, 0.866])
-        if on:
-            x, o = 0.29 + self._jit(0.008)[0], (np.pi, -0.9, 1.5)
-            low = np.array([x, 0.015, 0.475])
-            yield Way((x, -0.07, 0.53), o, CLOSE)  # over the blocks in front of it
-            yield Way(low, o, CLOSE, speed=0.018, tol=0.006)
-            yield Way(low + 0.112 * slope, o, CLOSE, speed=0.013, tol=0.003, settle=2)
-            yield Way((x, -0.09, 0.60), o, CLOSE)
-        else:
-            x, o = 0.27 + self._jit(0.008)[0], (np.pi, -0.7, 1.5)
-            high = np.array([x, 0.082, 0.655])
-            yield Way((x, -0.01, 0.675), o, CLOSE, tol=0.02)
-            yield Way(high, o, CLOSE, tol=0.008)
-            yield Way(high - 0.12 * slope, o, CLOSE, speed=0.014, tol=0.003, settle=2)
-            yield Way((x, -0.09, 0.58), o, CLOSE)
+def beside(seen, block, sign):
+    """Where the fingers stand to push a block along x."""
+    half = half_size(seen, block, 0) + 0.03  # and a finger
+    return np.array([seen.at[block][0] - sign * half, seen.at[block][1], 0.462])
 
-    def _held_or_grasp(self, options):
-        """The block to place is in the hand; or it was dropped, and the nearest is picked up."""
-        if self.held() is None and options:
-            pos, _ = self.target()
-            yield from self._lift(
-                min(options, key=lambda b: np.linalg.norm(self.block(b)[0] - pos))
-            )
 
-    def _place_in_slider(self):
-        yield from self._held_or_grasp([b for b in BLOCKS if self.place_of(b) in ("table", "top")])
-        held = self.held()
-        if held is None:
-            return
-        xs = SHELVES["right" if self.scene[0] > 0.14 else "left"]
-        xy = self.spot(xs, (0.07, 0.085))
-        o = (np.pi, min(self.level(held), -0.35), np.clip(self.target()[1][2], 0.9, 2.1))
-        yield from self.leave(CLOSE, 0.56)
-        off = self.obs["robot_obs"][:3] - self.block(held)[0]
-        yield Way(np.array([xy[0], -0.04, 0.55]) + off, o, CLOSE, tol=0.015)
-        off = self.obs["robot_obs"][:3] - self.block(held)[0]
-        p = np.array([*xy, 0.47]) + off
-        yield Way(p, o, CLOSE, speed=0.016, tol=0.004, settle=2)
-        yield Way(p, o, OPEN, hold=4)
-        yield Way((p[0], -0.05, p[2] + 0.06), o, OPEN, hold=2)
+def push(seen, block, sign):
+    at = beside(seen, block, sign)
+    way = np.array([sign, 0.0, 0.0])
+    return stroke(seen, at, way, UP, clear(seen) - 0.462, lean(at), 0.055)
 
-    def _place_in_drawer(self):
-        yield from self._held_or_grasp([b for b in BLOCKS if self.place_of(b) in ("table", "top")])
-        held, s = self.held(), self.scene[1]
-        if held is not None:
-            xy = self.spot((0.07, 0.29), (-0.10 - s, -0.235))
-            yield from self._put(held, xy, 0.367, self.level(held), over=0.12)
 
-    def _stack_block(self):
-        yield from self._held_or_grasp([b for b in BLOCKS if self.place_of(b) == "table"])
-        held = self.held()
-        bases = [b for b in BLOCKS if b != held and self.place_of(b) == "table"]
-        if held is None or not bases:
-            return
-        base = min(bases, key=lambda b: np.linalg.norm(self.block(b)[0] - self.target()[0]))
-        p, _ = self.block(base)
-        yaws, here = [yaw for yaw, _ in self._grasps(base)], self.target()[1][2]
-        yaw = min(yaws, key=lambda a: abs(a - here))
-        yield from self._put(held, p[:2], 0.502, self.level(held), yaw=yaw, over=0.035)
+def push_into_drawer(seen, free):
+    """free: the blocks that lay on the table alone at the start: CALVIN's rule counts no others."""
+    ok = [b for b in lying(seen, "table") if b in free and 0.02 < seen.at[b][0] < 0.34]
+    if not ok:
+        return rise(seen)
+    block = min(ok, key=lambda b: seen.at[b][1])  # the nearest to it, more so when it is pushed
+    y = min(seen.at[block][1] + half_size(seen, block, 1) + 0.026, 0.0)
+    at = np.array([seen.at[block][0], y, 0.466])
+    return stroke(seen, at, np.array([0, -1.0, 0]), UP, clear(seen) - 0.466, DOWN, 0.10)
 
-    def _unstack_block(self):
-        tops = [b for b in BLOCKS if self.place_of(b) == "top" and b != self.held()]
-        if not tops:
-            return
-        name = max(tops, key=lambda b: self.block(b)[0][2])
-        if self.vary and self.rng.random() < 0.5:  # taken off
-            yield from self._lift(name)
-            return
-        yield from self._free()  # pushed off, towards the middle of the table
-        p, r = self.block(name)
-        sign = 1 if p[0] < 0.15 else -1
-        x = p[0] - sign * (np.abs(r[0]) @ SIZES[name] / 2 + 0.03)
-        yield Way((x, p[1], p[2] + 0.05), DOWN, CLOSE)
-        yield Way((x, p[1], p[2] + 0.01), DOWN, CLOSE, speed=0.018, tol=0.006)
-        yield Way((x + sign * 0.12, p[1], p[2] + 0.01), DOWN, CLOSE, speed=0.012, tol=0.003)
-        yield Way((x + sign * 0.09, p[1], p[2] + 0.06), DOWN, CLOSE)
+
+def slider(seen, left):
+    sign = -1 if left else 1
+    at = np.array([0.04 - seen.door - sign * 0.05, -0.018, 0.51])
+    euler, way = np.array([np.pi, -0.45, 1.5]), np.array([sign, 0.0, 0.0])
+    return stroke(seen, at, way, unit(0, -1, 0.3), 0.07, euler, 0.08, ahead=0.03)
+
+
+def drawer(seen, opens):
+    if opens:  # the fingers hook behind the handle
+        at, way = np.array([0.17, -0.212 - seen.drawer, 0.352]), np.array([0, -1.0, 0])
+        return stroke(seen, at, way, UP, 0.148, DOWN, 0.08, 0.026, 0.018, slope=4.0)
+    at, way = np.array([0.18, -0.283 - seen.drawer, 0.367]), np.array([0, 1.0, 0])
+    return stroke(seen, at, way, UP, 0.10, DOWN, 0.08, 0.022, 0.06)
+
+
+def led(seen, on):
+    done = seen.button > 0.008 or seen.led == on  # a button that is pressed must come up first
+    goal = np.array([-0.12, -0.12, 0.53 if done else 0.43])
+    pos, off, _ = funnel(seen, goal, UP, 0.06, DOWN, seen.width - 0.01, slope=3.0)
+    return travel(seen, pos, off, DOWN, CLOSE)
+
+
+def bulb(seen, on):
+    """The switch slides along the cabinet's front: pushed up from below, down from above."""
+    if on:
+        at, euler = np.array([0.29, 0.015, 0.475]), np.array([np.pi, -0.9, 1.5])
+        axis, at = unit(0, -0.866, 0.5), at + SLOPE * seen.switch
+        return stroke(seen, at, SLOPE, axis, 0.115, euler, 0.07, 0.032)
+    at, euler = np.array([0.27, 0.082, 0.655]), np.array([np.pi, -0.7, 1.5])
+    axis, at = unit(0, -1, 0.2), at - SLOPE * (0.088 - seen.switch)
+    return stroke(seen, at, -SLOPE, axis, 0.17, euler, 0.07, 0.035)
+
+
+def fetch(seen, *places):
+    """The hand is empty: away from a block that it has just let go of, or to the nearest one."""
+    block = nearest(seen, BLOCKS)
+    near = np.linalg.norm(seen.at[block] - seen.tcp) < 0.035
+    if near and place_of(seen, block) not in places:
+        back = np.array([0, -0.03, 0.03]) if seen.at[block][1] > 0.03 else 0.04 * UP
+        return seen.tcp + 1.5 * back, upright(seen), OPEN
+    block = nearest(seen, lying(seen, *places))
+    return take(seen, block) if block else rise(seen)
+
+
+def place(seen, where):
+    block = held(seen)
+    if not block:
+        return fetch(seen, "table", "top")
+    pitch, yaw = level(seen, block), np.clip(seen.euler[2], 0.9, 2.1)
+    if where == "drawer":
+        xy = spot(seen, block, (0.07, 0.29), (-0.10 - seen.drawer, -0.235))
+        return put(seen, block, xy, 0.367, pitch, far=0.12, gate=0.025)
+    xy = spot(seen, block, (0.0, 0.08) if seen.door > 0.14 else (-0.27, -0.20), (0.07, 0.085))
+    how = {"far": 0.2, "axis": unit(0, -0.117, 0.08), "gate": 0.02, "slope": 4.0}
+    return put(seen, block, xy, 0.474, min(pitch, -0.35), yaw, **how)
+
+
+def stack(seen):
+    block = held(seen)
+    base = nearest(seen, lying(seen, "table"))
+    if not block or not base:
+        return fetch(seen, "table")
+    return put(seen, block, seen.at[base][:2], 0.502, level(seen, block), far=0.05, gate=0.011)
+
+
+def unstack(seen):
+    block, tops = held(seen), lying(seen, "top")
+    if block and tops:
+        return set_down(seen, block)
+    if block or tops:
+        return lift(seen, block or max(tops, key=lambda b: seen.at[b][2]))
+    return rise(seen)
+
+
+def law(task, seen, free):
+    """Where the hand should go now to do `task`."""
+    kind, *_, last = words = task.split("_")
+    block = next((b for b in BLOCKS if b[6:] in words), None)
+    in_hand = held(seen)
+    if kind in ("place", "stack", "unstack"):
+        laws = {"place": partial(place, seen, last), "stack": partial(stack, seen)}
+        return laws.get(kind, partial(unstack, seen))()
+    if in_hand and (in_hand != block or kind == "push"):
+        return set_down(seen, in_hand)
+    if kind == "lift":
+        return lift(seen, block)
+    if kind == "rotate":
+        return rotate(seen, block, 1 if last == "left" else -1)
+    if kind == "push" and block:
+        return push(seen, block, 1 if last == "right" else -1)
+    if kind == "push":
+        return push_into_drawer(seen, free)
+    if kind == "turn":
+        return led(seen, words[1] == "on") if last == "led" else bulb(seen, words[1] == "on")
+    return slider(seen, last == "left") if kind == "move" else drawer(seen, kind == "open")
+
+
+def act(task, seen, free=BLOCKS, skip=2):
+    """The operator: action (7,), to be held for `skip` steps. A pure function."""
+    if task not in sim.TASKS:
+        raise ValueError(f"unknown task {task!r}; expected one of {', '.join(sim.TASKS)}")
+    return towards(seen, *law(task, seen, free), skip)
+
+
+def towards(seen, pos, euler, grip, skip, speed=SPEED):
+    """The action that brings the hand nearer, by a share of the way."""
+    move = pos - seen.tcp
+    far = np.linalg.norm(move)
+    move = move * min(GAIN, speed / max(far, 1e-9))
+    turn = np.clip(GAIN * wrap(euler - seen.euler), -TURN, TURN)
+    return action(seen, move, turn, grip, skip)
+
+
+def action(seen, move, turn, grip, skip):
+    """move (3,) m and turn (3,) rad in `skip` steps -> (7,); the target stays on its leash."""
+    lead = seen.target + move - seen.tcp
+    length = np.linalg.norm(lead)
+    if length > LEASH:
+        move = seen.tcp + lead * (LEASH / length) - seen.target
+    arm = np.concatenate([move / sim.POS_SCALE, turn / sim.EULER_SCALE]) / skip
+    return np.append(np.clip(arm, -1, 1), grip)
+
+
+def free_blocks(info):
+    """The blocks that lie on the table top alone, for push_into_drawer."""
+    scene = info["scene_info"]
+    table = scene["fixed_objects"]["table"]
+    alone = {(table["uid"], table["links"]["base_link"])}
+    blocks = scene["movable_objects"]
+    return [b for b in BLOCKS if {(c[2], c[4]) for c in blocks[b]["contacts"]} == alone]
+
+
+def attempt(env, oracle, task, max_steps=360, skip=2):
+    """The operator does a task from wherever the scene is: (solved, simulator steps)."""
+    start, obs = env.get_info(), env.get_obs(render=False)
+    free = free_blocks(start)
+    for t in range(max_steps):
+        if t % skip == 0:
+            a = act(task, see(env, obs), free, skip)
+        obs, _, _, info = env.step(a, render=False)
+        if oracle(start, info, task):
+            return True, t + 1
+    return False, max_steps
+
+
+def feasible(seen):
+    """The tasks that make sense now, by CALVIN's conditions; a held block can be put down first."""
+    in_hand, table, top = held(seen), lying(seen, "table"), lying(seen, "top")
+    free = [b for b in table if all(gap(seen, b, seen.at[t]) > 0.02 for t in top)]
+    ajar = {"left": seen.door < 0.06, "right": seen.door > 0.22}  # the halves that stand open
+    ok = {
+        "move_slider_left": seen.door < 0.1, "move_slider_right": seen.door > 0.18,
+        "open_drawer": seen.drawer < 0.08, "close_drawer": seen.drawer > 0.14,
+        f"turn_{'off' if seen.switch > 0.044 else 'on'}_lightbulb": True,
+        f"turn_{'off' if seen.led else 'on'}_led": True, "unstack_block": bool(top),
+        "place_in_slider": in_hand and (ajar["left"] or ajar["right"]),
+        "place_in_drawer": in_hand and seen.drawer > 0.17, "stack_block": in_hand and free,
+        "push_into_drawer": seen.drawer > 0.17 and any(0.04 < seen.at[b][0] < 0.32 for b in free),
+    }  # fmt: skip
+    for b in BLOCKS:
+        name, where, x = b[6:], place_of(seen, b), seen.at[b][0]
+        loose, far = b in free, np.hypot(x + 0.34, seen.at[b][1] + 0.46)
+        ok[f"lift_{name}_block_table"] = loose and far < 0.77
+        ok[f"lift_{name}_block_drawer"] = where == "drawer" and seen.drawer > 0.17 and b != in_hand
+        ok[f"lift_{name}_block_slider"] = ajar.get(where, False) and b != in_hand
+        for side, sign in (("right", 1), ("left", -1)):
+            room = [gap(seen, o, beside(seen, b, sign)) for o in BLOCKS if o != b]
+            free_way = x < 0.24 if sign > 0 else x > 0.06
+            ok[f"push_{name}_block_{side}"] = loose and free_way and min(room) > 0.015
+        for side in ("left", "right"):
+            ok[f"rotate_{name}_block_{side}"] = loose and x > -0.05 and far < 0.76
+    return [task for task in sim.TASKS if ok.get(task)]
 
 
 # ----------------------------------------------------------------------------- scenes and starts
@@ -654,84 +533,79 @@ def random_scene(rng, task=None):
 
     For a task that needs a block in the hand, one in which that block can be picked up.
     """
-    s, words = np.zeros(24), (task or "").split("_")
-    s[0] = rng.choice([0, 0.28]) if rng.random() < 0.85 else rng.uniform(0, 0.28)
-    s[1] = rng.choice([0, 0.22], p=[0.4, 0.6]) if rng.random() < 0.85 else rng.uniform(0, 0.22)
-    s[4:6] = rng.integers(2, size=2)
+    scene, words = np.zeros(24), (task or "").split("_")
+    scene[0] = rng.choice([0, 0.28]) if rng.random() < 0.85 else rng.uniform(0, 0.28)
+    scene[1] = rng.choice([0, 0.22], p=[0.4, 0.6]) if rng.random() < 0.85 else rng.uniform(0, 0.22)
+    scene[4:6] = rng.integers(2, size=2)
     if "drawer" in words:
-        s[1] = 0 if words[0] == "open" else 0.22
+        scene[1] = 0 if words[0] == "open" else 0.22
     if "slider" in words:
-        s[0] = {"left": 0, "right": 0.28}.get(words[-1], rng.choice([0, 0.28]))
+        scene[0] = {"left": 0, "right": 0.28}.get(words[-1], rng.choice([0, 0.28]))
     if words[0] == "turn":
-        s[5 if words[2] == "led" else 4] = words[1] == "off"
-    s[3] = 0.088 * s[4]
-    order = sorted(
-        rng.permutation(BLOCKS), key=lambda b: b[6:] not in words
-    )  # the wanted one first
-    free = "left" if s[0] < 0.14 else "right"  # the half of the cabinet that stands open
+        scene[5 if words[2] == "led" else 4] = words[1] == "off"
+    scene[3] = 0.088 * scene[4]
+    inside = "left" if scene[0] < 0.14 else "right"  # the half of the cabinet that stands open
     put = {}
-    for k, name in enumerate(map(str, order)):
+    for block in sorted(rng.permutation(BLOCKS), key=lambda b: b[6:] not in words):
         kind = str(rng.choice(["table", "left", "right", "drawer", "top"], p=PLACES))
-        if k == 0 and task:
-            kind = {"slider": free, "drawer": "drawer"}.get(
-                words[-1] * (words[0] == "lift"), "table"
-            )
-        elif k == 1 and words[0] in ("stack", "unstack"):
+        if task and not put:  # the block that it is about
+            lifted = words[-1] if words[0] == "lift" else "table"
+            kind = {"slider": inside}.get(lifted, lifted)
+        elif words[0] in ("stack", "unstack") and len(put) == 1:
             kind = "table" if words[0] == "stack" else "top"
         elif task == "push_into_drawer":
             kind = str(rng.choice(["left", "right"]))
-        bases = [b for b, p in put.items() if p[2] == 0.46 and not (task and b == order[0])]
-        if words[0] == "unstack":
-            bases = [b for b, p in put.items() if p[2] == 0.46]
-        if (kind == "drawer" and s[1] <= 0.17) or (kind == "top" and not bases):
+        low = [b for b, p in put.items() if p[2] == 0.46]
+        if task and words[0] != "unstack":
+            low = low[1:]  # nothing on top of the block that it is about
+        if (kind == "drawer" and scene[1] <= 0.17) or (kind == "top" and not low):
             kind = "table"
         for _ in range(200):
             yaw = np.pi / 2 + rng.uniform(-1, 1) * np.pi / (8 if rng.random() < 0.7 else 1)
-            if kind == "table" and rng.random() < 0.5:  # the benchmark's two places, roughly
-                xyz = (
-                    rng.choice([0.05, 0.23]) + rng.uniform(-0.02, 0.02),
-                    rng.uniform(-0.14, -0.1),
-                    0.46,
-                )
-            elif kind == "table":
-                xyz = (rng.uniform(*TABLE_X), rng.uniform(*TABLE_Y), 0.46)
+            if kind == "top":
+                at, yaw = put[low[0]] + 0.041 * UP, scene[11 + 6 * BLOCKS.index(low[0])]
             elif kind == "drawer":
-                xyz = (rng.uniform(0.06, 0.30), rng.uniform(-0.11 - s[1], -0.23), 0.363)
-            elif kind == "top":
-                xyz, yaw = put[bases[0]] + 0.041 * UP, s[11 + 6 * BLOCKS.index(bases[0])]
-            else:  # turned no more than the operator, or the benchmark, would put it there
-                xyz = (rng.uniform(*SHELVES[kind]), rng.uniform(0.08, 0.095), 0.462)
+                at = np.array(
+                    [rng.uniform(0.06, 0.30), rng.uniform(-0.11 - scene[1], -0.23), 0.363]
+                )
+            elif kind != "table":  # turned no more than the operator, or the benchmark, puts it
+                at = np.array([rng.uniform(*SHELVES[kind]), rng.uniform(0.08, 0.095), 0.462])
                 yaw = np.pi / 2 + rng.uniform(-1, 1) * np.pi / 8
-            others = [put[b] for b in put if not (kind == "top" and b == bases[0])]
-            if all(np.linalg.norm(np.subtract(xyz, p)[:2]) > 0.095 for p in others):
+            elif rng.random() < 0.5:  # the benchmark's two places, roughly
+                x = rng.choice([0.05, 0.23]) + rng.uniform(-0.02, 0.02)
+                at = np.array([x, rng.uniform(-0.14, -0.1), 0.46])
+            else:
+                at = np.array([rng.uniform(*TABLE_X), rng.uniform(*TABLE_Y), 0.46])
+            others = [p for b, p in put.items() if not (kind == "top" and b == low[0])]
+            if all(np.linalg.norm((at - p)[:2]) > 0.095 for p in others):
                 break
-            if not (task and k == 0):
+            if put or not task:
                 kind = str(rng.choice(["table", "left", "right"]))
-        put[name] = np.array(xyz)
-        i = 6 + 6 * BLOCKS.index(name)
-        s[i : i + 6] = *xyz, 0, 0, yaw
-    return s
+        put[block] = at
+        i = 6 + 6 * BLOCKS.index(block)
+        scene[i : i + 6] = *at, 0, 0, yaw
+    return scene
 
 
-def prepare(env, op, task, rng, chained):
+def prepare(env, oracle, task, rng, kind):
     """Resets to a random scene in which the task can be done; True if it worked.
 
-    chained: the arm stands where another skill has just ended, else at the benchmark's start pose
-    (with the block in hand, if the task needs one).
+    kind 0, 2: at the benchmark's start pose (with a block in the hand, if the task needs one);
+    1: where another skill has ended; 3: the same, with a block in the hand.
     """
-    op.style()
-    env.reset(sim.ROBOT_OBS0, random_scene(rng, task))
-    op.run([Way(NEUTRAL, DOWN, OPEN, hold=3)], 3)
-    if task.startswith("place") or task == "stack_block":
-        lifts = [t for t in op.feasible() if t.startswith("lift")]
-        ok = bool(lifts) and op.attempt(str(rng.choice(lifts)))[0]
-        if ok and not chained:
-            op.run(op.rest, 40)
-            op.run([Way(NEUTRAL, DOWN, CLOSE)], 40)
+    obs = env.reset(sim.ROBOT_OBS0, random_scene(rng, task))
+    for _ in range(4):
+        obs, *_ = env.step(np.array([0, 0, 0, 0, 0, 0, 1.0]), render=False)
+    others = [t for t in feasible(see(env, obs)) if t != task]
+    lifts = [t for t in others if t.startswith("lift")]
+    if task.startswith("place") or task == "stack_block" or kind == 3:
+        others = [t for t in lifts if t.split("_")[1] not in task]
+    elif kind != 1:
+        return task in feasible(see(env, obs))
     else:
-        others = [t for t in op.feasible() if t != task and not t.startswith("lift")]
-        ok = not chained or (bool(others) and op.attempt(str(rng.choice(others)))[0])
-    return ok and task in op.feasible()
+        others = [t for t in others if t not in lifts]
+    done = bool(others) and attempt(env, oracle, str(rng.choice(others)))[0]
+    return done and task in feasible(see(env, env.get_obs(render=False)))
 
 
 # -------------------------------------------------------------------------------- in many processes
@@ -760,7 +634,7 @@ def _parallel(function, jobs, procs, make, render, total, done=0, what=""):
     """function(*job) for every job in `procs` processes, each with what make(render) gives it: an
     environment and its oracle; the workers' counter moves the bar."""
     context = multiprocessing.get_context("spawn")
-    counter, out = context.Value("q", 0), []
+    counter = context.Value("q", 0)
     with (
         tqdm(total=total, initial=done, desc=what, smoothing=0.05) as bar,
         ProcessPoolExecutor(procs, context, _start_worker, (make, render, counter)) as pool,
@@ -773,11 +647,10 @@ def _parallel(function, jobs, procs, make, render, total, done=0, what=""):
                 for f in futures:
                     if f.done() and f.exception():
                         raise f.exception()
-            out = [f.result() for f in futures]
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
         bar.update(total - bar.n)
-    return out
+        return [f.result() for f in futures]
 
 
 def _count():
@@ -787,30 +660,32 @@ def _count():
 
 # -------------------------------------------------------------------------------------------- rates
 def _one_rate(task, n, seed):
+    env, oracle = _worker["env"], _worker["oracle"]
     for again in range(30):
         rng = np.random.default_rng([seed, sim.TASKS.index(task), n, again])
-        op = Operator(_worker["env"], rng, _worker["oracle"])
-        if prepare(op.env, op, task, rng, chained=n % 2 == 1):
-            ok, steps = op.attempt(task)
+        if prepare(env, oracle, task, rng, n % 4):
+            solved, steps = attempt(env, oracle, task)
             _count()
-            return task, bool(ok), steps
+            return task, n, solved, steps
     raise RuntimeError(f"{task}: no feasible start in 30 random scenes (seed {seed}, trial {n})")
 
 
 def rates(n=20, procs=2, seed=0, out=None, make=make_sim):
     """Attempts every task n times: prints, returns and writes to `out` (JSON) {task: figures}."""
-    jobs = [(t, k, seed) for t in sim.TASKS for k in range(n)]
+    jobs = [(task, k, seed) for task in sim.TASKS for k in range(n)]
     rows = _parallel(_one_rate, jobs, procs, make, False, len(jobs), what="rates")
     table = {}
     print(f"{'task':26s} {'n':>5s} {'success':>8s} {'median':>7s} {'95 %':>6s} {'<= 64':>7s}")
     for task in [*sim.TASKS, "all"]:
-        ok, frames = np.array([r[1:] for r in rows if task in (r[0], "all")]).T
-        frames = np.where(ok, frames, 360)  # a failure counts as the whole budget
-        f = [ok.mean(), *np.percentile(frames, (50, 95)), np.mean(frames <= 64)]
-        table[task] = dict(
-            zip(("success", "median", "p95", "within64"), map(float, f), strict=True)
-        )
-        print(f"{task:26s} {len(ok):5d} {f[0]:8.3f} {f[1]:7.0f} {f[2]:6.0f} {f[3]:7.2f}")
+        some = [row for row in rows if task in (row[0], "all")]
+        solved = np.array([row[2] for row in some])
+        steps = np.array([row[3] for row in some])  # a failure counts as the whole budget
+        figures = [solved.mean(), *np.percentile(steps, (50, 95)), np.mean(steps <= 64)]
+        names = ("success", "median", "p95", "within64")
+        table[task] = dict(zip(names, map(float, figures), strict=True))
+        line = f"{task:26s} {len(some):5d} {figures[0]:8.3f} {figures[1]:7.0f} {figures[2]:6.0f}"
+        failed = [row[1] for row in some if not row[2]] if task != "all" else ""
+        print(f"{line} {figures[3]:7.2f} {failed or ''}")
     if out:
         text = json.dumps({"seed": seed, "n": n, "tasks": table}, indent=1)
         write(Path(out), lambda file: file.write(text.encode()))
@@ -819,33 +694,20 @@ def rates(n=20, procs=2, seed=0, out=None, make=make_sim):
 
 # ---------------------------------------------------------------------------------------- recording
 SIM = {"source": "sim", "renderer": sim.LOOK, "hz": 30, "action_scale": [0.02, 0.05]}
+REMEDY = "Free some space (up to 150 kB a frame) or fix the permissions, and repeat the command"
 
 
 def write(path, fill):
     """Writes a file beside its place and renames it, so that nobody ever sees half of it."""
-    tmp = path.with_name(path.name + ".tmp")
+    part = path.with_name(path.name + ".tmp")
     try:
-        with open(tmp, "wb") as file:
+        with open(part, "wb") as file:
             fill(file)
-        os.replace(tmp, path)
+        os.replace(part, path)
     except OSError as error:
-        tmp.unlink(missing_ok=True)
-        why = f"cannot write {path}: {error.strerror}. Free some space (up to 150 kB a frame)"
-        why += " or fix the permissions, and run the same command again: it goes on where it"
-        why += " stopped"
+        part.unlink(missing_ok=True)
+        why = f"cannot write {path}: {error.strerror}. {REMEDY}: it goes on where it stopped"
         raise OSError(error.errno, why) from None
-
-
-# Tasks that need another one first come up less often; they are preferred when they are possible.
-PRIOR = {"unstack": 8, "place_in_drawer": 4, "stack": 4, "place": 2, "close": 0.4, "rotate": 1.5}
-PRIOR |= {"lift_drawer": 6, "lift_slider": 4, "lift_table": 1.5, "push": 1.5}
-
-
-def prior(task):
-    """Weight of a task that has not been done yet."""
-    words = task.split("_")
-    keys = (task, f"{words[0]}_{words[-1]}", words[0])
-    return next((PRIOR[k] for k in keys if k in PRIOR), 1)
 
 
 class _Full(Exception):
@@ -856,167 +718,216 @@ class Recorder:
     """Plays and records one block of consecutive frames: an episode, or more if a scene got stuck.
 
     A pure function of its arguments that writes under final names: after a crash it is repeated.
-    `skip` steps of the simulator make one frame, as in `data.py pack --skip`: what is seen before
-    the first, the mean of the arm's actions, the last gripper. Time t counts the steps.
+    A frame lasts `skip` steps of the simulator. Time t counts frames.
     """
 
-    def __init__(self, env, folder, first, length, rng, oracle=sim.oracle, skip=1):
-        self.env, self.folder, self.rng, self.skip = env, folder, rng, skip
-        self.t, self.end, self.actions = first * skip, (first + length) * skip, []
-        self.episodes, self.spans, self.infos = [], [], {}  # episodes in frames, spans in steps
-        self.settling = False  # the last span's motion is being completed
+    def __init__(self, env, oracle, folder, first, length, rng, skip=1, pictures=True):
+        self.env, self.oracle, self.folder, self.rng, self.skip = env, oracle, folder, rng, skip
+        self.first, self.t, self.end, self.pictures = first, first, first + length, pictures
+        self.episodes, self.spans, self.bursts_at, self.rows = [], [], [], []
+        self.infos = {}  # frame: what the oracle wants to know of it
         self.count = dict.fromkeys(sim.TASKS, 0)
-        self.sums, self.low, self.high = np.zeros((2, 39)), np.full(7, np.inf), np.full(7, -np.inf)
-        self.op = Operator(env, rng, oracle, on_step=self.on_step, render=True)
+        self.pairs, self.last = {}, None  # how often a task came after a kind of task; that kind
 
-    def on_step(self, action, obs, info):
-        """Frame: what was seen before its steps, the actions commanded in them, the pose they led
-        to. Pictures are drawn where a frame begins only."""
-        self.actions.append(action)
-        self.t += 1
-        if self.t % self.skip == 0:
-            self.frame(np.append(np.mean(self.actions, 0)[:6], action[6]), obs["robot_obs"])
-            self.obs, self.actions = obs, []
-        self.op.render = (self.t + 1) % self.skip == 0
+    @property
+    def seen(self):
+        return see(self.env, self.obs)
+
+    # ---- one frame ----
+    def tick(self, action, start=None, task=None, disturbed=False):
+        """Holds an action for one frame and writes it; whether the oracle saw `task` done."""
+        seen, solved = self.obs, False
+        for k in range(self.skip):
+            last = k == self.skip - 1
+            obs, _, _, info = self.env.step(action, render=last and self.pictures)
+            solved = solved or (task is not None and self.oracle(start, info, task))
+        pose = np.append(obs["robot_obs"][:6], action[6])
+        frame = {"actions": pose, "rel_actions": action} | seen.get("rgb_obs", {})
+        frame |= {key: seen[key] for key in ("robot_obs", "scene_obs")}
+        if self.pictures:
+            path = self.folder / f"episode_{self.t:07d}.npz"
+            write(path, lambda file: np.savez(file, **frame))
+        self.rows.append({k: v for k, v in frame.items() if not k.startswith("rgb")})
+        self.bursts_at += [self.t] * disturbed
+        self.obs, self.t = obs, self.t + 1
         self.infos[self.t] = info
-        self.infos.pop(self.t - 128, None)  # no span reaches back further than 63 frames
-        if self.settling:
-            self.lengthen()
+        self.infos.pop(self.t - SPAN - 1, None)
+        _count()
         if self.t == self.end:
             raise _Full
+        return solved
 
-    def frame(self, action, nxt):
-        """Writes the frame that ends now: self.obs, action (7,) and the pose nxt (6, ...)."""
-        seen = self.obs
-        frame = {
-            "actions": np.concatenate([nxt[:6], action[6:]]), "rel_actions": action,
-            "robot_obs": seen["robot_obs"], "scene_obs": seen["scene_obs"], **seen["rgb_obs"],
-        }  # fmt: skip
-        name = f"episode_{self.t // self.skip - 1:07d}.npz"
-        write(self.folder / name, lambda f: np.savez(f, **frame))
-        state = np.concatenate([seen["robot_obs"], seen["scene_obs"]])
-        self.sums += [state, state**2]
-        self.low = np.minimum(self.low, frame["actions"])
-        self.high = np.maximum(self.high, frame["actions"])
-        _count()
-
-    def reset(self):
+    def reset(self, task):
         """Begins an episode. Its first frame carries the state that it was reset to, not what the
         reset's one step of physics made of it, so that a replay from there is exact."""
-        start, self.infos = (sim.ROBOT_OBS0, random_scene(self.rng)), {}
-        self.actions, self.op.render = [], (self.t + 1) % self.skip == 0
-        self.obs = self.env.reset(*start) | dict(
-            zip(("robot_obs", "scene_obs"), start, strict=True)
-        )
-        self.infos[self.t] = self.env.get_info()
+        start = {"robot_obs": sim.ROBOT_OBS0, "scene_obs": random_scene(self.rng, task)}
+        self.obs = self.env.reset(*start.values()) | start
+        self.infos = {self.t: self.env.get_info()}
 
+    # ---- play ----
     def play(self):
         """Fills the block. Returns what the parent must know about it, as plain numbers."""
+        shortest = EPISODE[0] // self.skip
         try:
             while True:
-                # An episode's last, incomplete frame is left out, and what ends in it or after.
-                self.t -= self.t % self.skip
-                self.spans = [s for s in self.spans if s[2] < self.t]
-                start, stuck, full = self.t, 0, self.t + self.rng.integers(*EPISODE)
-                self.reset()
-                self.op.refresh().style()
-                self.op.run([Way(*self.op.target(), OPEN, hold=5)], 5)  # blocks come to rest
+                start, stuck, task = self.t, 0, self.choose(sim.TASKS)
+                full = start + self.rng.integers(*EPISODE) // self.skip
+                self.reset(task if self.rng.random() < 0.7 else None)
+                self.idle(2)  # blocks come to rest
                 if self.rng.random() < 0.5:  # half of the episodes begin away from the start pose
-                    self.op.run(self.wander(), 60)
+                    self.wander()
                 # Over when it is long enough, stuck, or has lost a block, unless this episode or
                 # the next would be too short.
                 while (stuck < 4 and self.t < full) or (
-                    min(self.t - start, self.end - self.t) < EPISODE[0]
+                    min(self.t - start, self.end - self.t) < shortest
                 ):
-                    stuck = stuck + 1 if self.segment() else 0
-                    held = self.op.held()
-                    stuck += 4 * any(self.op.place_of(b) == "lost" for b in BLOCKS if b != held)
-                self.episodes.append((start // self.skip, self.t // self.skip - 1))
+                    stuck = 0 if self.segment() else stuck + 1
+                    stuck += 4 * any(place_of(self.seen, b) == "lost" for b in BLOCKS)
+                self.episodes.append((start, self.t - 1))
         except _Full:
-            self.episodes.append((start // self.skip, self.t // self.skip - 1))
-        # In frames; a success must be in the block, not just after it.
-        spans = [(task, -(-a // self.skip), b // self.skip) for task, a, b in self.spans]
-        spans = [s for s in spans if any(a <= s[1] <= s[2] <= b for a, b in self.episodes)]
-        return {
-            "episodes": self.episodes, "spans": spans, "sums": self.sums.tolist(),
-            "low": self.low.tolist(), "high": self.high.tolist(),
+            self.episodes.append((start, self.t - 1))
+        inside = [any(a <= s[1] <= s[2] <= b for a, b in self.episodes) for s in self.spans]
+        spans = [s for s, ok in zip(self.spans, inside, strict=True) if ok]
+        states = {k: np.array([row[k] for row in self.rows]) for k in self.rows[0]}
+        both = np.concatenate([states["robot_obs"], states["scene_obs"]], 1)
+        part = {
+            "episodes": self.episodes, "spans": spans, "disturbed": self.bursts_at,
+            "sums": [both.sum(0).tolist(), (both**2).sum(0).tolist()],
+            "low": states["actions"].min(0).tolist(), "high": states["actions"].max(0).tolist(),
         }  # fmt: skip
+        return part, states
+
+    def idle(self, frames):
+        for _ in range(frames):
+            self.tick(np.array([0, 0, 0, 0, 0, 0, self.obs["robot_obs"][14]]))
+
+    def wander(self, home=False):
+        """Reaches about in free space, or goes to where the benchmark starts."""
+        seen, rng = self.seen, self.rng
+        pos, turn = (
+            rng.uniform([-0.28, -0.36, clear(seen)], [0.26, -0.10, 0.66]),
+            rng.normal(size=3),
+        )
+        grip = CLOSE if held(seen) else int(rng.choice([OPEN, CLOSE]))
+        euler, speed, frames = (
+            DOWN + turn * [0.05, 0.2, 0.5],
+            rng.uniform(0.012, SPEED),
+            rng.integers(4, 20),
+        )
+        if home:
+            pos, euler, grip, speed, frames = (
+                NEUTRAL,
+                DOWN,
+                CLOSE if held(seen) else OPEN,
+                SPEED,
+                25,
+            )
+        for _ in range(frames):
+            way = travel(self.seen, pos, 1.0 * home, euler, grip)
+            self.tick(towards(self.seen, *way, self.skip, speed))
+            if np.linalg.norm(self.seen.tcp - pos) < 0.01:
+                break
+
+    def choose(self, tasks):
+        """A task, the rather the rarer it is, by itself and after what was done before."""
+        rare = [
+            (1 + 2 * self.count[t]) ** -1.5 / (1 + self.pairs.get((self.last, t), 0)) for t in tasks
+        ]
+        return str(self.rng.choice(tasks, p=np.array(rare) / sum(rare)))
 
     def segment(self):
-        """One piece of play, mostly a skill done well or badly. True if it failed."""
-        op, rng = self.op, self.rng
-        noise = rng.uniform(0.05, 0.25) if rng.random() < 1 / 3 else 0.0
-        # A quarter of the time in haste: a world model must see what becomes of an arm that is led
-        # faster than it can follow.
-        haste = rng.uniform() if rng.random() < 1 / 4 else 0.0
-        op.refresh().style(vary=rng.choice([0.0, 0.5, 1.0]), noise=noise, haste=haste)
-        kind = rng.random()
-        if kind < 0.04:  # idle
-            op.run([Way(*op.target(), op.grip, hold=int(rng.integers(5, 25)))], 25)
-            return False
-        if kind < 0.12:  # reach about in free space, sometimes clumsily
-            op.noise = rng.choice([0.0, 0.3, 0.8])
-            op.run(self.wander(), 60)
-            return False
-        if kind < 0.22:  # the next skill starts where the benchmark starts
-            op.run(op.home(), 120)
-            op.style(vary=rng.choice([0.0, 0.5, 1.0]), noise=noise, haste=haste)
-        tasks = op.feasible()
-        if op.held() and (rng.random() < 0.2 or not tasks):
-            return not op.run(op.set_down(), 90)
-        weights = np.array([prior(t) / (1 + 2 * self.count[t]) ** 1.5 for t in tasks])
-        task = str(rng.choice(tasks, p=weights / weights.sum()))
-        op.astray = int(rng.integers(8, 45)) if rng.random() < 0.35 else 0
-        self.count[task] += 1  # whatever comes of it, lest what fails be tried again and again
-        aborted, start = rng.random() < 0.15, self.t
-        success, _ = op.attempt(task, int(rng.integers(5, 45)) if aborted else 90 + op.astray)
-        if not success:
-            return not aborted
-        # The try that succeeded shows what was meant, unless it did so by mistake, and that it does
-        # not stop at the threshold.
-        self.settling = not op.astray and self.annotate(task, start + op.began)
-        op.run(islice(op.rest, 1), SETTLE)
-        self.settling = False
-        # Retreat, or let the next skill begin from here, as in a chain of instructions.
-        if rng.random() < 0.35:
-            op.run(op.rest, int(rng.integers(2, 40)))
-        return False
+        """One piece of play, mostly a skill. False if it failed."""
+        kind = self.rng.random()
+        if kind > 0.17:
+            return self.skill()
+        if kind < 0.03:
+            self.idle(self.rng.integers(2, 12))
+        else:
+            self.wander(home=kind > 0.09)
+        return True
 
-    def annotate(self, task, start) -> bool:
-        """A span of at most 64 frames, as CALVIN's are, from where the try began to this success.
-        What came before it says nothing of the sentence. False if the oracle does not agree."""
-        first = max(self.t - 63, start)
-        if solved := self.op.oracle(self.infos[first], self.infos[self.t], task):
-            self.spans.append([task, first, self.t])
+    def skill(self):
+        """Does one task, disturbed in bursts or not; annotates it if the oracle agrees."""
+        rng, seen = self.rng, self.seen
+        tasks = feasible(seen)
+        if held(seen) and rng.random() < 0.7:  # mostly it is put somewhere
+            tasks = [t for t in tasks if t.startswith(("place", "stack"))] or tasks
+        task = self.choose(tasks)
+        self.count[task] += 1  # whatever comes of it: what fails is not tried again and again
+        self.pairs[self.last, task] = self.pairs.get((self.last, task), 0) + 1
+        self.last = task.rsplit("_", 1)[0]
+        begin, start = self.t, self.infos[self.t]
+        free, bursts = free_blocks(start), self.bursts()
+        for frame in range(PATIENCE // self.skip):
+            if frame in bursts:
+                a, begin = self.disturbed(task, free, *bursts[frame]), self.t + 1
+            else:
+                a = act(task, self.seen, free, self.skip)
+            if self.tick(a, start, task, frame in bursts):
+                break
+        else:
+            return False
+        solved = self.annotate(task, begin)
+        # The motion that succeeded goes on for a while: it does not end at the rule's threshold.
+        for _ in range(int(rng.integers(0, 6)) if rng.random() < 0.5 else 0):
+            self.tick(act(task, self.seen, free, self.skip))
+            if solved and self.annotate(task, begin):
+                del self.spans[-2]
+        return True
+
+    def bursts(self):
+        """{frame of the skill: (kind, numbers)}, none in 45 %. What imitators do: the arm is pushed
+        (push), the fingers go wrong (fingers), the hand is believed to be elsewhere (belief), or it
+        goes to some other place (astray)."""
+        rng, out = self.rng, {}
+        for _ in range(rng.choice([0, 1, 2], p=[0.45, 0.45, 0.1])):
+            kind, longest = BURSTS[rng.choice(4, p=[0.2, 0.15, 0.3, 0.35])]
+            off = rng.normal(size=6) * [0.03, 0.03, 0.015, 0, 0.1, 0.4]  # m, rad
+            if kind == "astray":
+                off = np.append(rng.uniform(*ROOM), [0, 0.1, 0.5] * rng.normal(size=3))
+            first = rng.integers(0, 15)
+            out |= dict.fromkeys(range(first, first + rng.integers(1, longest)), (kind, off))
+        return out
+
+    def disturbed(self, task, free, kind, off):
+        """What the operator does in a burst."""
+        seen = self.seen
+        if kind == "belief":
+            wrong = {"tcp": seen.tcp + off[:3], "euler": seen.euler + off[3:]}
+            wrong["target"] = seen.target + off[:3]
+            return act(task, seen._replace(**wrong), free, self.skip)
+        if kind == "astray":
+            grip = CLOSE if off[0] > 0 and not held(seen) else seen.grip
+            return towards(seen, off[:3], DOWN + off[3:], grip, self.skip)
+        a = act(task, seen, free, self.skip)
+        if kind == "fingers":
+            return a * [1, 1, 1, 1, 1, 1, -1]
+        inside = np.clip(seen.tcp + off[:3], *ROOM) - seen.tcp
+        return action(seen, inside, 0.2 * off[3:], a[6], self.skip)
+
+    def annotate(self, task, begin):
+        """A span from `begin`, behind the last burst, to this success, of at most 64 steps."""
+        first = max(self.t - (SPAN - 1) // self.skip, begin)
+        solved = first < self.t and self.oracle(self.infos[first], self.infos[self.t], task)
+        if solved:
+            self.spans.append((task, first, self.t))
         return solved
 
-    def lengthen(self):
-        """Moves the last span on to now, if it ended a frame ago and is a success still. Not into
-        the retreat: there one cannot see whether the hand that hovers here has yet to press."""
-        task, first, end = self.spans[-1]
-        later = max(first, self.t - 63)
-        known = end == self.t - 1 and later in self.infos  # not in an episode that is over
-        if known and self.op.oracle(self.infos[later], self.infos[self.t], task):
-            self.spans[-1] = [task, later, self.t]
 
-    def wander(self):
-        op, rng = self.op, self.rng
-        yield from op.leave()
-        for _ in range(rng.integers(1, 4)):
-            pos = rng.uniform([-0.28, -0.36, op._clear()], [0.26, -0.10, 0.66])
-            orn = DOWN + rng.normal(size=3) * [0.05, 0.2, 0.5]
-            grip = CLOSE if op.held() else rng.choice([OPEN, CLOSE])
-            yield Way(pos, orn, int(grip), speed=rng.uniform(0.006, 0.028))
-
-
-def _block(folder, split, index, first, length, seed, skip):
+def _block(folder, split, index, first, length, seed, skip, pictures):
     """Records one block of frames, then its part file, which says that it is finished."""
     rng = np.random.default_rng([seed, ("training", "validation").index(split), index])
-    part = Recorder(_worker["env"], folder, first, length, rng, _worker["oracle"], skip).play()
-    write(folder / "parts" / f"{index:05d}.json", lambda f: f.write(json.dumps(part).encode()))
+    env, oracle = _worker["env"], _worker["oracle"]
+    part, states = Recorder(env, oracle, folder, first, length, rng, skip, pictures).play()
+    name = folder / "parts" / f"{index:05d}"
+    if not pictures:
+        write(name.with_suffix(".npz"), lambda file: np.savez(file, **states))
+    write(name.with_suffix(".json"), lambda file: file.write(json.dumps(part).encode()))
 
 
-def record(folder, frames, val_frames, procs=2, seed=0, make=make_sim, about=SIM, skip=1):
+def record(
+    folder, frames, val_frames, procs=2, seed=0, make=make_sim, about=SIM, skip=1, pictures=True
+):
     """Records play into folder/training and folder/validation; goes on where it was stopped.
 
     make: function(render) -> (environment, oracle). about: what recording.json says of it.
@@ -1036,14 +947,14 @@ def record(folder, frames, val_frames, procs=2, seed=0, make=make_sim, about=SIM
             if (place / "parts" / f"{k:05d}.json").exists():
                 done += end - first
             else:
-                jobs.append((place, split, k, first, end - first, seed, skip))
+                jobs.append((place, split, k, first, end - first, seed, skip, pictures))
     if jobs:
-        _parallel(_block, jobs, procs, make, True, frames + val_frames, done, "recording")
+        _parallel(_block, jobs, procs, make, pictures, frames + val_frames, done, "recording")
     print(f"recorded in {folder} (seed {seed}):")
     for split in ("training", "validation"):
-        _finish(folder / split, split, seed, skip)
+        _finish(folder / split, split, seed, skip, pictures)
     thin = "" if skip > 1 else " --skip 2    (15 Hz, as --preset sim)"
-    print(f"next: python data.py pack {folder} PACKED{thin}")
+    print(f"next: python data.py pack {folder} PACKED{thin}" if pictures else "no pictures")
 
 
 def _claim(place, n, seed, about):
@@ -1063,7 +974,7 @@ def _claim(place, n, seed, about):
     write(place / "recording.json", lambda f: f.write(json.dumps(about).encode()))
 
 
-def _finish(place, split, seed, skip):
+def _finish(place, split, seed, skip, pictures):
     """Everything but the frames: episode bounds, statistics, language."""
     parts = [json.loads(p.read_text()) for p in sorted((place / "parts").glob("*.json"))]
     episodes = np.array([e for p in parts for e in p["episodes"]])  # (E, 2), both ends inclusive
@@ -1084,6 +995,19 @@ def _finish(place, split, seed, skip):
     for name, value in (arrays | language).items():
         write(place / f"{name}.npy", lambda f, v=value: np.save(f, v, allow_pickle=True))
     chosen = language[f"{LANG}/auto_lang_ann"]["language"]["task"]
+    disturbed = np.zeros(lengths.sum(), bool)
+    disturbed[[t for p in parts for t in p["disturbed"]]] = True
+    write(place / "disturbed.npy", lambda f: np.save(f, disturbed))
+    if not pictures:
+        states = [np.load(p) for p in sorted((place / "parts").glob("*.npz"))]
+        spans = np.array(language[f"{LANG}/auto_lang_ann"]["info"]["indx"])
+        arrays = {
+            "robot_obs": np.concatenate([x["robot_obs"] for x in states]),
+            "scene_obs": np.concatenate([x["scene_obs"] for x in states]),
+            "actions": np.concatenate([x["rel_actions"] for x in states]),
+            "spans": spans, "tasks": np.array(chosen), "disturbed": disturbed,
+        }  # fmt: skip
+        write(place / "states.npz", lambda f: np.savez(f, **arrays))
     print(
         f"  {split}: {lengths.sum()} frames, {len(lengths)} episodes, {len(chosen)} annotated spans"
     )
@@ -1093,6 +1017,8 @@ def _finish(place, split, seed, skip):
 
 def _language(parts, steps, split, seed):
     """CALVIN's language files {name: content}, and how many spans of each task there were."""
+    import data  # brings torch, which no worker needs
+
     rng = np.random.default_rng([seed, 99])
     spans = {
         t: [(a, b) for p in parts for task, a, b in p["spans"] if task == t] for t in sim.TASKS
@@ -1107,38 +1033,24 @@ def _language(parts, steps, split, seed):
             chosen.append((*map(int, spans[task].pop()), str(task)))
     chosen = sorted(chosen[:wanted])
     sentences = json.loads((ASSETS / "sentences.json").read_text())["tasks"]
-    embed, key = _embeddings(), "train" if split == "training" else "validation"
+    key = "train" if split == "training" else "validation"
     ann = [str(rng.choice(sentences[task][key])) for *_, task in chosen]
     files = {
         "auto_lang_ann": {
-            "language": {"ann": ann, "task": [c[2] for c in chosen], "emb": embed(ann)[:, None]},
+            "language": {
+                "ann": ann,
+                "task": [c[2] for c in chosen],
+                "emb": data.encode(ann)[:, None],
+            },
             "info": {"episodes": [], "indx": [(a, b + 1) for a, b, _ in chosen]},  # end exclusive
         }
     }
     if split == "validation":
         held_out = {t: sentences[t]["validation"] for t in sim.TASKS}
-        files["embeddings"] = {t: {"emb": embed(s)[None], "ann": s} for t, s in held_out.items()}
+        files["embeddings"] = {
+            t: {"emb": data.encode(s)[None], "ann": s} for t, s in held_out.items()
+        }
     return {f"{LANG}/{name}": value for name, value in files.items()}, found
-
-
-def _embeddings():
-    """Function: sentences (N) -> (N, 384) float32, from the committed table."""
-    path = ASSETS / "embeddings.npz"
-    remedy = "restore it from the repository and repeat the command; the frames are not lost"
-    if not path.exists():
-        raise FileNotFoundError(f"{path}, the sentences' embeddings, is missing: {remedy}")
-    with np.load(path, allow_pickle=False) as data:
-        if str(data["text_encoder"]) != LANG[5:]:
-            raise ValueError(f"{path} is of {data['text_encoder']}, expected {LANG[5:]}: {remedy}")
-        rows, at = data["embeddings"], {str(s): i for i, s in enumerate(data["sentences"])}
-
-    def embed(sentences):
-        unknown = [s for s in sentences if s not in at]
-        if unknown:
-            raise ValueError(f"{path} lacks {unknown[0]!r} of sentences.json: {remedy}")
-        return rows[[at[s] for s in sentences]].astype(np.float32)
-
-    return embed
 
 
 def main(argv=None):
@@ -1152,6 +1064,7 @@ def main(argv=None):
     w.add_argument("--frames", type=int, default=100_000)
     w.add_argument("--val-frames", type=int, default=10_000)
     w.add_argument("--skip", type=int, default=1, help="steps of 1/30 s for each frame")
+    w.add_argument("--no-pictures", action="store_true", help="states only: tests/imitable.py")
     for p in (r, w):
         p.add_argument("--procs", type=int, default=2)
         p.add_argument("--seed", type=int, default=0)
@@ -1170,7 +1083,17 @@ def main(argv=None):
         if a.command == "rates":
             rates(a.n, a.procs, a.seed, a.out, make)
         else:
-            record(a.folder, a.frames, a.val_frames, a.procs, a.seed, make, about, a.skip)
+            record(
+                a.folder,
+                a.frames,
+                a.val_frames,
+                a.procs,
+                a.seed,
+                make,
+                about,
+                a.skip,
+                not a.no_pictures,
+            )
     except (OSError, ValueError, ImportError) as error:
         sys.exit(f"error: {error}")
 
