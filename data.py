@@ -29,7 +29,7 @@ import pickle
 import shutil
 import sys
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 
@@ -573,6 +573,123 @@ class Latents:
         with naming(path := data.path / f"latents-{key}", "Remove that folder, it is made again"):
             files = [path / f"{k}.npy" for k in ("h", "z", "z_reset")]
             return cls(path, [np.load(f, mmap_mode="r") for f in files])
+
+
+def to_device(batch: dict[str, torch.Tensor], device: str) -> dict[str, torch.Tensor]:
+    return {k: x.to(device, non_blocking=True) for k, x in batch.items()}
+
+
+@torch.random.fork_rng()  # so that a cache made anew is the same, and training goes on as before
+@torch.no_grad()
+def cache_latents(
+    world, data: PlayData, key: str, device: str = "cpu", autocast=nullcontext
+) -> Latents:
+    """(h, z) of every frame of a split, made once per world model and kept beside the data.
+
+    The set is cut into stretches that are filtered side by side; each begins `warm` frames early,
+    so that its first kept latent has a history too. Also z after a reset, per frame [D8].
+    """
+    from tqdm import tqdm
+
+    c = world.config
+    if Latents.exists(data, key):
+        return Latents.open(data, key)
+    out = Latents.create(data, key, c.deterministic, c.categoricals)
+    rows, warm, L = min(64, -(-len(data) // 256)), 64, 64
+    length = -(-len(data) // rows)  # frames per stretch, rounded up
+    starts = np.arange(rows) * length
+    state = world.initial(rows)
+    torch.manual_seed(0)
+    for t in tqdm(range(-warm, length, L), desc=f"latents of {data.split}", unit="block"):
+        frames = (starts + t + np.arange(min(L, length - t))[:, None]) % len(data)  # (L, rows)
+        batch = to_device(data.frames(frames), device)
+        if t == -warm:
+            batch["reset"][0] = True
+        with autocast():
+            images = {
+                k: batch[f"rgb_{k}"].float().mul_(1 / 127.5).sub_(1).movedim(-1, -3)
+                for k in ("static", "gripper")
+            }
+            e = world.encode(images, batch["robot_obs"])
+            h, z, _ = world.observe(e, batch["a_prev"], batch["reset"], state)
+            state = (h[-1], z[-1])
+            nothing = torch.tensor(NO_ACTION, device=device).expand(*e.shape[:2], 7)
+            z_reset = world.observe(
+                e.flatten(0, 1)[None], nothing.flatten(0, 1)[None],
+                torch.ones_like(batch["reset"]).flatten()[None], world.initial(h[..., 0].numel()),
+            )[1].view_as(z)  # fmt: skip
+        if t >= 0:
+            keep = (np.arange(len(frames)) + t)[:, None] < np.minimum(len(data) - starts, length)
+            to_class = lambda z: z[..., : c.discrete].unflatten(-1, (c.categoricals, -1)).argmax(-1)
+            for name, x in (("h", h), ("z", to_class(z)), ("z_reset", to_class(z_reset))):
+                getattr(out, name)[frames[keep]] = x.cpu().numpy()[keep]
+    return out.commit()
+
+
+def stored_z(world, classes: torch.Tensor, robot_obs: torch.Tensor) -> torch.Tensor:
+    """Cached classes (..., C) uint8 and robot_obs (..., 15) of the same frames -> z (..., Z)."""
+    one_hot = torch.nn.functional.one_hot(classes.long(), world.config.classes)
+    one_hot = one_hot.flatten(-2).float()
+    return torch.cat([one_hot, world.pose(robot_obs)], -1)
+
+
+class WindowBatches:
+    """Batches of Agent.losses: cached latents of play windows first, then of language windows."""
+
+    def __init__(self, data, latents, c, world, seed: int, device: str, part=None):
+        """part: of n windows, the slice that this process reads."""
+        self.latents, self.world, self.device = latents, world, device
+        self.reset_start, self.data = c.reset_start, data
+        lengths = (c.sequence_length, c.min_window, c.max_window)
+        n = c.batch_size // 2  # half and half [D6]
+        self.play, self.language = (
+            Windows(data, n, *lengths, kind, seed, part(n) if part else ALL, c.rephrase)
+            for kind, n in (("play", c.batch_size - n), ("lang", n))
+        )
+        with torch.no_grad():  # after a reset h is one constant vector [D8]
+            nothing = torch.tensor([NO_ACTION], device=device)
+            a_part = world.recurrent_in.inputs[1](nothing)
+            self.h_reset = world.recurrent(*world.initial(1), a_part)[0]
+
+    def read(self, step: int) -> dict[str, torch.Tensor]:
+        """What the disk knows of a step's batch: no random numbers of torch's, no device."""
+        play, language = self.play.batch(step), self.language.batch(step)
+        batch = {k: torch.cat([play[k], language[k]], -1) for k in ("index", "length")}
+        batch["a"] = torch.cat([play["a"], language["a"]], 1)
+        index = batch.pop("index").numpy()  # (T, B)
+        arrays = {"z": self.latents.z[index], "z_reset": self.latents.z_reset[index[0]]}
+        arrays |= {"h": self.latents.h[index[0]], "robot_obs": self.data.robot_obs[index]}
+        batch |= {k: language[k] for k in ("emb", "align")}
+        return batch | {k: torch.from_numpy(x) for k, x in arrays.items()}
+
+    def states(self, read: dict, reset_start: float | None = None) -> dict[str, torch.Tensor]:
+        """`read`, on the device -> Agent.losses' batch; reset_start overrides [D8]'s chance."""
+        batch = dict(read)
+        h, robot_obs = batch.pop("h").float(), batch.pop("robot_obs")
+        z = stored_z(self.world, batch.pop("z"), robot_obs)
+        z_0 = stored_z(self.world, batch.pop("z_reset"), robot_obs[0])
+        chance = self.reset_start if reset_start is None else reset_start
+        forget = torch.rand(len(h), 1, device=h.device) < chance
+        h, z[0] = torch.where(forget, self.h_reset, h), torch.where(forget, z_0, z[0])
+        batch["s_E"] = self.expert(h, z, batch["a"], batch["length"])
+        return batch | {"gripper": robot_obs[0, :, 14]}
+
+    def batch(self, step: int, reset_start: float | None = None) -> dict[str, torch.Tensor]:
+        """Table IV's batch for a step."""
+        return self.states(to_device(self.read(step), self.device), reset_start)
+
+    @torch.no_grad()
+    def expert(
+        self, h: torch.Tensor, z: torch.Tensor, a: torch.Tensor, length: torch.Tensor
+    ) -> torch.Tensor:
+        """s^E (T, B, k) from h (B, H) of the first state, z (T, B, Z) and a (T, B, 7): h anew from
+        there on, so that after a reset it has no more of a past than the agent's [D8]; the end is
+        held [D14]."""
+        a_part, hs = self.world.recurrent_in.inputs[1](a), [h]
+        for t in range(1, len(a)):
+            h = self.world.recurrent(hs[-1], z[t - 1], a_part[t - 1])
+            hs.append(torch.where((t < length)[:, None], h, hs[-1]))
+        return torch.cat([torch.stack(hs), z], -1)
 
 
 def main(argv: list[str] | None = None) -> None:

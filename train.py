@@ -31,13 +31,13 @@ import imageio.v3 as imageio
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import agent as A
 import data as D
+import diagnostics
 import world_model as W
 
 
@@ -254,6 +254,10 @@ class Run:
         dist.all_gather(parts, x.contiguous())
         return torch.cat(parts)
 
+    def latents(self, world: W.WorldModel, data: D.PlayData) -> D.Latents:
+        key = identity(world.state_dict()) + "-bf16" * self.bf16
+        return D.cache_latents(world, data, key, self.device, self.autocast)
+
     def first(self, function, *args):
         """Rank 0 does it, the others wait for it and then do it too: they find it done."""
         if self.rank == 0:
@@ -449,7 +453,7 @@ def train_world_model(run: Run) -> None:
         for n in (1, c.shorter)
     )
     validation = D.Sequences(held_out, min(B, len(held_out) // L), L, 0, carry=False)
-    clips = eventful(held_out, min(55, held_out.longest))
+    clips = diagnostics.eventful(held_out, min(55, held_out.longest))
     state = [x[run.part(B)].to(device) for x in checkpoint.get("state") or world.initial(B)]
     losses = run.shared(world, world.loss)
 
@@ -477,10 +481,12 @@ def train_world_model(run: Run) -> None:
         world.eval()
         figures = []
         for i in range(4):
-            batch = to_device(validation.batch(i), device)
+            batch = D.to_device(validation.batch(i), device)
             with run.autocast():
                 figures.append(world.loss(batch, world.initial(batch["reset"].shape[1]))[1])
-        run.picture("prediction", step, prediction_picture(world, to_device(clips, device)))
+        run.picture(
+            "prediction", step, diagnostics.prediction_picture(world, D.to_device(clips, device))
+        )
         run.log(step, {k: sum(float(f[k]) for f in figures) / len(figures) for k in figures[0]})
 
     def save(step: int) -> None:
@@ -490,196 +496,20 @@ def train_world_model(run: Run) -> None:
     world.eval().requires_grad_(False)
     if run.rank:
         return
-    latents = [cache_latents(world, x, run) for x in (data, held_out)]
+    latents = [run.latents(world, x) for x in (data, held_out)]
     if data.meta["source"] != "robot":  # a real scene has no scene_obs
-        probe(run, world, *zip(latents, (data, held_out), strict=True))
+        pairs = zip(latents, (data, held_out), strict=True)
+        figures = {"step": run.steps} | diagnostics.probe(world, *pairs, device)
+        diagnostics.write_json(run.out / "probe.json", figures)
+        print("probe of held-out latents (median errors; chance: the training split's median):")
+        print(json.dumps(figures))
     print(
         f"\nworld model: {run.checkpoint_path}\nnext: python train.py --stage agent --preset "
         f"{run.config.preset} --data {run.config.data} --out {run.config.out}"
     )
 
 
-def eventful(data: D.PlayData, L: int, n: int = 3) -> dict[str, Tensor]:
-    """The n stretches of L frames in which doors and lights change most: worth a prediction."""
-    starts = data.stretches(L)
-    scene = data.scene_obs[:, [0, 1, 4, 5]] / [0.28, 0.22, 1, 1]  # door, drawer, bulb, led
-    change = [np.ptp(scene[a : a + L], axis=0).sum() for a in starts]
-    first = np.sort(starts[np.argsort(change)[-n:]])
-    return data.frames(first + np.arange(L)[:, None], fresh=True)
-
-
-def prediction_picture(world: W.WorldModel, batch: dict[str, Tensor], context: int = 5):
-    """Rows: for each sequence and both cameras, the truth, the reconstruction from the posterior,
-    the prediction from `context` frames on. Columns: moments, context first."""
-    seen, unseen = world.predict(batch, context)
-    T = batch["reset"].shape[0]
-    moments = np.unique(np.linspace(context - 1, T - 1, 12).astype(int))
-    rows = [
-        torch.cat([images[k][t, b] for t in moments], 1)
-        for b in range(batch["reset"].shape[1])
-        for k in ("static", "gripper")
-        for images in ({k: batch[f"rgb_{k}"]}, seen, unseen)
-    ]
-    picture = torch.cat(rows).cpu().numpy()
-    return picture.repeat(2, 0).repeat(2, 1)
-
-
-# ---------------------------------------------------------------------------- between the stages
-@torch.random.fork_rng()  # so that a cache made anew is the same, and training goes on as before
-@torch.no_grad()
-def cache_latents(world: W.WorldModel, data: D.PlayData, run: Run) -> D.Latents:
-    """(h, z) of every frame of a split, made once per world model and kept beside the data.
-
-    The set is cut into stretches that are filtered side by side; each begins `warm` frames early,
-    so that its first kept latent has a history too. Also z after a reset, per frame [D8].
-    """
-    c, device = world.config, run.device
-    key = identity(world.state_dict()) + "-bf16" * run.bf16
-    if D.Latents.exists(data, key):
-        return D.Latents.open(data, key)
-    out = D.Latents.create(data, key, c.deterministic, c.categoricals)
-    rows, warm, L = min(64, -(-len(data) // 256)), 64, 64
-    length = -(-len(data) // rows)  # frames per stretch, rounded up
-    starts = np.arange(rows) * length
-    state = world.initial(rows)
-    torch.manual_seed(0)
-    for t in tqdm(range(-warm, length, L), desc=f"latents of {data.split}", unit="block"):
-        frames = (starts + t + np.arange(min(L, length - t))[:, None]) % len(data)  # (L, rows)
-        batch = to_device(data.frames(frames), device)
-        if t == -warm:
-            batch["reset"][0] = True
-        with run.autocast():
-            images = {k: W.to_float(batch[f"rgb_{k}"]) for k in world.encoders}
-            e = world.encode(images, batch["robot_obs"])
-            h, z, _ = world.observe(e, batch["a_prev"], batch["reset"], state)
-            state = (h[-1], z[-1])
-            nothing = torch.tensor(D.NO_ACTION, device=device).expand(*e.shape[:2], 7)
-            z_reset = world.observe(
-                e.flatten(0, 1)[None], nothing.flatten(0, 1)[None],
-                torch.ones_like(batch["reset"]).flatten()[None], world.initial(h[..., 0].numel()),
-            )[1].view_as(z)  # fmt: skip
-        if t >= 0:
-            keep = (np.arange(len(frames)) + t)[:, None] < np.minimum(len(data) - starts, length)
-            to_class = lambda z: z[..., : c.discrete].unflatten(-1, (c.categoricals, -1)).argmax(-1)
-            for name, x in (("h", h), ("z", to_class(z)), ("z_reset", to_class(z_reset))):
-                getattr(out, name)[frames[keep]] = x.cpu().numpy()[keep]
-    return out.commit()
-
-
-def stored_z(world: W.WorldModel, classes: Tensor, robot_obs: Tensor) -> Tensor:
-    """Cached classes (..., C) uint8 and robot_obs (..., 15) of the same frames -> z (..., Z)."""
-    one_hot = F.one_hot(classes.long(), world.config.classes).flatten(-2).float()
-    return torch.cat([one_hot, world.pose(robot_obs)], -1)
-
-
-def probe(run: Run, world: W.WorldModel, train: tuple, held_out: tuple) -> None:
-    """What do the latents know? A small network reads scene_obs from s, trained on the training
-    split's latents, judged on the held-out split's; written to probe.json."""
-    device = run.device
-
-    def pairs(latents, data) -> tuple[Tensor, Tensor]:
-        rows = np.linspace(0, len(data) - 1, min(len(data), 50_000)).astype(int)
-        classes, robot_obs = latents.z[rows], data.robot_obs[rows]
-        z = stored_z(world, *(torch.from_numpy(x).to(device) for x in (classes, robot_obs)))
-        s = torch.cat([torch.from_numpy(latents.h[rows]).to(device).float(), z], -1)
-        return s, torch.from_numpy(data.scene_obs[rows]).to(device)
-
-    # Doors, drawer, button, switch, lights, and the blocks' xyz (not their angles).
-    columns = [0, 1, 4, 5, *(6 + 6 * b + i for b in range(3) for i in range(3))]
-    (x, y), (x_test, y_test) = pairs(*train), pairs(*held_out)
-    y, y_test = y[:, columns], y_test[:, columns]
-    mean, std = y.mean(0), y.std(0).clamp_min(1e-3)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net = torch.nn.Sequential(
-            torch.nn.Linear(x.shape[-1], 256), torch.nn.ELU(), torch.nn.Linear(256, len(columns))
-        ).to(device)
-        optimizer = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=1e-2)
-        for _ in tqdm(range(3000), desc="probe", unit="step"):
-            i = torch.randint(len(x), (256,), device=device)
-            loss = F.smooth_l1_loss(net(x[i]), (y[i] - mean) / std, beta=0.1)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    with torch.no_grad():
-        result = {"step": run.steps} | probe_figures(net(x_test) * std + mean, y_test)
-    result["chance"] = probe_figures(y.median(0).values, y_test)  # of 0 and 1: the majority
-    text = json.dumps(result, indent=1) + "\n"
-    D.write(run.out / "probe.json", lambda file: file.write(text.encode()))
-    print("probe of held-out latents (median errors; chance: the training split's median):")
-    print(json.dumps(result))
-
-
-def probe_figures(guess: Tensor, y: Tensor) -> dict:
-    """Of a guess (N, 13) or (13,) of probe's columns y (N, 13): medians of the errors."""
-    error = (guess - y).abs().cpu()
-    cm = lambda e: round(100 * float(e.median()), 2)
-    xy = {n: error[:, i : i + 2].norm(dim=-1) for n, i in (("red", 4), ("blue", 7), ("pink", 10))}
-    return {
-        "door_cm": cm(error[:, 0]), "drawer_cm": cm(error[:, 1]),
-        "lights_right": round(float((error[:, 2:4] < 0.5).float().mean()), 4),
-        "block_xy_cm": {n: cm(e) for n, e in xy.items()},
-    }  # fmt: skip
-
-
 # ---------------------------------------------------------------------------- stage agent
-class WindowBatches:
-    """Batches of Agent.losses: cached latents of play windows first, then of language windows."""
-
-    def __init__(self, data, latents, c: A.AgentConfig, world, seed: int, device: str, part=None):
-        """part: of n windows, the slice that this process reads."""
-        self.latents, self.world, self.device = latents, world, device
-        self.reset_start, self.data = c.reset_start, data
-        lengths = (c.sequence_length, c.min_window, c.max_window)
-        n = c.batch_size // 2  # half and half [D6]
-        self.play, self.language = (
-            D.Windows(data, n, *lengths, kind, seed, part(n) if part else D.ALL, c.rephrase)
-            for kind, n in (("play", c.batch_size - n), ("lang", n))
-        )
-        with torch.no_grad():  # after a reset h is one constant vector [D8]
-            nothing = torch.tensor([D.NO_ACTION], device=device)
-            a_part = world.recurrent_in.inputs[1](nothing)
-            self.h_reset = world.recurrent(*world.initial(1), a_part)[0]
-
-    def read(self, step: int) -> dict[str, Tensor]:
-        """What the disk knows of a step's batch: no random numbers of torch's, no device."""
-        play, language = self.play.batch(step), self.language.batch(step)
-        batch = {k: torch.cat([play[k], language[k]], -1) for k in ("index", "length")}
-        batch["a"] = torch.cat([play["a"], language["a"]], 1)
-        index = batch.pop("index").numpy()  # (T, B)
-        arrays = {"z": self.latents.z[index], "z_reset": self.latents.z_reset[index[0]]}
-        arrays |= {"h": self.latents.h[index[0]], "robot_obs": self.data.robot_obs[index]}
-        batch |= {k: language[k] for k in ("emb", "align")}
-        return batch | {k: torch.from_numpy(x) for k, x in arrays.items()}
-
-    def states(self, read: dict, reset_start: float | None = None) -> dict[str, Tensor]:
-        """`read`, on the device -> Agent.losses' batch; reset_start overrides [D8]'s chance."""
-        batch = dict(read)
-        h, robot_obs = batch.pop("h").float(), batch.pop("robot_obs")
-        z = stored_z(self.world, batch.pop("z"), robot_obs)
-        z_0 = stored_z(self.world, batch.pop("z_reset"), robot_obs[0])
-        chance = self.reset_start if reset_start is None else reset_start
-        forget = torch.rand(len(h), 1, device=h.device) < chance
-        h, z[0] = torch.where(forget, self.h_reset, h), torch.where(forget, z_0, z[0])
-        batch["s_E"] = self.expert(h, z, batch["a"], batch["length"])
-        return batch | {"gripper": robot_obs[0, :, 14]}
-
-    def batch(self, step: int, reset_start: float | None = None) -> dict[str, Tensor]:
-        """Table IV's batch for a step."""
-        return self.states(to_device(self.read(step), self.device), reset_start)
-
-    @torch.no_grad()
-    def expert(self, h: Tensor, z: Tensor, a: Tensor, length: Tensor) -> Tensor:
-        """s^E (T, B, k) from h (B, H) of the first state, z (T, B, Z) and a (T, B, 7): h anew from
-        there on, so that after a reset it has no more of a past than the agent's [D8]; the end is
-        held [D14]."""
-        a_part, hs = self.world.recurrent_in.inputs[1](a), [h]
-        for t in range(1, len(a)):
-            h = self.world.recurrent(hs[-1], z[t - 1], a_part[t - 1])
-            hs.append(torch.where((t < length)[:, None], h, hs[-1]))
-        return torch.cat([torch.stack(hs), z], -1)
-
-
 def rounded(world: W.WorldModel) -> W.WorldModel:
     """A copy whose products have bf16 weights already. Under autocast it computes the same: that
     rounds trained weights once a step, but frozen ones anew at every use."""
@@ -701,9 +531,9 @@ def train_agent(run: Run) -> None:
     if done < (planned or STEPS[world_checkpoint["run"]["preset"]]["wm"]) and run.rank == 0:
         print(f"note: {run.out / 'wm.pt'} is of step {done}; its training was not finished")
     world = load_world_model(world_checkpoint, device)
-    latents = [run.first(cache_latents, world, x, run) for x in (data, held_out)]
-    batches = WindowBatches(data, latents[0], c, world, run.config.seed, device, run.part)
-    validation = WindowBatches(held_out, latents[1], c, world, 0, device)
+    latents = [run.first(run.latents, world, x) for x in (data, held_out)]
+    batches = D.WindowBatches(data, latents[0], c, world, run.config.seed, device, run.part)
+    validation = D.WindowBatches(held_out, latents[1], c, world, 0, device)
     torch.manual_seed(run.config.seed)
     agent = A.Agent(c, world.config.deterministic, world.config.latent).to(device)
     actor_optimizer = torch.optim.Adam(agent.actor_parameters(), c.actor_lr, fused=True)
@@ -749,8 +579,7 @@ def train_agent(run: Run) -> None:
         span = mean["reward_expert"] - mean["reward_hold"]
         for plan in ("proposed", "recognised") if agent.with_plan else ("proposed",):
             mean[f"tracking_{plan}"] = (mean[f"reward_{plan}"] - mean["reward_hold"]) / span
-        text = json.dumps({"step": step} | mean, indent=1) + "\n"  # the last one, to keep
-        D.write(run.out / "tracking.json", lambda file: file.write(text.encode()))
+        diagnostics.write_json(run.out / "tracking.json", {"step": step} | mean)  # the last one
         run.log(step, mean)
 
     def save(step: int) -> None:
@@ -769,10 +598,6 @@ def train_agent(run: Run) -> None:
 
 
 # ---------------------------------------------------------------------------- command line
-def to_device(batch: dict[str, Tensor], device: str) -> dict[str, Tensor]:
-    return {k: x.to(device, non_blocking=True) for k, x in batch.items()}
-
-
 def prefetched(read, start: int, end: int, device: str):
     """read(step) for each step, on the device; the next is read while this one is trained on."""
 
@@ -786,7 +611,7 @@ def prefetched(read, start: int, end: int, device: str):
             batch = coming.result()
             if step + 1 < end:
                 coming = reader.submit(pinned, step + 1)
-            yield to_device(batch, device)
+            yield D.to_device(batch, device)
 
 
 def boolean(text: str) -> bool:
