@@ -65,9 +65,11 @@ def contrastive_loss(
     return loss, found.sum() / M.clamp(min=1) * (M > 1)
 
 
-def sample_plan(logits: Tensor) -> Tensor:
-    """A sample (..., C*K) of categoricals (..., C, K), with straight-through gradient: forward the
-    sample, backward as if it were the probabilities. As world_model.py's, without its softness."""
+def sample_straight_through(logits: Tensor) -> Tensor:
+    """One-hot samples (..., C*K) of the logits (..., C, K), with the gradient of the probabilities.
+
+    As in world_model.py, without its softness; a test compares the two.
+    """
     probabilities = logits.float().softmax(-1)
     u = torch.rand_like(probabilities[..., :1])  # the class in whose share of 0..1 it falls:
     index = (probabilities.cumsum(-1) < u).sum(-1).clamp_max(logits.shape[-1] - 1)
@@ -75,15 +77,17 @@ def sample_plan(logits: Tensor) -> Tensor:
     return (sample + probabilities - probabilities.detach()).flatten(-2)
 
 
-def of_all_processes(x: Tensor) -> Tensor:
-    """The rows (M, ...) of all processes that train together; gradients reach our own rows, times
-    the number of processes, for their mean is what DistributedDataParallel takes."""
-    if not (dist.is_available() and dist.is_initialized() and torch.is_grad_enabled()):
+def all_gather(x: Tensor) -> Tensor:
+    """The rows (M, ...) of all processes that train together, differentiable; alone, x itself.
+
+    Every process must call it. DistributedDataParallel averages gradients over processes, and each
+    of them gets the gradient of all losses here: together that of one process with the whole batch.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
         return x
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x.detach().contiguous())
-    parts[dist.get_rank()] = x + (len(parts) - 1) * (x - x.detach())
-    return torch.cat(parts)
+    from torch.distributed.nn.functional import all_gather as gather  # not in every torch
+
+    return torch.cat(gather(x.contiguous()))
 
 
 # ---------------------------------------------------------------------------- modules
@@ -165,9 +169,15 @@ class Alignment(nn.Module):
         self.text = mlp(goal, 128, 1, out)
         self.tau = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
-    def forward(self, features: Tensor, g: Tensor, align: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, features: Tensor, g: Tensor, align: Tensor, gather=None
+    ) -> tuple[Tensor, Tensor]:
         """features (M, F), g (M, g) of M annotated windows, align (M,) bool: which of them enter
-        Eq. 8 [D11] -> loss (), accuracy (); zeros where they are fewer than two."""
-        rows = self.latent(features), self.text(g), align.to(features.dtype)
-        x, y, align = (of_all_processes(x) for x in rows)  # the negatives are the whole batch's
-        return contrastive_loss(x, y, self.tau, align > 0)
+        Eq. 8 [D11] -> loss (), accuracy (); zeros where they are fewer than two.
+
+        gather: `all_gather`, so that the negatives are the whole batch's, not this process's.
+        """
+        x, y = self.latent(features), self.text(g)
+        if gather is not None:
+            x, y, align = gather(x), gather(y), gather(align.to(x.dtype)) > 0
+        return contrastive_loss(x, y, self.tau, align)
