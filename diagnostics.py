@@ -31,13 +31,72 @@ import data as D
 SCENE = [0, 1, 4, 5, *(6 + 6 * block + i for block in range(3) for i in range(3))]
 
 
-def write_json(path: Path, content) -> None:
-    text = json.dumps(content, indent=1) + "\n"
-    D.write(path, lambda file: file.write(text.encode()))
+# ---------------------------------------------------------------------------- a run
+class Log:
+    """What a run says: a line and a JSONL record at a time, pictures, and TensorBoard if it is
+    installed. Nothing is written before the first record."""
+
+    def __init__(self, folder: Path, stage: str):
+        self.folder, self.path = folder, folder / f"{stage}.jsonl"
+        self.validated = set()  # steps
+        self.board = None
+
+    def open_board(self) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(self.folder / "tensorboard" / self.path.stem)
+        except ImportError:  # an optional extra
+            pass
+
+    def cut(self, step: int) -> None:
+        """Removes records after a checkpoint's step, for those steps will be done again."""
+        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        with D.naming(self.path, "Remove the damaged line"):
+            records = [json.loads(x) for x in lines if x.endswith("\n")]
+            records = [r for r in records if r["step"] <= step]
+            self.validated = {r["step"] for r in records if r["kind"] == "validate"}
+        text = "".join(json.dumps(r) + "\n" for r in records)
+        D.write(self.path, lambda file: file.write(text.encode()))
+
+    def write(self, kind: str, step: int, figures: dict[str, float], seconds: float) -> None:
+        """kind: train or validate. seconds: that the run has taken until now."""
+        record = {"step": step, "kind": kind, "hours": round(seconds / 3600, 4)}
+        record |= {k: float(f"{float(x):.5g}") for k, x in figures.items()}
+        with D.naming(self.path, D.MAKE_ROOM), self.path.open("a") as f:
+            f.write(json.dumps(record) + "\n")
+        tqdm.write("  ".join(f"{k} {x}" for k, x in record.items()), file=sys.stdout)
+        if self.board:
+            for k, x in figures.items():
+                self.board.add_scalar(f"{kind}/{k}", x, step)
+
+    def picture(self, name: str, step: int, image: np.ndarray) -> None:
+        """(H, W, 3) uint8, kept as pictures/name_step.png."""
+        png = imageio.imwrite("<bytes>", image, extension=".png")
+        D.write(self.folder / "pictures" / f"{name}_{step:07d}.png", lambda file: file.write(png))
+        if self.board:
+            self.board.add_image(name, image, step, dataformats="HWC")
+
+
+def mean(figures: list[dict]) -> dict[str, float]:
+    return {k: sum(float(f[k]) for f in figures) / len(figures) for k in figures[0]}
+
+
+def track(agent, world, batches: D.WindowBatches, count: int = 4) -> dict[str, float]:
+    """How well the agent follows held-out windows, as at run time from a state without history:
+    Agent.track's figures, and its reward as a share of the expert's, of which holding still is 0.
+    """
+    figures = mean([agent.track(world, *batches.batch(i, reset_start=1.0)) for i in range(count)])
+    span = figures["reward_expert"] - figures["reward_hold"]
+    for plan in ("proposed", "recognised"):
+        if f"reward_{plan}" in figures:
+            share = (figures[f"reward_{plan}"] - figures["reward_hold"]) / span
+            figures[f"tracking_{plan}"] = share
+    return figures
 
 
 # ---------------------------------------------------------------------------- probe
-def probe(world, train: tuple, held_out: tuple, device: str, steps: int = 3000) -> dict:
+def probe(world, train: tuple, held_out: tuple, steps: int = 3000) -> dict:
     """What do the latents know? A small network reads scene_obs from s.
 
     train, held_out: (Latents, PlayData) of the two splits; it learns from the first and is judged
@@ -47,10 +106,10 @@ def probe(world, train: tuple, held_out: tuple, device: str, steps: int = 3000) 
     def pairs(latents, data) -> tuple[Tensor, Tensor]:
         rows = np.linspace(0, len(data) - 1, min(len(data), 50_000)).astype(int)
         h, classes, robot_obs, scene_obs = (
-            torch.from_numpy(x[rows]).to(device)
+            torch.from_numpy(x[rows]).to(world.device)
             for x in (latents.h, latents.z, data.robot_obs, data.scene_obs)
         )
-        s = torch.cat([h.float(), D.stored_z(world, classes, robot_obs)], -1)
+        s = torch.cat([h.float(), world.latent_z(classes, robot_obs)], -1)
         return s, scene_obs[:, SCENE]
 
     x, y = pairs(*train)
@@ -60,10 +119,10 @@ def probe(world, train: tuple, held_out: tuple, device: str, steps: int = 3000) 
         torch.manual_seed(0)
         net = torch.nn.Sequential(
             torch.nn.Linear(x.shape[-1], 256), torch.nn.ELU(), torch.nn.Linear(256, len(SCENE))
-        ).to(device)
+        ).to(world.device)
         optimizer = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=1e-2)
         for _ in tqdm(range(steps), desc="probe", unit="step"):
-            i = torch.randint(len(x), (256,), device=device)
+            i = torch.randint(len(x), (256,), device=world.device)
             loss = F.smooth_l1_loss(net(x[i]), (y[i] - mean) / std, beta=0.1)
             optimizer.zero_grad()
             loss.backward()
@@ -173,7 +232,7 @@ def predict(
     picture = imageio.imwrite("<bytes>", enlarged(np.concatenate(strip)), extension=".png")
     D.write(out / "prediction.png", lambda file: file.write(picture))
     write_film(out / "prediction.gif", enlarged(np.concatenate(film, 1)), play.meta["hz"])
-    write_json(out / "prediction.json", result)
+    D.write_json(out / "prediction.json", result)
     print_curves(result)
     return result
 
@@ -207,10 +266,10 @@ def dream(policy, obs: dict, embedding, limit: int = 360) -> tuple[np.ndarray, n
     static, gripper = [], []
     for t in range(0, limit + 1, policy.skip):
         policy.act(obs if t == 0 else None, embedding)
-        images = policy.world.decode(torch.cat(policy.state, -1)[None])
-        for frames, k in ((static, "static"), (gripper, "gripper")):
-            pixels = ((images[k][0, 0].float() + 1) * 127.5).round().clamp(0, 255)
-            frames.append(pixels.movedim(0, -1).to(torch.uint8).cpu().numpy())
+        h, z = policy.state
+        images = policy.world.show(h[None], z[None])  # (1, 1, 64, 64, 3)
+        static.append(images["static"][0, 0].cpu().numpy())
+        gripper.append(images["gripper"][0, 0].cpu().numpy())
     return np.stack(static), np.stack(gripper)
 
 
@@ -231,9 +290,9 @@ def probe_checkpoint(checkpoint: str, data: str, out: Path, device: str) -> None
     splits = [D.PlayData(data, split) for split in ("training", "validation")]
     train.same_kind(loaded, splits[0], data)
     latents = [D.cache_latents(world, x, train.identity(world.state_dict())) for x in splits]
-    figures = probe(world, *zip(latents, splits, strict=True), device)
+    figures = probe(world, *zip(latents, splits, strict=True))
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "probe.json", {"step": loaded["step"]} | figures)
+    D.write_json(out / "probe.json", {"step": loaded["step"]} | figures)
     print(json.dumps(figures, indent=1))
 
 
