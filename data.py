@@ -42,16 +42,16 @@ from torch import Tensor
 
 ASSETS = Path(__file__).parent / "assets"
 SIZE = 64  # pixels, App. C
-BLOCK = 256  # packed frames that a process makes at a time
+BLOCK = 256  # packed frames that a thread makes at a time
 MIN_LEN, MAX_LEN = 20, 32  # Table IV: shortest and longest window
 CAMERAS, VECTORS = ("rgb_static", "rgb_gripper"), {"actions": 7, "robot_obs": 15, "scene_obs": 24}
 TEXT_ENCODER, EMBEDDING = "paraphrase-MiniLM-L3-v2", 384  # App. B
 LANGUAGE = f"lang_{TEXT_ENCODER}"  # CALVIN's name for the folder of its annotations
 # A row of each packed array: of a frame; then of an episode or an annotated span.
 SHAPES = {c: (SIZE, SIZE, 3) for c in CAMERAS} | {k: (n,) for k, n in VECTORS.items()}
-DTYPES = {c: np.uint8 for c in CAMERAS} | {k: np.float32 for k in VECTORS}
 OTHERS = {"episodes": (2,), "spans": (2,), "span_emb": (EMBEDDING,)}
-DTYPES |= {"episodes": np.int64, "spans": np.int64, "span_emb": np.float32}
+DTYPES = {c: np.uint8 for c in CAMERAS} | {k: np.float32 for k in (*VECTORS, "span_emb")}
+DTYPES |= {"episodes": np.int64, "spans": np.int64}
 ALL = slice(None)
 NO_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)  # before the first step: the gripper is open
 # What recording.json says of our recordings. CALVIN's have no such file, and are like this:
@@ -76,8 +76,8 @@ def naming(path, remedy: str):
 
 
 def write(path: Path, fill) -> None:
-    """fill(file) writes beside, then it is renamed: the file is old or new, never half of one, and
-    after a power cut, too: the name changes once the disk has the content."""
+    """fill(file) writes beside, then it is renamed: the file is old or new, never half of one. The
+    disk has its content before its name changes, so this holds for a power cut, too."""
     part = path.with_name(f"part_{path.name}")
     try:
         path.parent.mkdir(exist_ok=True)
@@ -108,17 +108,15 @@ def read_json(path, remedy: str, needs: tuple = ()) -> dict:
     """The object in a JSON file, which has the keys `needs`; else DataError with the remedy."""
     with naming(path, remedy):
         content = json.loads(Path(path).read_text())
-        if not isinstance(content, dict) or not set(needs) <= content.keys():
+        if not isinstance(content, dict) or not content.keys() >= set(needs):
             raise ValueError(f"expected an object with {', '.join(needs) or 'keys'}")
     return content
 
 
 @contextmanager
 def locked(folder: Path, wait: bool = False):
-    """One command at a time writes to a folder; the second one is refused, or waits.
-
-    The system gives the lock back when its process ends, however it ends.
-    """
+    """One command at a time writes to a folder; another one is refused, or waits. The system gives
+    the lock back when a process ends, however it ends."""
     from filelock import FileLock, Timeout
 
     with naming(folder, "Make room, or give another folder"):
@@ -212,30 +210,10 @@ def encode(sentences: list[str], encoder: str = TEXT_ENCODER, table: bool = True
     return np.stack([known[_key(s)] for s in sentences]).astype(np.float32)
 
 
-def embed(encoder: str = TEXT_ENCODER) -> None:
-    """The sentences of assets/sentences.json and tabletop.json -> assets/embeddings.npz.
-
-    Args:
-        encoder: name on the hub, or a local folder
-    """
-    spec = read_json(ASSETS / "sentences.json", "Restore it", ("text_encoder", "tasks"))
-    table = read_json(ASSETS / "tabletop.json", "Restore it", ("rows",))
-    same_text_encoder(encoder, spec["text_encoder"], ASSETS / "sentences.json")
-    every = {s for t in spec["tasks"].values() for kind in ("train", "validation") for s in t[kind]}
-    robot = {x["sentence"] for row in table["rows"] for x in row["tasks"].values()} - every
-    parts = sorted(every), sorted(robot)  # apart: in other batches the last bits differ
-    e = np.concatenate([encode(part, encoder, table=False) for part in parts])
-    if e.shape[1:] != (EMBEDDING,) or not np.isfinite(e).all():
-        raise DataError(f"{encoder} gave {e.shape}, expected {EMBEDDING} finite numbers each.")
-    arrays = {"sentences": parts[0] + parts[1], "embeddings": e}
-    arrays["text_encoder"] = spec["text_encoder"]
-    write(ASSETS / "embeddings.npz", lambda file: np.savez(file, **arrays))
-
-
 def read_language(folder: Path, encoder: str) -> tuple[np.ndarray, np.ndarray, dict]:
     """Annotations: spans of frame ids (M, 2), embeddings (M, 384), {"sentences", "tasks"}: [M]."""
     path, there = folder / "auto_lang_ann.npy", sorted(p.name for p in folder.parent.glob("lang*"))
-    with naming(path, f"Annotate again; or --lang_folder: one of {there}, or none (no language)"):
+    with naming(path, f"Annotate again; or --lang-folder: one of {there}, or none (no language)"):
         d = load_pickled_npy(path)
         lang = {"sentences": list(d["language"]["ann"]), "tasks": list(d["language"]["task"])}
         spans = np.array(d["info"]["indx"], np.int64).reshape(len(lang["tasks"]), 2)
@@ -250,57 +228,52 @@ def read_language(folder: Path, encoder: str) -> tuple[np.ndarray, np.ndarray, d
 
 def read_held_out(folder: Path) -> dict[str, np.ndarray]:
     """One validation sentence per task: tasks (K,), sentences (K,), embeddings (K, 384)."""
-    with naming(folder / "embeddings.npy", "Annotate again, or --lang_folder none") as path:
+    with naming(folder / "embeddings.npy", "Annotate again, or --lang-folder none") as path:
         d = load_pickled_npy(path)
         emb = np.array([x["emb"] for x in d.values()], np.float32).reshape(len(d), EMBEDDING)
         return {"tasks": [*d], "sentences": [x["ann"][0] for x in d.values()], "embeddings": emb}
 
 
 def annotate(folder: Path, spans: Path, encoder: str = TEXT_ENCODER) -> None:
-    """spans.csv -> the language of both splits of a recording without it.
+    """Gives a recording FOLDER its language: a CSV file with start,end,sentence,task per span.
 
-    Columns: start,end,sentence,task. Frames [start, end) of one episode, `end` is not one of them;
-    an unknown task may be left empty, the sentence then stands for it. The first sentence of a
-    task in validation/ becomes the one that the policy is asked with. Raises DataError.
-
-    Args:
-        folder: recording, a folder with training/ and validation/
-        spans: CSV file with the columns start,end,sentence,task
-        encoder: name on the hub, or a local folder
+    Frames [start, end) of one episode, `end` is not one of them; an unknown task may be left empty,
+    the sentence then stands for it. The first sentence of a task in validation/ becomes the one
+    that the policy is asked with. ENCODER: name on the hub, or a local folder.
     """
-    folder, lang, found = Path(folder), f"lang_{Path(encoder).name}", {}
+    folder, lang = Path(folder), f"lang_{Path(encoder).name}"
+    found, asked, files = {"validation": [], "training": []}, {}, {}
     with naming(spans, "Columns: start,end,sentence,task; `end` is the first frame after the span"):
-        with open(spans, newline="") as f:
-            rows = [{k: (x or "").strip() for k, x in row.items()} for row in csv.DictReader(f)]
-        rows = [(int(r["start"]), int(r["end"]), r["sentence"], r.get("task")) for r in rows]
-        for split in ("training", "validation"):
-            bounds = np.load(folder / split / "ep_start_end_ids.npy", allow_pickle=False)
-            bounds = bounds.reshape(-1, 2) + np.array([0, 1])
-            inside = [((bounds[:, 0] <= a) & (b <= bounds[:, 1])).any() for a, b, *_ in rows]
-            found[split] = [r for r, ok in zip(rows, inside, strict=True) if ok]
-        placed = found["training"] + found["validation"]
-        bad = [r for r in rows if not r[2] or r[0] >= r[1] or r not in placed]
-        if bad:
-            raise ValueError(f"{len(bad)} spans are empty, mute or in no episode, first {bad[0]}")
-        for split, of in found.items():
-            if not of:
+        for row in csv.DictReader(Path(spans).read_text().splitlines()):
+            start, end, sentence = int(row["start"]), int(row["end"]), row["sentence"].strip()
+            span = (start, end, sentence, (row.get("task") or "").strip() or sentence)
+            placed = False
+            for split in found:
+                ids = np.load(folder / split / "ep_start_end_ids.npy", allow_pickle=False)
+                first, last = ids.reshape(-1, 2).T
+                if ((first <= start) & (end <= last + 1)).any():
+                    found[split].append(span)
+                    placed = True
+            if not sentence or start >= end or not placed:
+                raise ValueError(f"a span is empty, mute or in no episode: {span}")
+        for split, rows in found.items():
+            if not rows:
                 raise ValueError(f"no span is in an episode of {split}/")
-    asked = {}  # task: its sentence at run time
-    for *_, sentence, task in found["validation"] + found["training"]:
-        asked.setdefault(task or sentence, sentence)
-    files = {}
-    for split, of in found.items():
-        ann, emb = [r[2] for r in of], encode([r[2] for r in of], encoder)[:, None]  # (N, 1, 384)
-        language = {"ann": ann, "task": [r[3] or r[2] for r in of], "emb": emb}
-        info = {"episodes": [], "indx": [r[:2] for r in of]}
+            for *_, sentence, task in rows:
+                asked.setdefault(task, sentence)  # task: its sentence at run time
+    for split, rows in found.items():
+        ann, task = [r[2] for r in rows], [r[3] for r in rows]
+        language = {"ann": ann, "task": task, "emb": encode(ann, encoder)[:, None]}  # (N, 1, 384)
+        info = {"episodes": [], "indx": [r[:2] for r in rows]}
         files[folder / split / lang / "auto_lang_ann.npy"] = {"language": language, "info": info}
     told = zip(asked.items(), encode([*asked.values()], encoder), strict=True)
-    told = {task: {"emb": e[None, None], "ann": [sentence]} for (task, sentence), e in told}
-    files[folder / "validation" / lang / "embeddings.npy"] = told
+    files[folder / "validation" / lang / "embeddings.npy"] = {
+        task: {"emb": e[None, None], "ann": [sentence]} for (task, sentence), e in told
+    }
     for path, content in files.items():
         array = np.array(content, dtype=object)
         write(path, lambda file, x=array: np.save(file, x, allow_pickle=True))
-    print({split: len(of) for split, of in found.items()}, "spans,", len(asked), "tasks")
+    print({split: len(rows) for split, rows in found.items()}, "spans,", len(asked), "tasks")
 
 
 # ---------------------------------------------------------------------------- packing
@@ -326,39 +299,35 @@ def read_frame(folder: Path, i: int, scene: bool, sizes: dict[str, tuple]) -> di
 
 
 def read_episodes(folder: Path, skip: int) -> tuple[np.ndarray, np.ndarray, str]:
-    """Episodes as frame ids [start, end) (E, 2), how many rows each gets (E,), and a digest of all
+    """Episodes as frame ids [start, end) (E, 2), the rows that each gets (E,), and a digest of all
     frames' sizes and times: another recording has another one."""
-    remedy = "It holds an episode's first and last frame per row; correct it, or record again"
+    remedy = "It holds an episode's first and last frame per row: correct it, or record again"
     with naming(folder / "ep_start_end_ids.npy", remedy) as path:
         ids = np.load(path, allow_pickle=False).astype(np.int64, casting="same_kind").reshape(-1, 2)
         ids = ids[np.argsort(ids[:, 0])] + (0, 1)
-        rows = (ids[:, 1] - ids[:, 0]) // skip  # an episode's last, incomplete step is left out
-        if (rows < MIN_LEN).any():
-            short = (ids[rows < MIN_LEN] - (0, 1)).tolist()
-            what = f"{path}: {short} are shorter than a window, {MIN_LEN} frames at skip {skip}"
-            raise DataError(f"{what}. Record longer episodes, or lower --skip.")
         if not len(ids) or (ids[1:, 0] < ids[:-1, 1]).any():
             raise ValueError(f"{len(ids)} episodes; there must be one, and none may overlap")
+        rows = (ids[:, 1] - ids[:, 0]) // skip  # an episode's last, incomplete step is left out
+        if (rows < MIN_LEN).any():
+            short = f"{(ids[rows < MIN_LEN] - (0, 1)).tolist()} are shorter than a window"
+            raise ValueError(f"{short}, {MIN_LEN} frames at skip {skip}; or lower --skip")
         files = {entry.name: entry for entry in os.scandir(folder)}
         if np.diff(ids).sum() > len(files):
             raise ValueError(f"{np.diff(ids).sum()} frames, but the folder has {len(files)} files")
-        names = [f"episode_{i:07d}.npz" for episode in ids for i in range(*episode)]
-        gone = [name for name in names if name not in files]
-        if gone:
-            what = f"{folder}/{gone[0]} is missing, and {len(gone) - 1} more"
-            raise DataError(f"{what}. Copy or record them again, or take them out of {path.name}.")
-        stats = [files[name].stat() for name in names]
-        about = [
-            f"{name} {s.st_size} {s.st_mtime_ns}" for name, s in zip(names, stats, strict=True)
-        ]
-    return ids, rows, hashlib.sha256("\n".join(about).encode()).hexdigest()
+    names, digest = [f"episode_{i:07d}.npz" for e in ids for i in range(*e)], hashlib.sha256()
+    for name in names:
+        with naming(folder / name, f"Copy or record it again, or take it out of {path.name}"):
+            if name not in files:
+                raise FileNotFoundError("it is missing")
+            stat = files[name].stat()
+            digest.update(f"{name} {stat.st_size} {stat.st_mtime_ns}".encode())
+    return ids, rows, digest.hexdigest()
 
 
 def read_about(folder: Path, skip: int) -> dict:
     """The meta of a packed recording of which every skip-th frame is kept."""
-    path, about = folder / "recording.json", CALVIN
-    if path.exists():
-        about = CALVIN | read_json(path, "Correct it")
+    path = folder / "recording.json"
+    about = CALVIN | (read_json(path, "Correct it") if path.exists() else {})
     with naming(path, "Correct it"):
         already = about.get("skip", 1)  # steps that the recording's own frames last
         numbers = np.array([about["hz"], *about["action_scale"], already])
@@ -367,10 +336,9 @@ def read_about(folder: Path, skip: int) -> dict:
             what = f"hz, action_scale, skip are {numbers.tolist()}"
             raise ValueError(f"{what}, not 1 + 2 + 1 positive numbers, the last one whole")
     meta = {k: about[k] for k in CALVIN} | {"hz": about["hz"] / skip, "skip": skip * already}
-    meta |= {"text_encoder": about.get("text_encoder"), "format": 1}
     if about.get("frame", "base") != "base":  # of relative actions; absent: base
         meta["frame"] = about["frame"]
-    return meta
+    return meta | {"text_encoder": about.get("text_encoder"), "format": 1}
 
 
 def plan_split(folder: Path, skip: int, lang_folder: str) -> dict:
@@ -381,7 +349,7 @@ def plan_split(folder: Path, skip: int, lang_folder: str) -> dict:
     meta = read_about(folder, skip)
     scene = meta["source"] != "robot"  # a real scene has no scene_obs: zeros stand for it
     sizes = {k: x.shape for k, x in read_frame(folder, int(ids[0, 0]), scene, {}).items()}
-    spans, emb = np.zeros((0, 2), int), np.zeros((0, EMBEDDING), np.float32)
+    spans, emb = np.zeros((0, 2), np.int64), np.zeros((0, EMBEDDING), np.float32)
     lang, encoder = {"sentences": [], "tasks": []}, None
     if lang_folder != "none":
         encoder = lang_folder.removeprefix("lang_")
@@ -390,9 +358,9 @@ def plan_split(folder: Path, skip: int, lang_folder: str) -> dict:
         e = np.searchsorted(ids[:, 0], frames[:, 0], "right") - 1  # the episode of each span
         spans = np.searchsorted(kept[:, 0], frames)  # the kept frames with ids in [start, end)
         bad = (e < 0) | (frames[:, 1] > ids[e, 1]) | (spans[:, 0] >= spans[:, 1])
-        if bad.any():
-            what = f"{bad.sum()} spans are empty or in no episode, the first {frames[bad][0]}"
-            raise DataError(f"{folder / lang_folder}/auto_lang_ann.npy: {what}. Annotate it again.")
+        with naming(folder / lang_folder / "auto_lang_ann.npy", "Annotate it again"):
+            if bad.any():
+                raise ValueError(f"{bad.sum()} spans are empty or in no episode: {frames[bad][0]}")
     ends = np.cumsum(rows)
     small = {"episodes": np.stack([ends - rows, ends], 1), "spans": spans, "span_emb": emb}
     return {
@@ -429,15 +397,11 @@ def create_array(path: Path, shape: tuple, dtype) -> np.memmap:
 def pack(
     src: Path, dst: Path, skip: int = 1, lang_folder: str = LANGUAGE, procs: int = os.cpu_count()
 ) -> None:
-    """A recording in CALVIN's format -> arrays of 64 x 64 images. Killed at any moment, the same
-    call goes on where it was. Raises DataError, see the functions above.
+    """A recording SRC in CALVIN's format -> arrays of 64 x 64 images in DST, which is DST.part
+    until it is whole. Killed at any moment, the same call goes on where it was.
 
-    Args:
-        src: recording, a folder with training/ and validation/
-        dst: the new folder, which is DST.part until it is whole
-        skip: keep every n-th frame
-        lang_folder: of the annotations to take, or none
-        procs: threads that read frames
+    SKIP: keep every n-th frame. LANG_FOLDER: of the annotations to take, or none. PROCS: frames
+    that are read at a time.
     """
     from tqdm import tqdm
 
@@ -453,10 +417,9 @@ def pack(
             raise DataError(f"{src}: recording.json differs between training/ and validation/.")
         key = {"source": str(src), "meta": meta, "block": BLOCK}
         key |= {split: plan["digest"] for split, plan in plans.items()}
-        resumes = key_file.exists()
+        resumes, jobs = key_file.exists(), []
         if resumes and read_json(key_file, f"Remove {part}") != key:
             raise DataError(f"{part} is of another recording or options. Remove it.")
-        jobs = []
         for split, plan in plans.items():
             (part / split).mkdir(exist_ok=True)
             arrays, n = {}, len(plan["ids"])
@@ -622,7 +585,7 @@ class Windows:
             raise DataError(f"no windows of {min_len} to {max_len} frames fit in {T}.")
         if not len(bounds):
             what = f"{data.path} has no language, which the agent needs"
-            raise DataError(f"{what}: annotate the recording, pack without --lang_folder none.")
+            raise DataError(f"{what}: annotate the recording, pack without --lang-folder none.")
         places = np.maximum(np.diff(bounds)[:, 0] - min_len + 1, 1)  # admissible starts in each
         self.span = np.repeat(np.arange(len(bounds)), places)
         place = np.arange(len(self.span)) - np.repeat(np.cumsum(places) - places, places)
@@ -781,7 +744,7 @@ class WindowBatches:
 def main(arguments: list[str] | None = None) -> None:
     import tyro
 
-    commands = {"pack": pack, "annotate": annotate, "embed": embed}
+    commands = {"pack": pack, "annotate": annotate}
     how = (tyro.conf.PositionalRequiredArgs,)
     try:
         tyro.extras.subcommand_cli_from_dict(commands, args=arguments, config=how)

@@ -80,9 +80,12 @@ RETIRED = {
 # ---------------------------------------------------------------------------- checkpoints
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
     """A plain dict. The checkpoint before it is kept, too, as NAME_previous.pt."""
+    fresh = path.with_stem(f"{path.stem}_next")
+    D.write(fresh, lambda file: torch.save(checkpoint, file))
     if path.exists():
         os.replace(path, previous(path))
-    D.write(path, lambda file: torch.save(checkpoint, file))
+    os.replace(fresh, path)
+    D.sync(path.parent)
 
 
 def previous(path: Path) -> Path:
@@ -631,7 +634,8 @@ def train_agent(run: Run) -> None:
     dynamics = rounded(world) if run.bf16 else world  # under autocast only
     n = c.batch_size // 2
     shards = run.shard(c.batch_size - n), run.shard(n)
-    windows = D.WindowBatches(data, latents[0], dynamics, c, run.config.seed, shards)
+    windows = D.WindowBatches(data, latents[0], world, c, run.config.seed, shards)
+    windows.world = dynamics
     held_out = D.WindowBatches(run.held_out, latents[1], world, c, 0)
     batches = prefetched((windows.read(step) for step in range(start, run.steps)), device)
     losses = run.parallel(agent, agent.losses)
