@@ -187,13 +187,11 @@ class Actor(nn.Module):
 class Critic(nn.Module):
     """Eq. 4's second line: v_ψ(s_t, g) ≈ E[ Σ_t γ^t r^int_t ]. x (..., k + g) -> (...,).
 
-    A return is the mean reward's, r̄ / (1-γ), some 160, and hardly the state's, some 0.2. Regressed
-    as it is, its mean must bootstrap itself, for 10,000 steps and more, and what it still lacks
-    swamps the state's part: the critic ends as a constant. So the network says (V - mean) /
-    deviation, and `forward` undoes it [D18]. The deviation is the returns', as in PopArt [van
-    Hasselt 2016]; it moves too slowly to need PopArt's correction of the last layer. The mean is
-    r̄ / (1-γ), as in reward centring [Naik 2024]: the returns' own mean, as in PopArt, still
-    bootstraps itself (R² on a toy problem after 3,000 steps: 0.0 with it, 0.95 with r̄).
+    A return is some 160, the mean reward's r̄ / (1-γ), and a few tenths of it are the state's. A
+    network that regresses it as it is bootstraps the mean for 10,000 steps, and learns nothing of
+    the state. So it says (V - mean) / deviation, which `forward` undoes [D18]. The deviation is the
+    returns', as in PopArt [van Hasselt 2016]. The mean is r̄ / (1-γ), as in reward centring [Naik
+    2024]: the returns' own running mean, as in PopArt, would still have to bootstrap itself.
     """
 
     def __init__(self, n_in: int, hidden: int, count: int):
@@ -214,26 +212,31 @@ class Critic(nn.Module):
         return (v - self.mean) / self.deviation
 
     @torch.no_grad()
-    def follow(self, mean: Tensor, square: Tensor) -> None:
-        """Running means over some 100 batches: returns' mean (), squared distance to it ()."""
+    def follow(self, r: Tensor, v_lambda: Tensor, weight: Tensor, gamma: float) -> None:
+        """Moves the statistics, over some 100 batches, towards those of all processes' r and V^λ
+        (H, B); weight as in Eq. 5. Nothing here reads a number, or a GPU would be waited for."""
+        v = v_lambda - self.mean
+        sums = [(weight * x).sum() for x in (r, v, v.square())]
+        r, v, square = P.all_gather(torch.stack(sums)[None]).mean(0)
         self.updates += 1
-        rate = self.updates.reciprocal().clamp_min(0.01)
-        self.mean.lerp_(mean, rate)
-        self.deviation.copy_(self.deviation.square().lerp(square, rate).sqrt().clamp_min(1e-3))
+        rate = self.updates.reciprocal().clamp_min(0.01)  # at first, the mean of all so far
+        self.mean.lerp_(r / (1 - gamma), rate)
+        variance = self.deviation.square().lerp(square - v.square(), rate)
+        self.deviation.copy_(variance.clamp_min(1e-6).sqrt())
 
 
-def critic_figures(v: Tensor, v_lambda: Tensor, weight: Tensor) -> dict[str, Tensor]:
-    """R² of values v (H, B) as guesses of V^λ (H, B), and both spreads; weight as in Eq. 5."""
-    weight = weight / weight.sum()
+def critic_figures(critic: Critic, v: Tensor, v_lambda: Tensor, weight: Tensor) -> Batch:
+    """R² () of `normalised` values v (H, B) as guesses of V^λ (H, B), and the spread () of both."""
+    weight, target = weight / weight.sum(), critic.normalise(v_lambda)
 
     def variance(x: Tensor) -> Tensor:
         return (weight * (x - (weight * x).sum()).square()).sum()
 
-    missed = (weight * (v - v_lambda).square()).sum()
-    return {
-        "critic_r2": 1 - missed / variance(v_lambda).clamp_min(1e-12),
-        "value_std": variance(v).sqrt(), "target_std": variance(v_lambda).sqrt(),
-    }  # fmt: skip
+    missed = (weight * (v - target).square()).sum()
+    figures = {"critic_r2": 1 - missed / variance(target).clamp_min(1e-8)}
+    figures["value_std"] = variance(v).sqrt() * critic.deviation
+    figures["target_std"] = variance(target).sqrt() * critic.deviation
+    return figures
 
 
 class Agent(nn.Module):
@@ -286,9 +289,9 @@ class Agent(nn.Module):
         """
         n, c = play["s_E"].shape[1], self.config
         V = self.perceptual(torch.cat([play["s_E"], language["s_E"]], 1))  # (T, B, d)
-        # Hindsight relabelling: a window's own end is its goal, or what was said of it (Sec. III).
+        # Hindsight relabelling (Sec. III): a window's goal is its own end, or what was said of it.
         g = torch.cat([self.goal_latent(V[-1, :n]), self.goal_language(language["emb"])])
-        # Recognition sees all of the window; the KL teaches proposal, which sees its start, to agree.
+        # Recognition sees the whole window; the KL teaches proposal, from its start, to agree.
         q, features = self.recognition(V)
         p = self.proposal(V[0], g)
         zero = q.new_zeros(())
@@ -353,31 +356,20 @@ class Agent(nn.Module):
         v_lambda = lambda_return(r, v, c.gamma, c.lam, weight)
 
         # The critic regresses it, in the returns' deviations from their mean.
-        v, target = (
-            self.critic.normalised(x[:-1].detach()),
-            self.critic.normalise(v_lambda.detach()),
-        )
-        loss_critic = critic_loss(v, target, weight)
+        v = self.critic.normalised(x[:-1].detach())
+        loss_critic = critic_loss(v, self.critic.normalise(v_lambda), weight)
         # The actor climbs it, through the dynamics; plan networks and goal encoders learn with it.
         kl, contrast = figures["plan_kl"], figures["contrast"]
         loss_actor = actor_loss(v_lambda, kl, contrast, c.alpha_1, c.alpha_2, weight)
 
         figures = {"reward": r.mean(), "v_lambda": v_lambda.mean()} | figures
-        figures |= critic_figures(v * self.critic.deviation, target * self.critic.deviation, weight)
+        figures |= critic_figures(self.critic, v.detach(), v_lambda.detach(), weight)
         figures["action_mse"] = (a - batch["a"][:-1]).square().mean()
         figures |= {"loss_actor": loss_actor, "loss_critic": loss_critic}
         if self.training:
-            self.follow_returns(r, v_lambda, weight)
+            self.critic.follow(r, v_lambda, weight, c.gamma)
+            self.slow_critic.mean.copy_(self.critic.mean)  # one mean: it cancels in Eq. 5
         return loss_actor, loss_critic, {k: x.detach() for k, x in figures.items()}
-
-    @torch.no_grad()
-    def follow_returns(self, r: Tensor, v_lambda: Tensor, weight: Tensor) -> None:
-        """The critic's running statistics from all processes' r, V^λ (H, B), to which the next
-        batch is normalised. Both critics have the same mean, so that it cancels in Eq. 5."""
-        mean = (weight * r).sum() / (1 - self.config.gamma)
-        square = (weight * (v_lambda - self.critic.mean).square()).sum()
-        self.critic.follow(*P.all_gather(torch.stack([mean, square])[None]).mean(0))
-        self.slow_critic.mean.copy_(self.critic.mean)
 
     def clone_loss(self, play: Batch, language: Batch) -> tuple[Tensor, Tensor, Batch]:
         """No DITTO (Table I): the squared error of actions on the expert's latents takes -V_λ's
@@ -395,11 +387,10 @@ class Agent(nn.Module):
         return loss, loss.new_zeros(()), {k: x.detach() for k, x in figures.items()}
 
     def track(self, world, play: Batch, language: Batch) -> Batch:
-        """How well windows are followed, over their real steps, without the held end: mean rewards
-        () with either plan, and of two yardsticks in the same world model from the same start,
-        holding still and replaying the expert. As at run time, the arm's actions on the latents
-        that observation gives, against the expert's: their mean squared error (), and of no motion;
-        how often the gripper's sign is right. And what the critic knows of imagined returns.
+        """How well windows are followed, over their real steps: mean rewards () with either plan,
+        and of two yardsticks from the same start, holding still and replaying the expert; what the
+        critic knows of the returns; and on the expert's latents, as at run time, the error of the
+        arm's actions and of no motion, and how often the gripper's sign is right.
 
         Both batches also have gripper (B,), the gripper's command before the window.
         """
@@ -417,7 +408,8 @@ class Agent(nn.Module):
         if c.method != "no_ditto":  # with the last plan, as in training
             x = torch.cat([s_pi, g.expand(len(s_pi), -1, -1)], -1)
             v_lambda = lambda_return(r, self.slow_critic(x), c.gamma, c.lam, self.weights(batch))
-            figures |= critic_figures(self.critic(x[:-1]), v_lambda, self.weights(batch))
+            v = self.critic.normalised(x[:-1])
+            figures |= critic_figures(self.critic, v, v_lambda, real.float())
         context = torch.cat([g, plans["proposed"]], -1).expand(len(actions), -1, -1)
         a = self.actor(torch.cat([s_E[:-1], context], -1), sample=False)
         figures["mse_observed"] = (a - actions)[real][:, :6].square().mean()
