@@ -80,16 +80,18 @@ def sample_straight_through(logits: Tensor) -> Tensor:
 
 
 def all_gather(x: Tensor) -> Tensor:
-    """The rows (M, ...) of all processes that train together, differentiable; alone, x itself.
+    """The rows (M, ...) of all processes that train together; alone, x itself. All must call it.
 
-    Every process must call it. DistributedDataParallel averages gradients over processes, and each
-    of them gets the gradient of all losses here: together that of one process with the whole batch.
+    Every process has the whole loss, and keeps the gradient of its own rows, times the number of
+    processes, for DistributedDataParallel takes the mean: together, one process's gradient with
+    all rows. (torch's differentiable all_gather does the same by a second collective, and warns.)
     """
     if not (dist.is_available() and dist.is_initialized()):
         return x
-    from torch.distributed.nn.functional import all_gather as gather  # not in every torch
-
-    return torch.cat(gather(x.contiguous()))
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.detach().contiguous())
+    parts[dist.get_rank()] = x + (len(parts) - 1) * (x - x.detach())
+    return torch.cat(parts)
 
 
 # ---------------------------------------------------------------------------- modules
