@@ -422,34 +422,35 @@ class SimWorldModel(WorldModel):
         self.robot_mean.copy_(robot_mean)
         self.robot_std.copy_(robot_std)
 
+    def standardise(self, robot_obs: Tensor) -> Tensor:
+        return (robot_obs - self.robot_mean) / self.robot_std
+
     def see(self, batch: Batch) -> Batch:
-        robot = (batch["robot_obs"] - self.robot_mean) / self.robot_std
-        return super().see(batch) | {"robot": robot}  # (T, B, 15)
+        return super().see(batch) | {"robot": self.standardise(batch["robot_obs"])}
 
     def encode(self, x: Batch) -> Tensor:
-        """e_t: what the posterior's head takes, then p_t, then what cells add to q's logits."""
-        B = x["static"].shape[:2]
+        """e_t: p_t, then what the posterior's head takes, then what cells add to its logits."""
+        robot, shape = x["robot"], x["static"].shape[:2]
         maps = {k: self.encoders[k](x[k].flatten(0, 1)) for k in CAMERAS}
-        fused = self.fuse(torch.cat([m.flatten(1) for m in maps.values()], -1)).unflatten(0, B)
-        fused = torch.cat([fused.float(), x["robot"]], -1)
-        parts = [
-            self.posterior_head.inputs[1](fused),
-            x["robot"].index_select(-1, self.pose_columns),
-        ]
-        if self.config.spatial_latents:
-            with without_autocast(fused):
-                cells = [self.own[k](m.float()).flatten(2).mT for k, m in maps.items()]
-            parts.append(torch.cat(cells, 1).flatten(1).unflatten(0, B))  # (T, B, 32 * K)
-        return torch.cat(parts, -1)
+        fused = self.fuse(torch.cat([m.flatten(1) for m in maps.values()], -1)).unflatten(0, shape)
+        e = self.posterior_head.inputs[1](torch.cat([fused.float(), robot], -1))
+        e = torch.cat([robot.index_select(-1, self.pose_columns), e], -1)
+        if not self.config.spatial_latents:
+            return e
+        with without_autocast(e):  # (T*B, 32, K) of 2 x 16 cells
+            cells = torch.cat([self.own[k](m.float()).flatten(2).mT for k, m in maps.items()], 1)
+        return torch.cat([e, cells.flatten(1).unflatten(0, shape)], -1)
+
+    def posterior(self, h: Tensor, e: Tensor) -> Tensor:
+        hidden = self.config.hidden
+        _, e, cells = e.tensor_split([len(POSE), len(POSE) + hidden], -1)
+        q = super().posterior(h, e)
+        return q + cells.unflatten(-1, q.shape[-2:]) if self.config.spatial_latents else q
 
     def represent(self, h: Tensor, e: Tensor, softness: float | Tensor = 0.0):
         """z_t ends with p_t, as it is observed. softness: of the samples [D25]."""
-        hidden = self.config.hidden
-        e, p, cells = e.tensor_split([hidden, hidden + len(POSE)], -1)
         q = self.posterior(h, e)
-        if self.config.spatial_latents:
-            q = q + cells.unflatten(-1, q.shape[-2:])
-        return torch.cat([sample_straight_through(q, softness), p], -1), q
+        return torch.cat([sample_straight_through(q, softness), e[..., : len(POSE)]], -1), q
 
     def imagine_step(self, h: Tensor, z: Tensor, a: Tensor) -> State:
         """ẑ_{t+1} ends with p_t and the motion that h_{t+1} and a_t tell."""
@@ -496,10 +497,8 @@ class SimWorldModel(WorldModel):
         return super().show(h, z) | {"tcp": tcp}
 
     def latent_z(self, classes: Tensor, robot_obs: Tensor) -> Tensor:
-        robot = (robot_obs - self.robot_mean) / self.robot_std
-        return torch.cat(
-            [super().latent_z(classes, robot_obs), robot.index_select(-1, self.pose_columns)], -1
-        )
+        p = self.standardise(robot_obs).index_select(-1, self.pose_columns)
+        return torch.cat([super().latent_z(classes, robot_obs), p], -1)
 
 
 def make_world_model(config: WorldModelConfig) -> WorldModel:

@@ -192,29 +192,21 @@ def test_the_critic_finds_what_returns_owe_to_the_state(bf16):
         slow.mean.copy_(critic.mean)
     s = torch.randn(1000, 4)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16), torch.no_grad():
-        error = critic(s) - (160 + 0.3 * s[:, 0])
-        figures = A.critic_figures(
-            critic, critic.normalised(s)[None], critic(s)[None] - error, s[:, :1].T * 0 + 1
-        )
-    assert error.square().mean().sqrt() < 0.06
-    assert figures["critic_r2"] > 0.95 and abs(figures["target_std"] - 0.3) < 0.02
-    assert abs(figures["value_std"] - 0.3) < 0.05
+        target, v, weight = 160 + 0.3 * s[:, :1], critic.normalised(s)[:, None], torch.ones(1000, 1)
+        assert (critic(s)[:, None] - target).square().mean().sqrt() < 0.06
+        figures = A.critic_figures(critic, v, target, weight)
+    expected = {"critic_r2": 1.0, "value_std": 0.3, "target_std": 0.3}
+    assert {k: float(x) for k, x in figures.items()} == pytest.approx(expected, abs=0.05)
 
 
-def test_statistics_follow_the_returns_in_training_only_and_are_in_the_checkpoint(world):
+def test_slow_critic_is_a_hard_copy_that_waits_while_statistics_follow_in_training(world):
     agent, batches = make_agent(), windows()
     for mode, updates in ((False, 0), (True, 1)):
         agent.train(mode).losses(world, *batches)
         assert agent.critic.updates == updates
-    assert agent.critic.mean == agent.slow_critic.mean != 0 and agent.critic.deviation != 1
-    assert {"critic.mean", "critic.deviation", "slow_critic.mean"} < agent.state_dict().keys()
-
-
-def test_slow_critic_is_a_hard_copy_that_waits():
-    agent = make_agent()
-    with torch.no_grad():
-        agent.critic.net[1].bias += 1
-        agent.critic.deviation += 1
+    assert agent.critic.mean == agent.slow_critic.mean != 0  # one mean, but
+    assert agent.critic.deviation != agent.slow_critic.deviation == 1
+    assert {"critic.mean", "critic.deviation", "critic.updates"} < agent.state_dict().keys()
     x = torch.randn(2, agent.critic.net[0][0].in_features)
     assert not torch.allclose(agent.critic(x), agent.slow_critic(x))
     agent.update_slow_critic()
@@ -270,18 +262,15 @@ def test_no_ditto_is_squared_error_on_expert_latents_without_imagination(mask_pa
     assert torch.allclose(loss, expected, atol=1e-6) and loss_critic == 0
 
 
-def test_no_latent_plan_has_no_plan_input_and_still_aligns(world):
+def test_no_latent_plan_has_no_plan_input_and_still_aligns_and_no_alignment_drops_eq8(world):
     agent = make_agent(method="no_latent_plan")
     assert agent.actor.body[0].in_features == TINY.latent + CONFIG.goal
     loss, _, figures = agent.losses(world, *windows())
     assert figures["plan_kl"] == 0 and figures["contrast"] > 0
     assert nonzero(loss, agent.recognition.features.weight)  # [D15]
     assert not nonzero(loss, agent.proposal.net[0].weight)
-
-
-def test_no_alignment_drops_eq8(world):
     _, _, figures = make_agent(method="no_alignment").losses(world, *windows())
-    assert figures["contrast"] == 0
+    assert figures["contrast"] == 0 < figures["plan_kl"]
 
 
 def test_only_windows_marked_for_alignment_enter_eq8(world):
@@ -369,14 +358,10 @@ def test_tracking_has_its_yardsticks(world):
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        ({"max_window": 40}, "max_window"),
-        ({"min_window": 1}, "min_window"),
-        ({"features": 60}, "8"),
-        ({"method": "bc"}, "no_alignment"),
-    ],
-)
-def test_numbers_that_do_not_fit_together_are_refused(change, says):
+    ("name", "value", "says"),
+    [("max_window", 40, "max_window"), ("min_window", 1, "min_window"), ("features", 60, "8"),
+     ("method", "bc", "no_alignment")],
+)  # fmt: skip
+def test_numbers_that_do_not_fit_together_are_refused(name, value, says):
     with pytest.raises(ValueError, match=says):
-        make_agent(**change)
+        make_agent(**{name: value})
