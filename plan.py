@@ -55,12 +55,14 @@ def contrastive_loss(
     batch that stands; zeros where fewer than two take part.
     """
     some = torch.ones(len(x), dtype=torch.bool, device=x.device) if some is None else some
-    logits = F.normalize(x.float(), dim=-1) @ F.normalize(y.float(), dim=-1).T * tau.exp()
+    with without_autocast(x):
+        logits = F.normalize(x.float(), dim=-1) @ F.normalize(y.float(), dim=-1).T * tau.exp()
     logits = logits.masked_fill(~(some[:, None] & some), -1e9)
     pairs = torch.arange(len(x), device=x.device).where(some, -100)  # which cross_entropy ignores
     M = some.sum()
-    ce = lambda logits: F.cross_entropy(logits, pairs, reduction="sum") / M.clamp(min=1)
-    loss = 0.5 * (ce(logits) + ce(logits.T))  # Eq. 8: rows are latents; then sentences
+    per_latent = F.cross_entropy(logits, pairs, reduction="sum") / M.clamp(min=1)
+    per_text = F.cross_entropy(logits.T, pairs, reduction="sum") / M.clamp(min=1)
+    loss = 0.5 * (per_latent + per_text)  # Eq. 8: rows are latents, then sentences
     found = (logits.diagonal() >= logits.amax(-1) - 1e-3) & some
     return loss, found.sum() / M.clamp(min=1) * (M > 1)
 
@@ -78,24 +80,40 @@ def sample_straight_through(logits: Tensor) -> Tensor:
 
 
 def all_gather(x: Tensor) -> Tensor:
-    """The rows (M, ...) of all processes that train together, differentiable; alone, x itself.
+    """The rows (M, ...) of all processes that train together; alone, x itself. All must call it.
 
-    Every process must call it. DistributedDataParallel averages gradients over processes, and each
-    of them gets the gradient of all losses here: together that of one process with the whole batch.
+    Every process has the whole loss, and keeps the gradient of its own rows, times the number of
+    processes, for DistributedDataParallel takes the mean: together, one process's gradient with
+    all rows. (torch's differentiable all_gather does the same by a second collective, and warns.)
     """
     if not (dist.is_available() and dist.is_initialized()):
         return x
-    from torch.distributed.nn.functional import all_gather as gather  # not in every torch
-
-    return torch.cat(gather(x.contiguous()))
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.detach().contiguous())
+    parts[dist.get_rank()] = x + (len(parts) - 1) * (x - x.detach())
+    return torch.cat(parts)
 
 
 # ---------------------------------------------------------------------------- modules
-def mlp(n_in: int, hidden: int, layers: int, n_out: int) -> nn.Sequential:
+def without_autocast(x: Tensor) -> torch.autocast:
+    """Around what makes logits and losses: bf16 has three digits, which are too few for them."""
+    return torch.autocast(x.device.type if x.device.type != "meta" else "cpu", enabled=False)
+
+
+class Float32Linear(nn.Linear):
+    """A linear layer that stays fp32 under autocast; as in world_model.py, a test compares them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with without_autocast(x):
+            return F.linear(x.float(), self.weight.float(), self.bias.float())
+
+
+def mlp(n_in: int, hidden: int, layers: int, n_out: int, last=nn.Linear) -> nn.Sequential:
     """`layers` fully connected layers with ReLU, then a linear one to n_out."""
-    sizes = [n_in] + [hidden] * layers
-    blocks = [m for i, o in pairwise(sizes) for m in (nn.Linear(i, o), nn.ReLU())]
-    return nn.Sequential(*blocks, nn.Linear(sizes[-1], n_out))
+    blocks = []
+    for i, o in pairwise([n_in] + [hidden] * layers):
+        blocks += [nn.Linear(i, o), nn.ReLU()]
+    return nn.Sequential(*blocks, last(hidden, n_out))
 
 
 class PerceptualEncoder(nn.Module):
@@ -137,12 +155,12 @@ class PlanRecognition(nn.Module):
         block = nn.TransformerEncoderLayer(d, 8, feedforward, dropout=0.1)
         self.transformer = nn.TransformerEncoder(block, 2, enable_nested_tensor=False)
         self.features = nn.Linear(d, features)
-        self.logits = nn.Linear(features, plan[0] * plan[1])
+        self.logits = Float32Linear(features, plan[0] * plan[1])
 
     def forward(self, V: Tensor) -> tuple[Tensor, Tensor]:
         # The mean over time and the linear layer commute; the mean first costs T times less.
         features = self.features(self.transformer(V + self.position[: len(V)]).mean(0))
-        return self.logits(features).float().unflatten(-1, self.plan), features
+        return self.logits(features).unflatten(-1, self.plan), features
 
 
 class PlanProposal(nn.Module):
@@ -151,10 +169,10 @@ class PlanProposal(nn.Module):
     def __init__(self, d: int, goal: int, hidden: int, plan: tuple[int, int]):
         super().__init__()
         self.plan = plan
-        self.net = mlp(d + goal, hidden, 4, plan[0] * plan[1])
+        self.net = mlp(d + goal, hidden, 4, plan[0] * plan[1], Float32Linear)
 
     def forward(self, v_0: Tensor, g: Tensor) -> Tensor:
-        return self.net(torch.cat([v_0, g], -1)).float().unflatten(-1, self.plan)
+        return self.net(torch.cat([v_0, g], -1)).unflatten(-1, self.plan)
 
 
 class Alignment(nn.Module):

@@ -27,6 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 CAMERAS = ("static", "gripper")
+Batch = dict[str, Tensor]  # of data.Sequences, time-major: rgb_static, rgb_gripper, a_prev, ...
+State = tuple[Tensor, Tensor]  # h (B, H), z (B, Z)
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,8 @@ class WorldModelConfig:
     depth: int = 48  # channels of the first convolution; the last has 8 times as many [D7]
     carry_state: bool = True  # sequences continue, with their state, from batch to batch [D10]
 
-    # train.py's schedules, which the paper does not have; SimWorldModelConfig makes fields of them.
-    anneal: ClassVar[float] = 0.0
-    length_curriculum: ClassVar[int] = 1
+    anneal: ClassVar[float] = 0.0  # train.py's schedules: the paper has none,
+    length_curriculum: ClassVar[int] = 1  # SimWorldModelConfig makes fields of them
 
     @property
     def stochastic(self) -> int:
@@ -97,10 +98,7 @@ def sample_straight_through(logits: Tensor, softness: float | Tensor = 0.0) -> T
     return (sample + probabilities - probabilities.detach()).flatten(-2)
 
 
-def elbo_loss(
-    x: dict[str, Tensor], decoded: dict[str, Tensor], q: Tensor, p: Tensor,
-    beta: float, delta: float,
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+def elbo_loss(x: Batch, decoded: Batch, q: Tensor, p: Tensor, beta: float, delta: float):
     """min_φ E_q[ Σ_t -log p_φ(x_t | ŝ_t) + β D_KL(q_φ(z_t | h_t, x_t) ‖ p_φ(ẑ_t | h_t)) ]
 
     x, decoded: per camera (T, B, 3, 64, 64) in [-1, 1]. q, p: (T, B, C, K) logits. The likelihoods
@@ -110,9 +108,8 @@ def elbo_loss(
     """
     terms = {}
     for name, true in x.items():
-        T, B = true.shape[:2]
         error = F.mse_loss(decoded[name].float(), true, reduction="sum")
-        terms[f"x_{name}"] = 0.5 * error / (T * B)
+        terms[f"x_{name}"] = 0.5 * error / (true.shape[0] * true.shape[1])
     kl = kl_balanced(q, p, delta).mean()
     loss = sum(terms.values()) + beta * kl  # Eq. 2: the negative variational lower bound
     terms |= {"kl": kl, "loss": loss}
@@ -121,10 +118,7 @@ def elbo_loss(
 
 # ---------------------------------------------------------------------------- modules
 class ImageEncoder(nn.Module):
-    """One camera: four convolutions (kernel 4, stride 2): (N, 3, 64, 64) -> (N, 8 * depth, n, n).
-
-    64 -> 31 -> 14 -> 6 -> n = 2 pixels; with padding 1: 64 -> 32 -> 16 -> 8 -> n = 4 [D27].
-    """
+    """One camera: four convolutions, (N, 3, 64, 64) -> (N, 8 * depth, 2, 2): 64, 31, 14, 6, 2."""
 
     def __init__(self, depth: int, padding: int = 0):
         super().__init__()
@@ -147,29 +141,39 @@ def one_pixel(x: Tensor, layer: nn.ConvTranspose2d) -> Tensor:
 
 
 class ImageDecoder(nn.Module):
-    """One camera: four transposed convolutions, stride 2: (N, 32 * depth) -> (N, 3, 64, 64).
+    """One camera: transposed convolutions, (N, sizes[0]) -> (N, 3, 64, 64): 1, 5, 13, 30, 64."""
 
-    1 -> 5 -> 13 -> 30 -> 64 pixels.
-    """
-
-    def __init__(self, depth: int):
+    def __init__(self, sizes: list[int], kernels: list[int], padding: int = 0):
         super().__init__()
-        sizes, kernels = [32 * depth, 4 * depth, 2 * depth, depth, 3], [5, 5, 6, 6]
         self.layers = nn.ModuleList(
-            nn.ConvTranspose2d(i, o, kernel, stride=2)
-            for (i, o), kernel in zip(pairwise(sizes), kernels, strict=True)
+            nn.ConvTranspose2d(i, o, kernel, stride=2, padding=padding * (n > 0))
+            for n, ((i, o), kernel) in enumerate(zip(pairwise(sizes), kernels, strict=True))
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, more: Tensor | float = 0.0) -> Tensor:
+        """more: is added behind the first layer."""
         first, *others = self.layers
-        x = one_pixel(x, first)
+        x = one_pixel(x, first) + more
         for layer in others:
             x = layer(F.elu(x))
         return x
 
 
+def without_autocast(x: Tensor) -> torch.autocast:
+    """Around what makes logits and losses: bf16 has three digits, which are too few for them."""
+    return torch.autocast(x.device.type if x.device.type != "meta" else "cpu", enabled=False)
+
+
+class Float32Linear(nn.Linear):
+    """A linear layer that stays fp32 under autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with without_autocast(x):
+            return F.linear(x.float(), self.weight.float(), self.bias.float())
+
+
 class Head(nn.Module):
-    """The RSSM's building block: inputs -> (sum of linear layers) -> LayerNorm -> ELU [-> linear].
+    """The RSSM's building block: (sum of linear layers) -> LayerNorm -> ELU [-> logits].
 
     Separate linear layers whose outputs are added equal one layer on the concatenation [D7]; apart,
     the part that does not depend on the recurrence can be computed for all steps at once.
@@ -179,10 +183,10 @@ class Head(nn.Module):
         super().__init__()
         self.inputs = nn.ModuleList(nn.Linear(n, hidden, bias=i == 0) for i, n in enumerate(inputs))
         self.norm = nn.LayerNorm(hidden, eps=1e-3)
-        self.out = nn.Linear(hidden, out) if out else nn.Identity()
+        self.out = Float32Linear(hidden, out) if out else nn.Identity()
 
     def forward(self, first: Tensor, rest: Tensor | float = 0.0) -> Tensor:
-        """`first` goes through the first linear layer; `rest` is the sum of the other ones' output."""
+        """`first` through the first linear layer; `rest`: the other ones' output, precomputed."""
         return self.out(F.elu(self.norm(self.inputs[0](first) + rest)))
 
 
@@ -194,23 +198,30 @@ class WorldModel(nn.Module):
         self.config = c = config
         if c.classes > 256:
             raise ValueError("classes: at most 256, for latents are cached as bytes")
-        embedding, logits = 32 * c.depth, c.categoricals * c.classes
+        E, logits = 32 * c.depth, c.categoricals * c.classes
         # x_t -> e_t: a CNN for each camera; their features are concatenated and fused (App. A).
         self.encoders = nn.ModuleDict({k: ImageEncoder(c.depth) for k in CAMERAS})
-        self.fuse = Head((2 * embedding,), embedding)
+        self.fuse = Head((2 * E,), E)
         # (z_{t-1}, a_{t-1}) -> GRU -> h_t; h_t -> prior of ẑ_t; (h_t, e_t) -> posterior of z_t.
         self.recurrent_in = Head((c.stochastic, 7), c.hidden)
         self.gru = nn.GRUCell(c.hidden, c.deterministic)
         self.prior_head = Head((c.deterministic,), c.hidden, logits)
-        self.posterior_head = Head((c.deterministic, embedding), c.hidden, logits)
-        # s_t -> x̂_t: a transposed CNN for each camera.
-        self.decoder_in = nn.Linear(c.latent, embedding)  # shared by both decoders [D7]
-        self.decoders = nn.ModuleDict({k: ImageDecoder(c.depth) for k in CAMERAS})
+        self.posterior_head = Head((c.deterministic, E), c.hidden, logits)
+        # s_t -> x̂_t: a transposed CNN for each camera, behind one linear layer for both [D7].
+        self.decoder_in = nn.Linear(c.latent, E)
+        sizes = [E, 4 * c.depth, 2 * c.depth, c.depth, 3]
+        self.decoders = nn.ModuleDict({k: ImageDecoder(sizes, [5, 5, 6, 6]) for k in CAMERAS})
         self.initialise()
 
     def initialise(self) -> None:
-        """Draws all weights, and lays them out in memory as convolutions are fastest."""
-        self.apply(initialise)
+        """Xavier weights, an orthogonal recurrence, zero biases [D7]; channels-last in memory."""
+        for name, p in self.named_parameters():
+            if name == "gru.weight_hh":
+                nn.init.orthogonal_(p)
+            elif p.dim() > 1:
+                nn.init.xavier_uniform_(p)
+            elif name.endswith("bias") or "bias_" in name:
+                nn.init.zeros_(p)
         self.to(memory_format=torch.channels_last)
         for decoder in self.decoders.values():  # but what `one_pixel` uses as a matrix
             decoder.layers[0].to(memory_format=torch.contiguous_format)
@@ -220,31 +231,23 @@ class WorldModel(nn.Module):
         return self.gru.weight_hh.device
 
     def set_statistics(self, robot_mean: Tensor, robot_std: Tensor) -> None:
-        """Mean and deviation (15,) of the training set's robot_obs: cameras need neither."""
+        """Mean and deviation (15,) of the training set's robot_obs; cameras need neither."""
 
     # ------------------------------------------------------------------ the pieces of Eq. 1
-    def initial(self, batch: int) -> tuple[Tensor, Tensor]:
-        """h = z = 0: (B, H), (B, Z)."""
-        h = torch.zeros(batch, self.config.deterministic, device=self.device)
-        return h, torch.zeros(batch, self.config.stochastic, device=self.device)
-
-    def split(self, s: Tensor) -> tuple[Tensor, Tensor]:
-        """s (..., k) -> h (..., H), z (..., Z)."""
-        h, z = s.split([self.config.deterministic, self.config.stochastic], -1)
+    def initial(self, batch: int) -> State:
+        """h = z = 0."""
+        sizes = (self.config.deterministic, self.config.stochastic)
+        h, z = (torch.zeros(batch, n, device=self.device) for n in sizes)
         return h, z
 
-    def see(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """x_t of a batch of data.Sequences: its uint8 images per camera -> (T, B, 3, 64, 64)."""
+    def see(self, batch: Batch) -> Batch:
+        """x_t of a batch: its uint8 images (T, B, 64, 64, 3) -> per camera (T, B, 3, 64, 64)."""
         return {k: to_float(batch[f"rgb_{k}"]) for k in CAMERAS}
 
-    def encode(self, x: dict[str, Tensor]) -> Tensor:
-        """`see`'s x_t -> e_t (T, B, hidden): what the posterior's first layer makes of the images.
-
-        That layer does not depend on h_t, so it is applied to all T frames at once.
-        """
-        T, B = x["static"].shape[:2]
+    def encode(self, x: Batch) -> Tensor:
+        """`see`'s x_t -> e_t (T, B, hidden), up to the layer of q that does not need h_t."""
         maps = [self.encoders[k](x[k].flatten(0, 1)).flatten(1) for k in CAMERAS]
-        fused = self.fuse(torch.cat(maps, -1)).unflatten(0, (T, B))
+        fused = self.fuse(torch.cat(maps, -1)).unflatten(0, x["static"].shape[:2])
         return self.posterior_head.inputs[1](fused)
 
     def recurrent(self, h: Tensor, z: Tensor, a: Tensor) -> Tensor:
@@ -254,8 +257,7 @@ class WorldModel(nn.Module):
 
     def posterior(self, h: Tensor, e: Tensor) -> Tensor:
         """Logits (..., C, K) of q_φ(z_t | h_t, x_t), the representation model."""
-        q = self.posterior_head(h, e).float()
-        return q.unflatten(-1, (self.config.categoricals, self.config.classes))
+        return self.posterior_head(h, e).unflatten(-1, (-1, self.config.classes))
 
     def represent(self, h: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
         """z_t ~ q_φ(z_t | h_t, x_t) (..., Z), and q's logits (..., C, K)."""
@@ -264,85 +266,77 @@ class WorldModel(nn.Module):
 
     def prior(self, h: Tensor) -> Tensor:
         """Logits (..., C, K) of p_φ(ẑ_t | h_t), the dynamics predictor: it never sees x_t."""
-        p = self.prior_head(h).float()
-        return p.unflatten(-1, (self.config.categoricals, self.config.classes))
+        return self.prior_head(h).unflatten(-1, (-1, self.config.classes))
 
-    def decode(self, h: Tensor, z: Tensor) -> dict[str, Tensor]:
-        """x̂_t ~ p_φ(x̂_t | ŝ_t): h (T, B, H), z (T, B, Z) -> per camera the mean, as `see`."""
-        T, B = h.shape[:2]
+    def decode(self, h: Tensor, z: Tensor) -> Batch:
+        """x̂_t ~ p_φ(x̂_t | ŝ_t): h (T, B, H), z (T, B, Z) -> per camera the mean, as `see`'s."""
         x = self.decoder_in(torch.cat([h, z], -1)).flatten(0, 1)
-        return {k: self.decoders[k](x).unflatten(0, (T, B)) for k in CAMERAS}
+        return {k: self.decoders[k](x).unflatten(0, h.shape[:2]) for k in CAMERAS}
 
     # ------------------------------------------------------------------ observing and imagining
-    def observe(
-        self, e: Tensor, a_prev: Tensor, reset: Tensor, state: tuple[Tensor, Tensor], **how
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def observe(self, e: Tensor, a_prev: Tensor, reset: Tensor, state: State, **how):
         """Filters T observations: e (T, B, hidden), a_prev (T, B, 7), reset (T, B) bool.
 
-        state: (h, z) before them; where reset is true it is forgotten (h = z = 0). how: `represent`'s.
+        state: before them; where reset is true, it is forgotten (h = z = 0). how: see `represent`.
         Returns h (T, B, H), z (T, B, Z), q's logits (T, B, C, K).
         """
-        h, z = state
-        keep = (~reset)[..., None].float()
-        steps = []
+        (h, z), keep, steps = state, (~reset)[..., None].float(), []
         for t in range(len(e)):
             h = self.recurrent(h * keep[t], z * keep[t], a_prev[t])  # what is known before x_t
             z, q = self.represent(h, e[t], **how)  # and what x_t adds
             steps.append((h, z, q))
-        h, z, q = (torch.stack(x) for x in zip(*steps, strict=True))
-        return h, z, q
+        return tuple(torch.stack(x) for x in zip(*steps, strict=True))
 
-    def filter(
-        self, batch: dict[str, Tensor], state: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def filter(self, batch: Batch, state: State) -> tuple[Tensor, Tensor, Tensor]:
         """`observe` for a batch of data.Sequences, without random resets."""
         return self.observe(self.encode(self.see(batch)), batch["a_prev"], batch["reset"], state)
 
-    def imagine_step(self, h: Tensor, z: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    def imagine_step(self, h: Tensor, z: Tensor, a: Tensor) -> State:
         """(h_t, z_t), a_t -> (h_{t+1}, ẑ_{t+1}): one step without an observation."""
         h = self.recurrent(h, z, a)
         return h, sample_straight_through(self.prior(h))
 
-    def loss(
-        self, batch: dict[str, Tensor], state: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, Tensor]]:
-        """One batch of data.Sequences -> Eq. 2's loss (), its terms, and the last state (detached).
+    def reset_some(self, reset: Tensor) -> Tensor:
+        """In training single steps (T, B) are reset with ζ: play has few resets (App. A, [D10])."""
+        if not self.training:
+            return reset
+        return reset | (torch.rand(reset.shape, device=reset.device) < self.config.zeta)
 
-        In training mode single steps are reset with probability ζ, keeping the real a_{t-1}.
-        """
-        c, reset = self.config, batch["reset"]
-        if self.training:  # App. A: play has few resets of its own
-            reset = reset | (torch.rand(reset.shape, device=reset.device) < c.zeta)
-        x = self.see(batch)
+    def loss(self, batch: Batch, state: State) -> tuple[Tensor, Batch, State]:
+        """One batch of data.Sequences -> Eq. 2's loss (), its terms, the last state (detached)."""
+        c, x, reset = self.config, self.see(batch), self.reset_some(batch["reset"])
+        # The expectation over q in Eq. 2 is one sample of z_1:T, drawn step by step.
         h, z, q = self.observe(self.encode(x), batch["a_prev"], reset, state)
+        # Each latent state has to show its images; each prior, to foresee its posterior.
         loss, terms = elbo_loss(x, self.decode(h, z), q, self.prior(h), c.beta, c.delta)
         return loss, terms, (h[-1].detach(), z[-1].detach())
 
     # ------------------------------------------------------------------ for others
-    def predict(
-        self, batch: dict[str, Tensor], context: int
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def split(self, s: Tensor) -> State:
+        """s (..., k) -> h (..., H), z (..., Z)."""
+        return s[..., : self.config.deterministic], s[..., self.config.deterministic :]
+
+    def predict(self, batch: Batch, context: int) -> tuple[Batch, Batch]:
         """Open-loop prediction (Fig. 3): filters `context` frames, then sees only the actions.
 
-        batch: data.Sequences' (T, B, ...). Returns `show` of every frame's posterior, and of the
-        prediction, which is the same during the context.
+        Returns `show` of every frame's posterior, and of the prediction, the same in the context.
         """
         h, z, _ = self.filter(batch, self.initial(batch["reset"].shape[1]))
-        predicted = list(zip(h[:context], z[:context], strict=True))
+        states = list(zip(h[:context], z[:context], strict=True))
         for a in batch["a_prev"][context:]:
-            predicted.append(self.imagine_step(*predicted[-1], a))
-        h_hat, z_hat = (torch.stack(x) for x in zip(*predicted, strict=True))
-        return self.show(h, z), self.show(h_hat, z_hat)
+            states.append(self.imagine_step(*states[-1], a))
+        predicted = (torch.stack(x) for x in zip(*states, strict=True))
+        return self.show(h, z), self.show(*predicted)
 
-    def show(self, h: Tensor, z: Tensor) -> dict[str, Tensor]:
+    def show(self, h: Tensor, z: Tensor) -> Batch:
         """What states (T, B, ...) look like: uint8 (T, B, 64, 64, 3) per camera."""
         return {k: to_uint8(x) for k, x in self.decode(h, z).items()}
 
     def classes_of(self, z: Tensor) -> Tensor:
         """z (..., Z) -> the class of each of its categoricals, (..., C) uint8, for a cache."""
         c = self.config
-        one_hot = z[..., : c.categoricals * c.classes].unflatten(-1, (c.categoricals, c.classes))
-        return one_hot.argmax(-1).to(torch.uint8)
+        one_hots = z[..., : c.categoricals * c.classes].unflatten(-1, (-1, c.classes))
+        return one_hots.argmax(-1).to(torch.uint8)
 
     def latent_z(self, classes: Tensor, robot_obs: Tensor) -> Tensor:
         """The inverse: classes (..., C) and the same frames' robot_obs (..., 15) -> z (..., Z)."""
@@ -352,10 +346,8 @@ class WorldModel(nn.Module):
 def to_float(x: Tensor) -> Tensor:
     """uint8 (..., 64, 64, 3) in 0..255 -> float (..., 3, 64, 64) in [-1, 1], channels-last."""
     if x.shape[-3:] != (64, 64, 3) or x.dtype != torch.uint8:
-        raise ValueError(
-            f"images must be uint8 (..., 64, 64, 3), got {x.dtype} {tuple(x.shape)}; "
-            "shrink them with data.resize_area first"
-        )
+        what = f"images must be uint8 (..., 64, 64, 3), got {x.dtype} {tuple(x.shape)}"
+        raise ValueError(f"{what}; shrink them with data.resize_area first")
     return x.float().mul_(1 / 127.5).sub_(1).movedim(-1, -3)
 
 
@@ -364,92 +356,61 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).movedim(-3, -1).to(torch.uint8)
 
 
-def initialise(module: nn.Module) -> None:
-    """Xavier weights, zero biases, orthogonal recurrence [D7]."""
-    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.GRUCell):
-        nn.init.xavier_uniform_(module.weight_ih)
-        nn.init.orthogonal_(module.weight_hh)
-        nn.init.zeros_(module.bias_ih)
-        nn.init.zeros_(module.bias_hh)
-
-
 # ---------------------------------------------------------------------------- preset sim's
-@dataclass(frozen=True)
-class SimWorldModelConfig(WorldModelConfig):
-    """What an hour on two CPU cores needs beside the paper; the schedules are train.py's."""
-
-    carry_state: bool = False  # as the paper says [D10]
-    anneal: float = 0.0  # last part of the steps, over which the learning rate falls to 0 [D25]
-    decode_every: int = 1  # reconstruct every n-th frame of a training batch [D25]
-    gain: float = 1.0  # at the start, of the weights before and behind the posterior's sample [D25]
-    sample_anneal: float = 0.0  # first part of the steps: q's mean turns into samples [D25]
-    length_curriculum: int = 1  # first half of the steps: so many times more, shorter pieces [D25]
-    spatial_latents: bool = False  # a categorical for each of 4 x 4 cells of both images [D27]
-
-    @property
-    def stochastic(self) -> int:
-        """Z: z_t's one-hots, then the arm's pose p_t [D5]."""
-        return super().stochastic + len(POSE)
-
-
 # [D5] Of robot_obs, z_t takes in: tcp position, finger width, joints. The euler angles jump by 2π,
 # and follow from the joints. σ: how exactly that is predicted, in the training set's deviations.
 POSE, POSE_SIGMA = (0, 1, 2, 6, 7, 8, 9, 10, 11, 12, 13), 0.03
 
 
-class SpatialDecoder(nn.Module):
-    """One camera, from 1 -> 4 -> 8 -> 16 -> 32 -> 64 pixels: (N, 32 * depth) -> (N, 3, 64, 64).
+@dataclass(frozen=True)
+class SimWorldModelConfig(WorldModelConfig):
+    """What an hour on two CPU cores needs beside the paper; the schedules are train.py's."""
 
-    Each pixel of the 4 x 4 also sees its own categorical: own (N, classes, 4, 4) [D27].
-    """
+    carry_state: bool = False  # as the paper says [D10]
+    spatial_latents: bool = False  # a categorical for each of 4 x 4 cells of both images [D5]
+    gain: float = 1.0  # at the start, of the weights before and behind the posterior's sample [D25]
+    sample_anneal: float = 0.0  # first part of the steps: q's mean turns into samples [D25]
+    length_curriculum: int = 1  # first half of the steps: so many times more, shorter pieces [D25]
+    decode_every: int = 1  # reconstruct every n-th frame of a training batch [D25]
+    anneal: float = 0.0  # last part of the steps, over which the learning rate falls to 0 [D25]
 
-    def __init__(self, depth: int, classes: int):
-        super().__init__()
-        self.own = nn.Conv2d(classes, 8 * depth, 1)
-        sizes = [32 * depth, 8 * depth, 4 * depth, 2 * depth, depth, 3]
-        self.layers = nn.ModuleList(
-            nn.ConvTranspose2d(i, o, 4, stride=2, padding=int(i < sizes[0]))
-            for i, o in pairwise(sizes)
-        )
-
-    def forward(self, x: Tensor, own: Tensor) -> Tensor:
-        first, *others = self.layers
-        x = one_pixel(x, first) + self.own(own)
-        for layer in others:
-            x = layer(F.elu(x))
-        return x
+    @property
+    def stochastic(self) -> int:
+        """Z: z_t's one-hots, then the arm's pose p_t."""
+        return super().stochastic + len(POSE)
 
 
 class SimWorldModel(WorldModel):
-    """The paper's model, which also reads the arm's pose [D5], and cells of its images [D27]."""
+    """x_t is also the arm's robot_obs, and z_t ends with its pose p_t (11 numbers) [D5].
+
+    With spatial_latents, each of the 2 x 16 cells of both images also has a categorical of its own:
+    its features are added to the categorical's logits, its sample to the decoder's 4 x 4 map.
+    """
 
     def __init__(self, config: SimWorldModelConfig):
         super().__init__(config)
-        c, embedding, logits = config, 32 * config.depth, config.categoricals * config.classes
+        c, E, logits = config, 32 * config.depth, config.categoricals * config.classes
         if c.sequence_length % (c.length_curriculum * c.decode_every):
             raise ValueError("length_curriculum * decode_every must divide sequence_length [D25]")
         if c.length_curriculum > 1 and c.carry_state:
             raise ValueError("pieces of another length cannot carry the state on [D25]")
         if c.spatial_latents and c.categoricals != 2 * 4 * 4:
-            raise ValueError(
-                "spatial_latents: two images of 4 x 4 cells need 32 categoricals [D27]"
-            )
+            raise ValueError("spatial_latents: two images of 4 x 4 cells need 32 categoricals [D5]")
         self.register_buffer("robot_mean", torch.zeros(15))
         self.register_buffer("robot_std", torch.ones(15))
         self.register_buffer("pose_columns", torch.tensor(POSE), persistent=False)
         self.motion = nn.Linear(c.deterministic + 7, len(POSE))
-        self.posterior_head = Head((c.deterministic, embedding + 15), c.hidden, logits)
-        if c.spatial_latents:  # one categorical's logits from one cell's features
+        self.posterior_head = Head((c.deterministic, E + 15), c.hidden, logits)
+        if c.spatial_latents:  # images of 64, 32, 16, 8, 4 pixels, and back
             self.encoders = nn.ModuleDict({k: ImageEncoder(c.depth, padding=1) for k in CAMERAS})
-            self.fuse = Head((8 * embedding,), embedding)
+            self.fuse = Head((8 * E,), E)
             self.own = nn.ModuleDict({k: nn.Conv2d(8 * c.depth, c.classes, 1) for k in CAMERAS})
-            self.decoders = nn.ModuleDict({k: SpatialDecoder(c.depth, c.classes) for k in CAMERAS})
+            sizes = [E, 8 * c.depth, 4 * c.depth, 2 * c.depth, c.depth, 3]
+            for k in CAMERAS:
+                self.decoders[k] = ImageDecoder(sizes, [4] * 5, padding=1)
+                self.decoders[k].own = nn.Conv2d(c.classes, 8 * c.depth, 1)
         self.initialise()
-        with torch.no_grad():  # [D25]: noise at the start hides what is small from the decoder
+        with torch.no_grad():  # noise at the start hides what is small from the decoder [D25]
             self.posterior_head.out.weight.mul_(c.gain)
             self.decoder_in.weight[:, c.deterministic : c.deterministic + logits].mul_(c.gain)
             for k in CAMERAS if c.spatial_latents else ():
@@ -464,73 +425,62 @@ class SimWorldModel(WorldModel):
     def standardise(self, robot_obs: Tensor) -> Tensor:
         return (robot_obs - self.robot_mean) / self.robot_std
 
-    def see(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """x_t is also the arm's robot_obs (T, B, 15)."""
+    def see(self, batch: Batch) -> Batch:
         return super().see(batch) | {"robot": self.standardise(batch["robot_obs"])}
 
-    def encode(self, x: dict[str, Tensor]) -> Tensor:
-        """e_t: what the posterior's head takes, p_t, and each cell's word on its own categorical."""
-        T, B = x["static"].shape[:2]
+    def encode(self, x: Batch) -> Tensor:
+        """e_t: p_t, then what the posterior's head takes, then what cells add to its logits."""
+        robot, shape = x["robot"], x["static"].shape[:2]
         maps = {k: self.encoders[k](x[k].flatten(0, 1)) for k in CAMERAS}
-        fused = self.fuse(torch.cat([m.flatten(1) for m in maps.values()], -1))
-        fused = torch.cat([fused.float().unflatten(0, (T, B)), x["robot"]], -1)
-        parts = [
-            self.posterior_head.inputs[1](fused),
-            x["robot"].index_select(-1, self.pose_columns),
-        ]
-        if self.config.spatial_latents:
-            cells = torch.cat([self.own[k](m).flatten(2).mT for k, m in maps.items()], 1)
-            parts.append(cells.flatten(1).unflatten(0, (T, B)))  # (T, B, 32 * K)
-        return torch.cat(parts, -1)
+        fused = self.fuse(torch.cat([m.flatten(1) for m in maps.values()], -1)).unflatten(0, shape)
+        e = self.posterior_head.inputs[1](torch.cat([fused.float(), robot], -1))
+        e = torch.cat([robot.index_select(-1, self.pose_columns), e], -1)
+        if not self.config.spatial_latents:
+            return e
+        with without_autocast(e):  # (T*B, 32, K) of 2 x 16 cells
+            cells = torch.cat([self.own[k](m.float()).flatten(2).mT for k, m in maps.items()], 1)
+        return torch.cat([e, cells.flatten(1).unflatten(0, shape)], -1)
 
     def posterior(self, h: Tensor, e: Tensor) -> Tensor:
-        """The logits, to which each cell has added its own."""
-        e, _, cells = e.tensor_split([self.config.hidden, self.config.hidden + len(POSE)], -1)
+        hidden = self.config.hidden
+        _, e, cells = e.tensor_split([len(POSE), len(POSE) + hidden], -1)
         q = super().posterior(h, e)
-        return q + cells.float().unflatten(-1, q.shape[-2:]) if cells.shape[-1] else q
+        return q + cells.unflatten(-1, q.shape[-2:]) if self.config.spatial_latents else q
 
-    def represent(
-        self, h: Tensor, e: Tensor, softness: float | Tensor = 0.0
-    ) -> tuple[Tensor, Tensor]:
-        """z_t ends with p_t, as it is observed."""
+    def represent(self, h: Tensor, e: Tensor, softness: float | Tensor = 0.0):
+        """z_t ends with p_t, as it is observed. softness: of the samples [D25]."""
         q = self.posterior(h, e)
-        p = e[..., self.config.hidden :][..., : len(POSE)]
-        return torch.cat([sample_straight_through(q, softness), p], -1), q
+        return torch.cat([sample_straight_through(q, softness), e[..., : len(POSE)]], -1), q
 
-    def imagine_step(self, h: Tensor, z: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    def imagine_step(self, h: Tensor, z: Tensor, a: Tensor) -> State:
         """ẑ_{t+1} ends with p_t and the motion that h_{t+1} and a_t tell."""
         h, one_hots = super().imagine_step(h, z, a)
         p = z[..., -len(POSE) :] + self.motion(torch.cat([h, a], -1))
         return h, torch.cat([one_hots, p], -1)
 
-    def decode(self, h: Tensor, z: Tensor) -> dict[str, Tensor]:
-        """Each of a decoder's 4 x 4 cells also sees its own categorical [D27]."""
-        c, (T, B) = self.config, h.shape[:2]
-        if not c.spatial_latents:
+    def decode(self, h: Tensor, z: Tensor) -> Batch:
+        if not self.config.spatial_latents:
             return super().decode(h, z)
         x = self.decoder_in(torch.cat([h, z], -1)).flatten(0, 1)
-        cells = z[..., : -len(POSE)].unflatten(-1, (len(CAMERAS), 4, 4, c.classes))
+        cells = z[..., : -len(POSE)].unflatten(-1, (len(CAMERAS), 4, 4, self.config.classes))
         cells = cells.flatten(0, 1).movedim(-1, 2).unbind(1)  # per camera (T*B, K, 4, 4)
-        images = {k: self.decoders[k](x, own) for k, own in zip(CAMERAS, cells, strict=True)}
-        return {k: image.unflatten(0, (T, B)) for k, image in images.items()}
+        images = {}
+        for k, own in zip(CAMERAS, cells, strict=True):
+            images[k] = self.decoders[k](x, self.decoders[k].own(own)).unflatten(0, h.shape[:2])
+        return images
 
-    def loss(
-        self, batch: dict[str, Tensor], state: tuple[Tensor, Tensor],
-        softness: float | Tensor = 0.0, decode_every: int = 1,
-    ) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, Tensor]]:  # fmt: skip
-        """`WorldModel.loss`, and -log p of the arm's motion; with two of train.py's schedules [D25].
+    def loss(self, batch: Batch, state: State, softness: float | Tensor = 0.0, decode_every=1):
+        """`WorldModel.loss`, with -log p of the arm's motion, and with two schedules [D25].
 
-        softness: of the posterior's samples, best a tensor (), for a number would be compiled in.
+        softness: of the posterior's samples; a tensor (), for a number would be compiled in.
         decode_every: the sum over t of Eq. 2 is estimated, without bias, from every n-th frame:
         neighbours tell almost the same, and decoding is most of a step's work.
         """
-        c, reset = self.config, batch["reset"]
-        if self.training:
-            reset = reset | (torch.rand(reset.shape, device=reset.device) < c.zeta)
-        x, a_prev = self.see(batch), batch["a_prev"]
-        h, z, q = self.observe(self.encode(x), a_prev, reset, state, softness=softness)
+        c, x, reset = self.config, self.see(batch), self.reset_some(batch["reset"])
+        e, a_prev = self.encode(x), batch["a_prev"]
+        h, z, q = self.observe(e, a_prev, reset, state, softness=softness)
         some = torch.arange(0, len(h), decode_every, device=h.device)
-        if decode_every > 1:
+        if decode_every > 1:  # from a random one on
             some = some + torch.randint(decode_every, (), device=h.device)
         x = {k: x[k].index_select(0, some) for k in CAMERAS}
         decoded = self.decode(h.index_select(0, some), z.index_select(0, some))
@@ -541,7 +491,7 @@ class SimWorldModel(WorldModel):
         loss, terms = elbo_loss(x, decoded, q, self.prior(h), c.beta, c.delta)
         return loss, terms, (h[-1].detach(), z[-1].detach())
 
-    def show(self, h: Tensor, z: Tensor) -> dict[str, Tensor]:
+    def show(self, h: Tensor, z: Tensor) -> Batch:
         """Also tcp (T, B, 3), m."""
         tcp = z[..., -len(POSE) :][..., :3] * self.robot_std[:3] + self.robot_mean[:3]
         return super().show(h, z) | {"tcp": tcp}
@@ -553,7 +503,7 @@ class SimWorldModel(WorldModel):
 
 def make_world_model(config: WorldModelConfig) -> WorldModel:
     """The model that a configuration is of."""
-    return (SimWorldModel if isinstance(config, SimWorldModelConfig) else WorldModel)(config)
+    return SimWorldModel(config) if isinstance(config, SimWorldModelConfig) else WorldModel(config)
 
 
 # Two CPU cores or one small GPU need a smaller model of the same kind; Table III's other rows stay.
@@ -561,8 +511,8 @@ PRESETS = {
     "paper": WorldModelConfig(),
     "sim": SimWorldModelConfig(
         batch_size=8, sequence_length=32, deterministic=512, learning_rate=8e-4, hidden=512,
-        depth=16, anneal=0.6, decode_every=4, gain=3.0, sample_anneal=0.15, length_curriculum=4,
-        spatial_latents=True,
+        depth=16, spatial_latents=True, gain=3.0, sample_anneal=0.15, length_curriculum=4,
+        decode_every=4, anneal=0.6,
     ),
     "tiny": SimWorldModelConfig(
         batch_size=8, sequence_length=16, deterministic=64, categoricals=8, classes=8,
