@@ -14,6 +14,7 @@ World model, agent and policy are arguments.
 
 import argparse
 import functools
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -36,22 +37,20 @@ class Log:
     """What a run says: a line and a JSONL record at a time, pictures, and TensorBoard if it is
     installed. Nothing is written before the first record."""
 
-    def __init__(self, folder: Path, stage: str):
-        self.folder, self.path = folder, folder / f"{stage}.jsonl"
-        self.validated = set()  # steps
-        self.board = None
-
-    def open_board(self) -> None:
-        try:
+    def __init__(self, folder: Path, stage: str, writes: bool = True):
+        """writes: one of several processes does."""
+        self.folder, self.path, self.writes = folder, folder / f"{stage}.jsonl", writes
+        self.validated, self.board = set(), None  # steps; TensorBoard, an optional extra
+        if writes and importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(self.folder / "tensorboard" / self.path.stem)
-        except ImportError:  # an optional extra
-            pass
+            self.board = SummaryWriter(folder / "tensorboard" / stage)
 
     def cut(self, step: int) -> None:
         """Removes records after a checkpoint's step, for those steps will be done again."""
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        if not self.writes or not self.path.exists():
+            return
+        lines = self.path.read_text().splitlines(keepends=True)
         with D.naming(self.path, "Remove the damaged line"):
             records = [json.loads(x) for x in lines if x.endswith("\n")]
             records = [r for r in records if r["step"] <= step]
@@ -61,6 +60,8 @@ class Log:
 
     def write(self, kind: str, step: int, figures: dict[str, float], seconds: float) -> None:
         """kind: train or validate. seconds: that the run has taken until now."""
+        if not self.writes:
+            return
         record = {"step": step, "kind": kind, "hours": round(seconds / 3600, 4)}
         record |= {k: float(f"{float(x):.5g}") for k, x in figures.items()}
         with D.naming(self.path, D.MAKE_ROOM), self.path.open("a") as f:

@@ -112,24 +112,23 @@ def load_checkpoint(path: Path, stage: str | None, device: str) -> dict:
     try:
         if zipfile.ZipFile(path).testzip():  # torch does not look at the checksums
             raise ValueError("a checksum is wrong")
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        c = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
         what = f"{path} is no checkpoint of train.py, or damaged"
         raise ValueError(f"{what}; {remedy} ({error})") from error
-    got = checkpoint.get("stage") if isinstance(checkpoint, dict) else type(checkpoint).__name__
+    got = c.get("stage") if isinstance(c, dict) else type(c).__name__
     if got not in ((stage,) if stage else ("wm", "agent")):
         need = f"this needs one of --stage {stage or 'wm or agent'}"
         raise ValueError(f"{path} holds stage {got!r}; {need}")
     needs = "config model meta run step seconds text_encoder".split()
     needs += ["world_model"] if got == "agent" else []
-    missing = [k for k in needs if k not in checkpoint]
+    missing = [k for k in needs if k not in c]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}; {remedy}")
-    weights = checkpoint["model"] | checkpoint.get("world_model", {}).get("model", {})
-    for name, x in weights.items():
+    for name, x in (c["model"] | c.get("world_model", {}).get("model", {})).items():
         if not x.isfinite().all():
             raise ValueError(f"{path}: {name} is not finite; {remedy}")
-    return checkpoint | {"path": str(path)}
+    return c | {"path": str(path)}
 
 
 def same_kind(checkpoint: dict, data: D.PlayData, name: str) -> None:
@@ -239,49 +238,28 @@ class Run:
         self.data = D.PlayData(config.data, "training")
         self.held_out = D.PlayData(config.data, "validation")
         self.checkpoint_path = self.out / f"{config.stage}.pt"
-        self.log = diagnostics.Log(self.out, config.stage)
         self.steps = config.steps or STEPS[config.preset][config.stage]
         self.figures, self.interrupted = [], False
         self.rank, self.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-        self.device = "cuda" if cuda else "cpu"
-        self.bf16 = config.precision == "bf16"
-        if config.precision == "auto":
-            self.bf16 = bf16_is_faster(self.device)
-        if self.ranks > 1:
-            self.join_processes()
+        kind = self.device = "cuda" if cuda else "cpu"
+        bf16 = [config.precision == "bf16" or (config.precision == "auto" and bf16_is_faster(kind))]
+        if self.ranks > 1:  # torchrun started several of these
+            self.device = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu"
+            if not dist.is_initialized():  # the others wait while rank 0 caches latents
+                backend = "nccl" if cuda else "gloo"
+                dist.init_process_group(backend, timeout=timedelta(hours=6))
+            dist.broadcast_object_list(bf16)  # rank 0 decides
         check_device(self.device)
-        self.precision = torch.autocast(self.device.split(":")[0], torch.bfloat16, self.bf16)
+        self.bf16 = bf16[0]
+        self.precision = torch.autocast(kind, torch.bfloat16, self.bf16)
+        self.log = diagnostics.Log(self.out, config.stage, self.rank == 0)
         torch.manual_seed(config.seed)
         if self.rank == 0:
-            self.introduce()
-
-    def join_processes(self) -> None:
-        """torchrun started several of these: each takes its own GPU, and rank 0's precision."""
-        if self.device == "cuda":
-            self.device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(self.device)
-        if not dist.is_initialized():  # the others wait while rank 0 caches latents
-            backend = "nccl" if "cuda" in self.device else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(hours=6))
-        bf16 = [self.bf16]
-        dist.broadcast_object_list(bf16)
-        self.bf16 = bf16[0]
-
-    def introduce(self) -> None:
-        settings = dataclasses.asdict(self.config) | dataclasses.asdict(self.model_config)
-        print(json.dumps(settings, indent=1, ensure_ascii=False))
-        products = "bf16" if self.bf16 else "fp32"
-        print(f"device {self.device}, {products} products, {self.ranks} processes")
-        print(f"{self.steps} steps; after ten of them it says how long they take")
-
-    def key(self, world: W.WorldModel) -> str:
-        """The name of the latents that this world model gives in this precision."""
-        return identity(world.state_dict()) + ("-bf16" if self.bf16 else "")
-
-    def seconds(self) -> float:
-        """How long this run has taken until now, also before it was resumed."""
-        return time.monotonic() - self.begun
+            settings = dataclasses.asdict(config) | dataclasses.asdict(model_config)
+            print(json.dumps(settings, indent=1, ensure_ascii=False))
+            how = f"{'bf16' if self.bf16 else 'fp32'} products, {self.ranks} processes"
+            print(f"{self.steps} steps on {self.device}, {how}")
 
     # ------------------------------------------------------------------ several processes
     def shard(self, n: int) -> slice:
@@ -320,12 +298,12 @@ class Run:
     # ------------------------------------------------------------------ steps
     def progress(self, start: int):
         """Steps from `start` on; at the last number, self.steps, only validation is left to do."""
-        self.start = start
-        if self.ranks > 1:  # each has its own random numbers from here on
-            torch.manual_seed(hash((self.config.seed, start, self.rank)) % 2**63)
+        self.start, self.loop_began = start, time.monotonic()
         handler = signal.getsignal(signal.SIGINT)
         if self.ranks == 1:
             signal.signal(signal.SIGINT, self.interrupt)
+        else:  # each has its own random numbers from here on
+            torch.manual_seed(hash((self.config.seed, start, self.rank)) % 2**63)
         how = {"initial": start, "total": self.steps, "unit": "step", "disable": self.rank > 0}
         try:
             yield from tqdm(range(start, self.steps + 1), **how)
@@ -349,6 +327,10 @@ class Run:
         every = self.config.checkpoint_every, self.config.validate_every
         return self.interrupted or any(self.due(done, n) for n in every)
 
+    def seconds(self) -> float:
+        """How long this run has taken until now, also before it was resumed."""
+        return time.monotonic() - self.began
+
     @contextmanager
     def aside(self, module: torch.nn.Module):
         """Validation: evaluation mode, no gradients, fixed random numbers, and the training's own
@@ -364,39 +346,31 @@ class Run:
         and then checks them, and logs their means since the last time."""
         self.figures.append(torch.stack([x.float() for x in figures.values()]))
         logs = self.due(done, self.config.log_every)
-        if logs or self.saves(done):
+        if logs or self.saves(done) or done == self.start + 10:
             table = torch.stack(self.figures)  # (steps, figures)
-            bad = (~table.isfinite()).nonzero().tolist()
-            for row, column in bad[:1]:
-                value, step = float(table[row, column]), done - len(table) + row
-                raise ValueError(
-                    f"{[*figures][column]} is {value} at step {step}. The last checkpoint is kept; "
-                    "try a lower learning rate, or --precision fp32."
-                )
+            for row, column in (~table.isfinite()).nonzero().tolist()[:1]:
+                what = f"{[*figures][column]} is {float(table[row, column])} at step"
+                remedy = "try a lower learning rate, or --precision fp32"
+                step = done - len(table) + row
+                raise ValueError(f"{what} {step}. The last checkpoint is kept; {remedy}.")
         if logs:
             mean = self.all_gather(table.mean(0)[None]).mean(0)
+            means = dict(zip(figures, mean.tolist(), strict=True))
+            self.log.write("train", done, means, self.seconds())
             self.figures = []
-            if self.rank == 0:
-                means = dict(zip(figures, mean.tolist(), strict=True))
-                self.log.write("train", done, means, self.seconds())
-        if done in (self.start + 1, self.start + 11) and self.rank == 0:
-            self.forecast(done)
-
-    def forecast(self, done: int) -> None:
-        """Says after ten steps how long they take; not counting the first, which compiles."""
-        now = time.monotonic()
-        if done == self.start + 1:
-            self.second_began = now
-            return
-        seconds = (now - self.second_began) / 10
-        left = timedelta(seconds=round(seconds * (self.steps - done)))
-        end = f"{datetime.now() + left:%Y-%m-%d %H:%M}"
-        tqdm.write(f"{seconds:.3g} s per step: the end in {left}, at {end}", file=sys.stdout)
-        if left > timedelta(days=2):
-            text = f"note: that is {left.days} days. On a CPU take --preset sim, or fewer --steps."
+        if done == self.start + 10 and self.rank == 0:
+            per_step = (time.monotonic() - self.loop_began) / 10
+            rest = timedelta(seconds=round(per_step * (self.steps - done)))
+            text = f"{per_step:.3g} s per step: the end in {rest}, at {datetime.now() + rest:%c}"
+            if rest.days >= 2:
+                text += f"\nnote: that is {rest.days} days; on a CPU, --preset sim takes an hour"
             tqdm.write(text, file=sys.stdout)
 
     # ------------------------------------------------------------------ checkpoints
+    def key(self, world: W.WorldModel) -> str:
+        """The name of the latents that this world model gives in this precision."""
+        return identity(world.state_dict()) + ("-bf16" if self.bf16 else "")
+
     def save(self, step: int, modules: dict, optimizers: dict, **more) -> None:
         if self.rank:
             return
@@ -419,21 +393,16 @@ class Run:
     def resume(self, modules: dict, optimizers: dict) -> tuple[int, dict]:
         """Loads the last checkpoint if there is one. Returns the step to go on from, and it."""
         c = self.last_checkpoint()
-        self.begun = time.monotonic() - c.get("seconds", 0.0)
-        if self.rank == 0:
-            self.log.cut(c.get("step", 0))
+        self.began = time.monotonic() - c.get("seconds", 0.0)
+        self.log.cut(c.get("step", 0))
         if not c:
             return 0, {}
-        self.refuse_another(c)
         with fitting(c["path"], "its model, or in another world model"):
             for name, module in modules.items():
                 module.load_state_dict(c[name])
             for name, optimizer in optimizers.items():
                 optimizer.load_state_dict(c["optimizer"][name])
-                for (
-                    p,
-                    state,
-                ) in optimizer.state.items():  # fused: paired as they lie in memory
+                for p, state in optimizer.state.items():  # fused: paired as they lie in memory
                     moments = {k: x for k, x in state.items() if x.shape == p.shape}
                     state.update({k: torch.empty_like(p).copy_(x) for k, x in moments.items()})
         torch.set_rng_state(c["random"]["cpu"])
@@ -444,36 +413,35 @@ class Run:
         return c["step"], c
 
     def last_checkpoint(self) -> dict:
-        """The last one; the one before it where that is damaged; or nothing."""
+        """The last one; the one before it where that is damaged; or nothing. ValueError where it
+        cannot go on with this configuration or this data."""
         paths = [p for p in (self.checkpoint_path, previous(self.checkpoint_path)) if p.exists()]
         for path in paths:
             try:
-                return load_checkpoint(path, self.config.stage, "cpu")
+                c = load_checkpoint(path, self.config.stage, "cpu")
+                break
             except ValueError as error:
                 if path == paths[-1]:
                     raise
                 print(f"note: {error}; going back to {paths[-1]}")
-        return {}
-
-    def refuse_another(self, c: dict) -> None:
-        """ValueError where a checkpoint cannot go on with this configuration or this data."""
+        else:
+            return {}
         if {"optimizer", "random"} - c.keys():
-            what = f"{c['path']} was published, without its optimiser, or is damaged"
+            what = f"{path} was published, without its optimiser, or is damaged"
             raise ValueError(f"{what}: it cannot be trained on. Give another --out.")
         now = dataclasses.asdict(self.config) | dataclasses.asdict(self.model_config)
-        then = {"wm": ""} | c["run"] | todays(c["config"])
+        then = c["run"] | todays(c["config"])
         changed = [k for k in now if k not in RESUMABLE and now[k] != then.get(k)]
         if changed:
             lines = "\n".join(f"  --{k}: {then.get(k)!r} there, {now[k]!r} here" for k in changed)
-            raise ValueError(
-                f"{c['path']} was trained with another configuration:\n{lines}\n"
-                "Give the same options to go on with it, or another --out to begin anew."
-            )
+            what = f"{path} was trained with another configuration:\n{lines}\nGive the same"
+            raise ValueError(f"{what} options to go on with it, or another --out to begin anew.")
         here = self.data.meta | {"frames": len(self.data)}
         there = c["meta"] | {"frames": c.get("frames", len(self.data))}
         if there != here:
-            what = f"{c['path']} was trained on other data, {there}; {self.config.data} is {here}"
+            what = f"{path} was trained on other data, {there}; {self.config.data} is {here}"
             raise ValueError(f"{what}. Give that data, or another --out.")
+        return c
 
 
 def bf16_is_faster(device: str) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import write_packed
+from conftest import write_packed
 
 ROOT = Path(__file__).resolve().parent.parent
 # Both stages with every random draw at one value, so that the share of rows does not matter.
@@ -20,7 +20,7 @@ import torch
 import agent, train
 torch.rand_like = lambda x: torch.full_like(x, 0.3)
 torch.randn_like = lambda x: torch.full_like(x, 0.0)  # zeros_like could not be compiled
-agent.P.sample_plan = lambda logits: logits.softmax(-1).flatten(-2)
+agent.P.sample_straight_through = lambda logits: logits.softmax(-1).flatten(-2)
 agent.Agent.train = lambda self, mode=True: torch.nn.Module.train(self, False)  # no dropout
 train.main(sys.argv[2:])
 print("compiled graphs:", torch._dynamo.utils.counters["stats"]["unique_graphs"])
@@ -84,18 +84,26 @@ def test_n_processes_share_a_batch_and_learn_the_same(n, packed, alone, tmp_path
     assert state[0].shape[0] == 8
 
 
-SHORT = "--reset_start 0 --sequence_length 4 --min_window 3 --max_window 4"  # less to compile
+SHORT = "--sequence_length 4"  # less to compile
+COMPILED = {
+    "wm": f"{SHORT} --zeta 0 --sample_anneal 1",
+    "agent": f"{SHORT} --reset_start 0 --min_window 3 --max_window 4",
+}
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler here")
-@pytest.mark.parametrize("stage, more", [("wm", "--zeta 0 --harden 1"), ("agent", SHORT)])
+@pytest.mark.parametrize(
+    "stage, more", [("wm", "--zeta 0 --sample_anneal 1 --sequence_length 4"), ("agent", SHORT)]
+)
 def test_compiled_losses_are_the_plain_ones(stage, more, packed, alone, tmp_path):
     rows = []
     for how in ("false", "true"):
         out = tmp_path / how
         out.mkdir()
         (out / "wm.pt").symlink_to(alone / "wm.pt") if stage == "agent" else None
-        done = run(1, packed, out, stage, *more.split(), "--steps", "3", "--compile", how)
+        done = run(
+            1, packed, out, stage, *COMPILED[stage].split(), "--steps", "3", "--compile", how
+        )
         assert done.returncode == 0, done.stderr[-6000:]
         assert ("compiled graphs: 0" in done.stdout) == (how == "false")
         rows.append(losses(out, stage, *NAMES[stage]))
