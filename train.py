@@ -360,11 +360,7 @@ class Run:
             self.figures = []
         if done == self.start + 10 and self.rank == 0:
             per_step = (time.monotonic() - self.loop_began) / 10
-            rest = timedelta(seconds=round(per_step * (self.steps - done)))
-            text = f"{per_step:.3g} s per step: the end in {rest}, at {datetime.now() + rest:%c}"
-            if rest.days >= 2:
-                text += f"\nnote: that is {rest.days} days; on a CPU, --preset sim takes an hour"
-            tqdm.write(text, file=sys.stdout)
+            tqdm.write(forecast(per_step, self.steps - done), file=sys.stdout)
 
     # ------------------------------------------------------------------ checkpoints
     def key(self, world: W.WorldModel) -> str:
@@ -442,6 +438,17 @@ class Run:
             what = f"{path} was trained on other data, {there}; {self.config.data} is {here}"
             raise ValueError(f"{what}. Give that data, or another --out.")
         return c
+
+
+def forecast(per_step: float, steps: int) -> str:
+    """What so many steps of so many seconds mean."""
+    rest = timedelta(seconds=round(per_step * steps))
+    text = (
+        f"{per_step:.3g} s per step: the end in {rest}, at {datetime.now() + rest:%Y-%m-%d %H:%M}"
+    )
+    if rest.days >= 2:
+        text += f"\nnote: that is {rest.days} days. On a CPU, --preset sim takes an hour or two."
+    return text
 
 
 def bf16_is_faster(device: str) -> bool:
@@ -571,7 +578,7 @@ def rounded(world: W.WorldModel) -> W.WorldModel:
     rounds trained weights once a step, but frozen ones anew at every use."""
     world = copy.deepcopy(world)
     for module in world.modules():
-        if isinstance(module, torch.nn.Linear | torch.nn.GRUCell):
+        if type(module) in (torch.nn.Linear, torch.nn.GRUCell):  # subclasses stay in fp32
             module.bfloat16()
     return world
 
