@@ -17,6 +17,7 @@ films, results.json, and calvin_results.json in the benchmark's own layout.
 """
 
 import argparse
+import contextlib
 import difflib
 import importlib
 import itertools
@@ -89,7 +90,7 @@ def load_agent(args):
     seen = c["meta"]["renderer"] if c["meta"]["renderer"] in known else " or ".join(known)
     here = {"hz": 30 / policy.skip, "action_scale": [0.02, 0.05], "renderer": seen}
     train.same_kind(c, SimpleNamespace(meta=here), f"--env {args.env}")
-    return policy, c | {"policy": c.get("policy", {}) | given}
+    return policy, c
 
 
 def pushes(p: float, rng: np.random.Generator):
@@ -280,12 +281,6 @@ def read_log(folder: Path, identity: dict, name: str = "chains*.jsonl") -> dict[
     return rows
 
 
-def write_json(path: Path, *rows: dict, indent: int | None = None):
-    """A row after the other, all at once, so that no line is ever half written."""
-    text = "".join(json.dumps(row, indent=indent) + "\n" for row in rows)
-    data.write(path, lambda file: file.write(text.encode()))
-
-
 # ------------------------------------------------------------------ running
 class Worker:
     """What one process owns: an environment, its oracle, and a policy unless the operator acts."""
@@ -299,7 +294,7 @@ class Worker:
             encoder, renderer = args.text_encoder or c["text_encoder"], c["meta"]["renderer"]
             data.same_text_encoder(encoder, c["text_encoder"], args.checkpoint)
             about |= {"method": c["config"]["method"], "seed": c["run"]["seed"]}
-            about["policy"] = c["policy"]
+            about |= {k: getattr(self.policy, k, None) for k in ("replan", "reset_on_replan")}
             about |= {"training": {k: c[k] for k in ("step", "seconds", "run", "meta")}}
         elif args.policy != "operator":
             self.policy = CalvinModel(args.policy)
@@ -364,8 +359,10 @@ def evaluate(args, argv: list[str]) -> dict:
                 raise SystemExit("evaluate.py: the first process was killed")
             record = worker.run_chain(n, films.get(n))
             if n not in records:  # else only its film was missing
-                mine = read_log(args.out, worker.about, log.name)
-                write_json(log, worker.about, *mine.values(), record)
+                # The whole log, written beside and renamed: no line is ever half written.
+                rows = [worker.about, *read_log(args.out, worker.about, log.name).values(), record]
+                text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+                data.write(log, lambda file, text=text: file.write(text))
         if any(other.wait() for other in others):
             raise RuntimeError("another process failed: see above. The same command goes on")
         while rank == 0 and not read_log(args.out, worker.about).keys() >= set(numbers):
@@ -380,8 +377,8 @@ def evaluate(args, argv: list[str]) -> dict:
             commit = subprocess.run(git, cwd=HERE, capture_output=True, text=True).stdout.strip()
             result = worker.about | summarise(done) | {"commit": commit or None}
             print(tables(result))
-            write_json(args.out / "calvin_results.json", as_calvin(result), indent=1)
-            write_json(args.out / "results.json", result, indent=1)
+            data.write_json(args.out / "calvin_results.json", as_calvin(result))
+            data.write_json(args.out / "results.json", result)
             left = "" if len(done) == args.chains else "; the same command goes on from here"
             print(f"{len(done)} of {args.chains} chains: {args.out / 'results.json'}{left}")
     return result
@@ -489,7 +486,9 @@ def main(argv: list[str] | None = None):
         if args.table:
             return print(table_of_seeds(args.table))
         args.out.mkdir(parents=True, exist_ok=True)
-        return follow(args) if args.instruction else evaluate(args, argv)
+        first = os.environ.get("RANK", "0") == "0"  # it keeps others out of the folder
+        with data.locked(args.out) if first else contextlib.nullcontext():
+            return follow(args) if args.instruction else evaluate(args, argv)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except (ValueError, RuntimeError, ImportError, OSError) as error:

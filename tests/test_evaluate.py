@@ -1,6 +1,7 @@
 """Evaluation: CALVIN's protocol, the record that resumes, sentences, films, tables."""
 
 import json
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -88,7 +89,6 @@ def fake(monkeypatch, tmp_path):
         "config": {"method": "no_ditto"}, "run": {"seed": 3, "preset": "tiny"}, "step": 9,
         "seconds": 1.5, "text_encoder": "an-encoder", "path": "agent.pt",
         "meta": {"hz": 30, "skip": 1, "action_scale": [0.02, 0.05], "renderer": sim.LOOK},
-        "policy": {"replan": 15, "reset_on_replan": True},
     }  # fmt: skip
     out = tmp_path / "out"
     world = SimpleNamespace(checkpoint=checkpoint, out=out, log=out / "chains.jsonl", asked={})
@@ -100,6 +100,7 @@ def fake(monkeypatch, tmp_path):
 
     def load_agent(path, device, **given):
         world.asked |= given
+        vars(world.policy).update(given)
         return world.policy, dict(checkpoint)
 
     def chain(n):
@@ -132,8 +133,8 @@ def test_results_name_all_that_they_depend_on_and_where_they_are(fake, capsys):
     assert (result["env"], result["method"], result["seed"]) == ("sim", "no_ditto", 3)
     assert result["success"] == [1.0] * 5 and result["avg_len"] == 5 and result["chains"] == 2
     assert result["training"]["step"] == 9 and "commit" in result
-    assert result["policy"] == {"replan": 7, "reset_on_replan": False}
-    assert fake.asked == result["policy"] | {"encoder": "an-encoder"}
+    assert (result["replan"], result["reset_on_replan"]) == (7, False)
+    assert fake.asked == {"replan": 7, "reset_on_replan": False, "encoder": "an-encoder"}
     sentence = calvin.sentences()["rotate_red_block_right"][0]
     assert result["sentences"]["rotate_red_block_right"] == sentence
     assert [result["tasks"][task] for task in calvin.TASKS[:2]] == [[1, 1], [2, 2]]
@@ -224,7 +225,7 @@ def test_another_configuration_in_the_same_folder_is_an_error(fake, tmp_path):
     before, mine = fake.log.read_text(), tmp_path / "mine.json"
     mine.write_text(json.dumps(dict.fromkeys(calvin.TASKS, "do it")))
     for option, value, what in (
-        ("--limit", "100", "limit was 360 and is 100"), ("--replan", "3", "policy was"),
+        ("--limit", "100", "limit was 360 and is 100"), ("--replan", "3", "replan was None"),
         ("--seed", "1", "evaluation_seed was 0 and is 1"), ("--disturb", "0.1", "disturb was 0"),
         ("--sentences", str(mine), "sentences was"),
     ):  # fmt: skip
@@ -264,7 +265,10 @@ def test_a_full_disk_names_the_file_and_the_same_command_goes_on(fake, file, mon
     assert fake.run("--chains", "2", "--film", "2")["chains"] == 2 and (fake.out / file).exists()
 
 
-def test_a_record_that_cannot_be_written_is_told_by_name(fake):
+def test_a_folder_that_cannot_be_made_or_is_in_use_is_told_by_name(fake):
+    with data.locked(fake.out), pytest.raises(SystemExit, match=r"out is in use by process"):
+        fake.run("--chains", "1")
+    shutil.rmtree(fake.out)
     fake.out.write_text("a file")
     with pytest.raises(SystemExit, match=r"File exists: .*out"):
         fake.run("--chains", "1")
