@@ -28,12 +28,15 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import numpy as np
 import torch
+import tyro
 from tqdm import tqdm
 
 import calvin
@@ -42,11 +45,36 @@ import sim
 import teleop
 import train
 
-HERE = Path(__file__).resolve().parent
-SHIPPED = HERE / "assets/sim.pt"  # by train.publish
-LIMIT = 360  # simulator steps per instruction: 12 s
+SHIPPED = Path(__file__).resolve().parent / "assets/sim.pt"  # by train.publish
 FILM_STEPS, FILM_FPS, FILM_FRAMES = 4, 15, 240  # a picture every 4 steps, shown twice as fast
 MARKS = {None: ("#404040", ""), True: ("#188038", ": solved"), False: ("#c5221f", ": failed")}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is evaluated, where and how. None: see parse."""
+
+    checkpoint: str | None = None  # agent.pt of train.py; None: the published policy
+    policy: str = "agent"  # agent, operator, or MODULE:CLASS of a model for CALVIN
+    env: Literal["sim", "calvin"] = "sim"  # real: --robot SETUP.json and deploy.py's options
+    instruction: str | None = None  # a sentence to follow where it can be done, and to film
+    chains: int | None = None  # how many; None: all, or 20 of the published policy
+    first: int | None = None  # the first chain, 0 to 999; of an instruction: its scene
+    procs: int = 1  # processes
+    device: str = "cpu"  # where the policy runs: cpu, cuda, cuda:1, ...
+    out: Path | None = None  # folder of the results; None: evaluate_ENV beside the checkpoint
+    seed: int = 0  # of sampled actions and plans
+    limit: int = 360  # simulator steps of 1/30 s per instruction
+    replan: int | None = None  # actions from plan to plan; None: the checkpoint's
+    reset_on_replan: bool | None = None  # at each plan, forget what was seen; None: as above
+    disturb: float = 0.0  # probability per action that the arm is pushed for 3 actions
+    film: int | None = None  # film the first N chains; None: 0, or 1 of the published policy
+    sentences: Path | None = None  # of the 34 tasks: a JSON file, or a dataset's validation/lang_*
+    text_encoder: str | None = None  # its folder, for sentences that are not in assets/
+    table: tuple[Path, ...] = ()  # only print Table I of these results.json
+    calvin_env: Path | None = None  # clone of mees/calvin_env; None: in this folder, or installed
+    scene: str = calvin.SCENE  # CALVIN's: a folder of its dataset, or a name in conf/scene
+    renderer: Literal["egl", "tiny"] | None = None  # CALVIN's; None: the checkpoint's, or tiny
 
 
 # ------------------------------------------------------------------ environments and policies
@@ -100,9 +128,8 @@ def pushes(p: float, rng: np.random.Generator):
         yield from [rng.uniform(-1, 1, 6)] * 3 if rng.random() < p else [None]
 
 
-def attempt(env, oracle, policy, words, task: str, limit=LIMIT, push=None) -> tuple[bool, int]:
+def attempt(env, oracle, policy, words, task: str, limit=360, push=None) -> tuple[bool, int]:
     """One instruction, from wherever the scene is now: (solved?, simulator steps taken).
-
     words: {task: what the policy is told}. push: as `pushes` makes them; the policy is not told."""
     policy.reset()
     start, obs = env.get_info(), env.get_obs()
@@ -317,8 +344,7 @@ class Worker:
             return env, teleop.Operator(env, rng, oracle=self.oracle).attempt
         torch.manual_seed(int(rng.integers(2**63)))  # neither order nor process matters
         push = pushes(self.args.disturb, rng) if self.args.disturb else None
-        oracle = oracle or self.oracle
-        return env, partial(attempt, env, oracle, self.policy, self.words, push=push)
+        return env, partial(attempt, env, oracle or self.oracle, self.policy, self.words, push=push)
 
     def run_chain(self, number: int, film: Path | None) -> dict:
         """One chain to its first failure: what chains.jsonl keeps of it."""
@@ -339,7 +365,6 @@ class Worker:
 
 def evaluate(args, argv: list[str]) -> dict:
     """Runs the chains that are not on record yet, prints the tables, writes results.json.
-
     Each process has its share and a log of its own; torchrun or --procs starts the others."""
     worker, others, parent = Worker(args), [], os.getppid()
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -374,7 +399,9 @@ def evaluate(args, argv: list[str]) -> dict:
         done = [records[n] for n in numbers if n in records]
         if rank == 0 and done:
             git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-            commit = subprocess.run(git, cwd=HERE, capture_output=True, text=True).stdout.strip()
+            commit = subprocess.run(
+                git, cwd=SHIPPED.parent, capture_output=True, text=True
+            ).stdout.strip()
             result = worker.about | summarise(done) | {"commit": commit or None}
             print(tables(result))
             data.write_json(args.out / "calvin_results.json", as_calvin(result))
@@ -416,58 +443,34 @@ def follow(args) -> dict[str, int]:
 
 
 # ------------------------------------------------------------------ command line
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line, checked."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
-    add, n = parser.add_argument, {"type": int, "metavar": "N"}
-    add("--checkpoint", metavar="FILE", help="agent.pt of train.py; default: the published policy")
-    add("--policy", default="agent", help="agent (default), operator, or MODULE:CLASS of CALVIN's")
-    add("--env", choices=("sim", "calvin"), default="sim", help="default sim; real: see deploy.py")
-    add("--instruction", metavar="SENTENCE", help="follow it where it can be done, and film that")
-    add("--chains", **n, help="how many; default: all, or 20 of the published policy")
-    add("--first", **n, help="the first chain, 0 to 999; of an instruction: its scene")
-    add("--procs", **n, default=1, help="processes; default 1")
-    add("--device", default="cpu", help="where the policy runs: cpu (default), cuda, cuda:1, ...")
-    add("--out", type=Path, metavar="DIR", help="default: evaluate_ENV beside the checkpoint")
-    add("--seed", **n, default=0, help="of sampled actions and plans; default 0")
-    add("--limit", **n, default=LIMIT, help="steps of 1/30 s per instruction; default 360")
-    add("--replan", **n, help="actions from plan to plan; default: the checkpoint's")
-    text = "at each plan, forget what was seen before; default: the checkpoint's"
-    add("--reset_on_replan", action=argparse.BooleanOptionalAction, help=text)
-    add("--disturb", type=float, default=0, metavar="P", help="pushes per action, 0 (default) to 1")
-    add("--film", **n, help="film the first N chains; default: 0, or 1 of the published policy")
-    add(
-        "--sentences", type=Path, help="of the tasks: a JSON file, or a dataset's validation/lang_*"
-    )
-    add("--text-encoder", metavar="DIR", help="its folder, for sentences that are not in assets/")
-    add("--table", type=Path, nargs="+", metavar="JSON", help="only print Table I of results.json")
-    calvin.add_options(parser)
-    args = parser.parse_args(argv)
+def parse(argv: list[str] | None = None) -> Options:
+    """The command line, with the defaults that depend on it. ValueError: it makes no sense."""
+    args = tyro.cli(Options, args=argv, description=__doc__, use_underscores=True)
     ours = args.policy == "agent" and args.env == "sim" and not args.checkpoint  # a first look
-    args.checkpoint = str(SHIPPED) if ours else args.checkpoint
-    args.chains = (20 if ours else 1000) if args.chains is None else args.chains
-    args.film = int(ours) if args.film is None else args.film
-    if (args.policy == "agent") != bool(args.checkpoint):
-        parser.error("give --checkpoint RUN/agent.pt, or another --policy")
-    if args.policy == "operator" and (args.instruction or args.disturb):
-        parser.error("--policy operator takes neither --instruction nor --disturb")
-    if not args.checkpoint and (args.replan or args.reset_on_replan is not None):
-        parser.error("--replan and --reset_on_replan are for an agent")
-    if args.checkpoint and args.renderer:
-        parser.error("--renderer: a checkpoint needs that of its data")
-    first, count = args.first or 0, 1 if args.instruction else args.chains
-    if not 0 <= first < first + count <= 1000:
-        parser.error(f"there are chains 0 to 999, not {count} from {first} on")
-    if not 0 <= args.disturb <= 1:
-        parser.error(f"--disturb {args.disturb}: a probability is 0 to 1")
-    for name, least in (("procs", 1), ("limit", 1), ("film", 0), ("seed", 0), ("replan", 1)):
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            parser.error(f"--{name} {getattr(args, name)}: at least {least}")
-    run = Path(args.checkpoint).parent if args.checkpoint else Path("runs") / args.policy
+    checkpoint = str(SHIPPED) if ours else args.checkpoint
+    chains = args.chains if args.chains is not None else 20 if ours else 1000 - (args.first or 0)
+    film = args.film if args.film is not None else int(ours)
+    run = Path(checkpoint).parent if checkpoint else Path("runs") / args.policy
     in_tree = run.resolve() == SHIPPED.parent  # where nothing is written
     out = Path("runs/first_look") if in_tree else run / f"evaluate_{args.env}"
-    args.out = args.out or out
+    args = replace(args, checkpoint=checkpoint, chains=chains, film=film, out=args.out or out)
+    first, n = args.first or 0, 1 if args.instruction else args.chains
+    agent, operator = bool(args.checkpoint), args.policy == "operator"
+    wrong = {
+        "give --checkpoint RUN/agent.pt, or another --policy": (args.policy == "agent") != agent,
+        "--instruction: the operator reads none": operator and args.instruction,
+        "--disturb: not for the operator": operator and args.disturb,
+        "--replan: it is an agent's": not agent and args.replan is not None,
+        "--reset_on_replan: it is an agent's": not agent and args.reset_on_replan is not None,
+        "--renderer: a checkpoint needs that of its data": agent and args.renderer,
+        f"there are chains 0 to 999, not {n} from {first} on": not 0 <= first < first + n <= 1000,
+        "--disturb: a probability is 0 to 1": not 0 <= args.disturb <= 1,
+    }
+    for name, least in (("procs", 1), ("limit", 1), ("film", 0), ("seed", 0), ("replan", 1)):
+        number = getattr(args, name)
+        wrong[f"--{name} {number}: at least {least}"] = number is not None and number < least
+    if any(wrong.values()):
+        raise ValueError(next(text for text, is_so in wrong.items() if is_so))
     return args
 
 
@@ -481,8 +484,8 @@ def main(argv: list[str] | None = None):
         import deploy
 
         return deploy.main(["rollouts", known.robot, *rest])
-    args = parse(argv)
     try:
+        args = parse(argv)
         if args.table:
             return print(table_of_seeds(args.table))
         args.out.mkdir(parents=True, exist_ok=True)
