@@ -399,10 +399,8 @@ def evaluate(args, argv: list[str]) -> dict:
         done = [records[n] for n in numbers if n in records]
         if rank == 0 and done:
             git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-            commit = subprocess.run(
-                git, cwd=SHIPPED.parent, capture_output=True, text=True
-            ).stdout.strip()
-            result = worker.about | summarise(done) | {"commit": commit or None}
+            commit = subprocess.run(git, cwd=SHIPPED.parent, capture_output=True, text=True).stdout
+            result = worker.about | summarise(done) | {"commit": commit.strip() or None}
             print(tables(result))
             data.write_json(args.out / "calvin_results.json", as_calvin(result))
             data.write_json(args.out / "results.json", result)
