@@ -484,7 +484,8 @@ class Policy:
             self.state = self.world.imagine_step(*self.state, self.a_prev[0])
         else:
             batch = {k: tensor(x)[None] for k, x in obs["rgb_obs"].items()}  # (1, 1, 64, 64, 3)
-            batch["robot_obs"] = tensor(obs["robot_obs"], torch.float32)[None]
+            if "robot_obs" in obs:  # cameras are enough for the paper's world model
+                batch["robot_obs"] = tensor(obs["robot_obs"], torch.float32)[None]
             batch["a_prev"], batch["reset"] = self.a_prev, torch.zeros_like(self.a_prev[..., 0]) > 0
             h, z, _ = self.world.filter(batch, self.state)
             self.state = (h[-1], z[-1])
