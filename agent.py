@@ -188,10 +188,11 @@ class Critic(nn.Module):
     """Eq. 4's second line: v_ψ(s_t, g) ≈ E[ Σ_t γ^t r^int_t ]. x (..., k + g) -> (...,).
 
     A return is some 160, the mean reward's r̄ / (1-γ), and a few tenths of it are the state's. A
-    network that regresses it as it is bootstraps the mean for 10,000 steps, and learns nothing of
-    the state. So it says (V - mean) / deviation, which `forward` undoes [D18]. The deviation is the
-    returns', as in PopArt [van Hasselt 2016]. The mean is r̄ / (1-γ), as in reward centring [Naik
-    2024]: the returns' own running mean, as in PopArt, would still have to bootstrap itself.
+    network that regresses it as it is bootstraps the mean for 10,000 steps and learns nothing of
+    the state. So the network's output is (V - mean) / deviation, which `forward` undoes [D18]. The
+    deviation is the returns', as in PopArt [van Hasselt 2016]; it moves too slowly to need PopArt's
+    correction of the last layer. The mean is r̄ / (1-γ), as in reward centring [Naik 2024]: the
+    returns' own running mean, as in PopArt, would still have to bootstrap itself.
     """
 
     def __init__(self, n_in: int, hidden: int, count: int):
