@@ -188,10 +188,11 @@ class Critic(nn.Module):
     """Eq. 4's second line: v_ψ(s_t, g) ≈ E[ Σ_t γ^t r^int_t ]. x (..., k + g) -> (...,).
 
     A return is some 160, the mean reward's r̄ / (1-γ), and a few tenths of it are the state's. A
-    network that regresses it as it is bootstraps the mean for 10,000 steps, and learns nothing of
-    the state. So it says (V - mean) / deviation, which `forward` undoes [D18]. The deviation is the
-    returns', as in PopArt [van Hasselt 2016]. The mean is r̄ / (1-γ), as in reward centring [Naik
-    2024]: the returns' own running mean, as in PopArt, would still have to bootstrap itself.
+    network that regresses it as it is bootstraps the mean for 10,000 steps and learns nothing of
+    the state. So the network's output is (V - mean) / deviation, which `forward` undoes [D18]. The
+    deviation is the returns', as in PopArt [van Hasselt 2016]; it moves too slowly to need PopArt's
+    correction of the last layer. The mean is r̄ / (1-γ), as in reward centring [Naik 2024]: the
+    returns' own running mean, as in PopArt, would still have to bootstrap itself.
     """
 
     def __init__(self, n_in: int, hidden: int, count: int):
@@ -484,7 +485,8 @@ class Policy:
             self.state = self.world.imagine_step(*self.state, self.a_prev[0])
         else:
             batch = {k: tensor(x)[None] for k, x in obs["rgb_obs"].items()}  # (1, 1, 64, 64, 3)
-            batch["robot_obs"] = tensor(obs["robot_obs"], torch.float32)[None]
+            if "robot_obs" in obs:  # cameras are enough for the paper's world model
+                batch["robot_obs"] = tensor(obs["robot_obs"], torch.float32)[None]
             batch["a_prev"], batch["reset"] = self.a_prev, torch.zeros_like(self.a_prev[..., 0]) > 0
             h, z, _ = self.world.filter(batch, self.state)
             self.state = (h[-1], z[-1])

@@ -80,7 +80,7 @@ def write(path: Path, fill) -> None:
     disk has its content before its name changes, so this holds for a power cut, too."""
     part = path.with_name(f"part_{path.name}")
     try:
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
             fill(file)
         sync(part)
@@ -235,11 +235,16 @@ def read_held_out(folder: Path) -> dict[str, np.ndarray]:
 
 
 def annotate(folder: Path, spans: Path, encoder: str = TEXT_ENCODER) -> None:
-    """Gives a recording FOLDER its language: a CSV file with start,end,sentence,task per span.
+    """Gives a recording its language.
 
-    Frames [start, end) of one episode, `end` is not one of them; an unknown task may be left empty,
-    the sentence then stands for it. The first sentence of a task in validation/ becomes the one
-    that the policy is asked with. ENCODER: name on the hub, or a local folder.
+    A span is frames [start, end) of one episode, `end` is not one of them; an unknown task may be
+    left empty, the sentence then stands for it. The first sentence of a task in validation/ becomes
+    the one that the policy is asked with.
+
+    Args:
+        folder: recording, a folder with training/ and validation/
+        spans: CSV file with the columns start,end,sentence,task
+        encoder: name on the hub, or a local folder
     """
     folder, lang = Path(folder), f"lang_{Path(encoder).name}"
     found, asked, files = {"validation": [], "training": []}, {}, {}
@@ -397,11 +402,15 @@ def create_array(path: Path, shape: tuple, dtype) -> np.memmap:
 def pack(
     src: Path, dst: Path, skip: int = 1, lang_folder: str = LANGUAGE, procs: int = os.cpu_count()
 ) -> None:
-    """A recording SRC in CALVIN's format -> arrays of 64 x 64 images in DST, which is DST.part
-    until it is whole. Killed at any moment, the same call goes on where it was.
+    """A recording in CALVIN's format -> arrays of 64 x 64 images. Killed at any moment, the same
+    call goes on where it was.
 
-    SKIP: keep every n-th frame. LANG_FOLDER: of the annotations to take, or none. PROCS: frames
-    that are read at a time.
+    Args:
+        src: recording, a folder with training/ and validation/
+        dst: the new folder, which is DST.part until it is whole
+        skip: keep every n-th frame
+        lang_folder: of the annotations to take, or none
+        procs: frames that are read at a time
     """
     from tqdm import tqdm
 

@@ -8,11 +8,10 @@
     python diagnostics.py predict --checkpoint RUN/wm.pt --data data/play --out DIR
     python diagnostics.py probe   --checkpoint RUN/wm.pt --data data/play --out DIR
 
-Copy this file together with data.py. Needs: torch, numpy, imageio, tqdm; scikit-image for predict.
-World model, agent and policy are arguments.
+World model, agent and policy are arguments. Copy this file together with data.py. Needs: torch,
+numpy, imageio, tqdm; for the commands also tyro, scikit-image and train.py.
 """
 
-import argparse
 import functools
 import importlib.util
 import json
@@ -189,6 +188,16 @@ def predict(
     and SSIM of each step after the context, over all clips: of the prediction, of the
     reconstruction from the posterior, which sees every frame, and of the last context frame, held;
     with proprioception [D5] also how far the tcp is from the truth, in cm, median over clips.
+
+    Args:
+        checkpoint: RUN/wm.pt, or an agent's
+        data: folder made by data.py pack, of which validation/ is predicted
+        out: folder of what is written
+        seed: of the clips and of the samples
+        device: cpu, cuda, cuda:1, ...
+        context: frames that are seen
+        frames: of each clip, or as many as the longest episode has
+        clips: how many
     """
     from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
@@ -229,7 +238,6 @@ def predict(
         strip += [np.concatenate(both[moments, b], 1) for b in range(min(2, len(first)))]
         film.append(np.concatenate(both[:, :4].swapaxes(0, 1), 2))  # (T, 128, 4 * 64, 3)
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
     picture = imageio.imwrite("<bytes>", enlarged(np.concatenate(strip)), extension=".png")
     D.write(out / "prediction.png", lambda file: file.write(picture))
     write_film(out / "prediction.gif", enlarged(np.concatenate(film, 1)), play.meta["hz"])
@@ -282,8 +290,15 @@ def write_film(path: Path, frames: np.ndarray, hz: float) -> None:
 
 
 # ---------------------------------------------------------------------------- command line
-def probe_checkpoint(checkpoint: str, data: str, out: Path, device: str) -> None:
-    """Writes probe.json of a world model on data whose scene is known."""
+def probe_checkpoint(checkpoint: str, data: str, out: Path, device: str = "cpu") -> None:
+    """Writes probe.json: what a world model's latents know of a scene that is known.
+
+    Args:
+        checkpoint: RUN/wm.pt, or an agent's
+        data: folder made by data.py pack
+        out: folder of what is written
+        device: cpu, cuda, cuda:1, ...
+    """
     import train
 
     loaded = train.load_checkpoint(Path(checkpoint), None, device)
@@ -292,25 +307,16 @@ def probe_checkpoint(checkpoint: str, data: str, out: Path, device: str) -> None
     train.same_kind(loaded, splits[0], data)
     latents = [D.cache_latents(world, x, train.identity(world.state_dict())) for x in splits]
     figures = probe(world, *zip(latents, splits, strict=True))
-    out.mkdir(parents=True, exist_ok=True)
-    D.write_json(out / "probe.json", {"step": loaded["step"]} | figures)
+    D.write_json(Path(out) / "probe.json", {"step": loaded["step"]} | figures)
     print(json.dumps(figures, indent=1))
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="What a model knows.", allow_abbrev=False)
-    parser.add_argument("command", choices=("predict", "probe"))
-    parser.add_argument("--checkpoint", required=True, help="RUN/wm.pt, or an agent's")
-    parser.add_argument("--data", required=True, help="packed by data.py, with its validation/")
-    parser.add_argument("--out", type=Path, required=True, help="folder of what is written")
-    parser.add_argument("--seed", type=int, default=0, help="of the clips and samples of predict")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
-    args = parser.parse_args(arguments)
+    import tyro
+
+    commands = {"predict": predict, "probe": probe_checkpoint}
     try:
-        if args.command == "predict":
-            predict(args.checkpoint, args.data, args.out, args.seed, args.device)
-        else:
-            probe_checkpoint(args.checkpoint, args.data, args.out, args.device)
+        tyro.extras.subcommand_cli_from_dict(commands, args=arguments, use_underscores=True)
     except (ValueError, OSError, D.DataError) as error:
         sys.exit(f"diagnostics.py: {error}")
 

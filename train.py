@@ -102,8 +102,8 @@ def check_device(device: str) -> None:
 
 
 def load_checkpoint(path: Path, stage: str | None, device: str) -> dict:
-    """A plain dict of one of the two stages (None: either), and its path. Raises ValueError naming
-    the file and the remedy."""
+    """A plain dict of a stage (None: of any), and its path. Raises ValueError naming the file and
+    the remedy."""
     command = f"python train.py --stage {stage or 'wm'}"
     if not Path(path).exists():
         raise ValueError(f"{path} does not exist; make it with: {command}")
@@ -117,7 +117,7 @@ def load_checkpoint(path: Path, stage: str | None, device: str) -> dict:
         what = f"{path} is no checkpoint of train.py, or damaged"
         raise ValueError(f"{what}; {remedy} ({error})") from error
     got = c.get("stage") if isinstance(c, dict) else type(c).__name__
-    if got not in ((stage,) if stage else ("wm", "agent")):
+    if got not in ([stage] if stage else STEPS["paper"]):
         need = f"this needs one of --stage {stage or 'wm or agent'}"
         raise ValueError(f"{path} holds stage {got!r}; {need}")
     needs = "config model meta run step seconds text_encoder".split()
@@ -246,6 +246,8 @@ class Run:
         bf16 = [config.precision == "bf16" or (config.precision == "auto" and bf16_is_faster(kind))]
         if self.ranks > 1:  # torchrun started several of these
             self.device = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu"
+            if cuda:
+                torch.cuda.set_device(self.device)
             if not dist.is_initialized():  # the others wait while rank 0 caches latents
                 backend = "nccl" if cuda else "gloo"
                 dist.init_process_group(backend, timeout=timedelta(hours=6))
@@ -443,9 +445,8 @@ class Run:
 def forecast(per_step: float, steps: int) -> str:
     """What so many steps of so many seconds mean."""
     rest = timedelta(seconds=round(per_step * steps))
-    text = (
-        f"{per_step:.3g} s per step: the end in {rest}, at {datetime.now() + rest:%Y-%m-%d %H:%M}"
-    )
+    end = datetime.now() + rest
+    text = f"{per_step:.3g} s per step: the end in {rest}, at {end:%Y-%m-%d %H:%M}"
     if rest.days >= 2:
         text += f"\nnote: that is {rest.days} days. On a CPU, --preset sim takes an hour or two."
     return text

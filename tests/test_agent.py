@@ -1,6 +1,7 @@
 """Agent: Eqs. 3-6, λ-targets, Table IV, the ablations of Table I, the policy that acts."""
 
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -36,14 +37,9 @@ def windows(T=12, B=4):
     return batch(), batch() | sentences
 
 
-class World:
-    """A world of h (64) and the rest, in which `step(h, z, a)` happens."""
-
-    def __init__(self, step, H=64):
-        self.imagine_step, self.H = step, H
-
-    def split(self, s):
-        return s[..., : self.H], s[..., self.H :]
+def world_of(step, H=64):
+    """A world of h (H) and the rest, in which `step(h, z, a)` happens."""
+    return SimpleNamespace(imagine_step=step, split=lambda s: (s[..., :H], s[..., H:]))
 
 
 def nonzero(loss, parameter):
@@ -154,7 +150,7 @@ def test_eq6_reaches_the_actor_through_the_dynamics_and_leaves_phi_unchanged(wor
     assert all(p.grad is None for p in [*world.parameters(), *agent.critic.parameters()])
     assert all(torch.equal(before[k], x) for k, x in world.state_dict().items())
     # The same world, but its dynamics take no gradient from the action:
-    deaf = World(lambda *step: tuple(x.detach() for x in world.imagine_step(*step)))
+    deaf = world_of(lambda *step: tuple(x.detach() for x in world.imagine_step(*step)))
     assert not nonzero(agent.losses(deaf, *batches)[0], agent.actor.mean.weight)
 
 
@@ -225,7 +221,7 @@ def test_under_autocast_values_and_actions_are_not_rounded_to_bf16():
 
 def test_the_agent_learns_to_steer_a_simple_world():
     """A world whose state is moved by the action; the expert always moves by 0.5."""
-    line = World(lambda h, z, a: (h + 0.1 * a[:, :1] * torch.ones_like(h), z), H=4)
+    line = world_of(lambda h, z, a: (h + 0.1 * a[:, :1] * torch.ones_like(h), z), H=4)
     T, B = 8, 8
     sizes = {"sequence_length": T, "min_window": T, "max_window": T, "method": "no_latent_plan"}
     agent = A.Agent(replace(CONFIG, **sizes), 8)
@@ -319,6 +315,14 @@ def test_policy_thresholds_the_gripper_replans_and_resets(world, reset_on_replan
     assert tuple(policy.a_prev.flatten().tolist()) == A.NO_ACTION == data.NO_ACTION
 
 
+def test_the_papers_policy_sees_cameras_only():
+    config = W.WorldModelConfig(deterministic=64, categoricals=8, classes=8, hidden=64, depth=4)
+    policy = A.Policy(W.make_world_model(config), A.Agent(CONFIG, config.latent))
+    obs = observation(np.random.default_rng(0))
+    del obs["robot_obs"]
+    assert policy.act(obs, np.zeros(384)).shape == (7,)
+
+
 def test_policy_in_the_world_model_sees_what_training_saw(world, monkeypatch):
     """Run time's filter, one step at a time, equals `filter` over the whole sequence."""
     monkeypatch.setattr(W, "sample_straight_through", lambda q, *_: q.softmax(-1).flatten(-2))
@@ -337,12 +341,12 @@ def test_policy_in_the_world_model_sees_what_training_saw(world, monkeypatch):
 def test_tracking_has_its_yardsticks(world):
     """In a world that stands still whatever is done, nobody can do better than holding."""
     play, language = windows()
-    figures = make_agent().eval().track(World(lambda h, z, a: (h, z)), play, language)
+    figures = make_agent().eval().track(world_of(lambda h, z, a: (h, z)), play, language)
     for name in ("proposed", "recognised", "expert"):
         assert torch.allclose(figures[f"reward_{name}"], figures["reward_hold"], atol=1e-6)
     assert {"critic_r2", "value_std", "target_std"} < figures.keys()
     # In one whose h is the sum of the actions so far, and which knows no more, the expert is right.
-    replay = World(lambda h, z, a: (h + a.repeat(1, 10)[:, :64], z))
+    replay = world_of(lambda h, z, a: (h + a.repeat(1, 10)[:, :64], z))
     for batch in (play, language):
         steps = torch.cat([torch.zeros(1, 4, 7), batch["a"][:-1]]).cumsum(0)
         batch["s_E"][..., :64] = batch["s_E"][0, :, :64] + steps.repeat(1, 1, 10)[..., :64]

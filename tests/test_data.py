@@ -111,22 +111,18 @@ def area_average(image: np.ndarray, size: int) -> np.ndarray:
     return out
 
 
-@pytest.mark.parametrize("n", [84, 128, 200])
-def test_images_shrink_by_area_averaging_with_fractional_weights(n):
-    image = np.random.default_rng(n).integers(0, 256, (n, n, 3), np.uint8)
+@pytest.mark.parametrize("shape", [(84, 84), (128, 128), (200, 200), (200, 150)])
+def test_images_shrink_by_area_averaging_as_cv2_inter_area_does(shape):
+    image = np.random.default_rng(1).integers(0, 256, (*shape, 3), np.uint8)
     got = D.resize_area(image)
     assert got.dtype == np.uint8 and got.shape == (64, 64, 3)
-    assert np.abs(got - area_average(image, 64)).max() <= 0.501
+    if shape[0] == shape[1]:
+        assert np.abs(got - area_average(image, 64)).max() <= 0.501
     stack = D.resize_area(np.stack([image, 255 - image])[None])
     assert stack.shape == (1, 2, 64, 64, 3) and (stack[0, 0] == got).all()
-
-
-@pytest.mark.parametrize("shape", [(200, 200), (84, 84), (128, 128), (200, 150)])
-def test_images_shrink_as_cv2_inter_area_does(shape):
     cv2 = pytest.importorskip("cv2")
-    image = np.random.default_rng(1).integers(0, 256, (*shape, 3), np.uint8)
     want = cv2.resize(image, (64, 64), interpolation=cv2.INTER_AREA)
-    assert np.abs(D.resize_area(image).astype(int) - want).max() <= 1
+    assert np.abs(got.astype(int) - want).max() <= 1
 
 
 def test_images_of_64_pixels_are_untouched_and_smaller_ones_refused():
@@ -198,15 +194,10 @@ def test_without_language_the_world_model_has_its_data_and_the_agent_is_told_why
 
 
 def test_a_real_robot_needs_no_scene_obs(copy, tmp_path):
-    for split, episodes in EPISODES.items():
+    for path in copy.glob("*/episode_*.npz"):
+        replace(path, scene_obs=None)
+    for split in EPISODES:
         (copy / split / "recording.json").write_text(json.dumps({"source": "robot", "hz": 15}))
-        for first, last in episodes:
-            for i in range(first, last + 1):
-                path = copy / split / f"episode_{i:07d}.npz"
-                path.unlink()
-                f = frame(i, 64, 64)
-                f.pop("scene_obs")
-                np.savez(path, **f)
     D.pack(copy, tmp_path / "packed")
     d = D.PlayData(tmp_path / "packed", "training")
     assert not d.scene_obs[:].any() and d.meta["hz"] == 15

@@ -92,20 +92,23 @@ def test_eq1_the_recurrent_state_is_a_gru_of_z_and_a_written_out(world):
     assert torch.allclose(world.recurrent(h, z, a), expected, atol=1e-5)
 
 
-def test_a_state_carried_over_equals_one_long_sequence_and_a_reset_forgets_it(world):
-    def in_two(reset):
-        batch = sequences(T=8)
-        batch["reset"][5] = reset
+def test_a_state_carried_over_equals_one_long_sequence(world):
+    def in_two(batch):
         h, z, _ = world.filter({k: x[:5] for k, x in batch.items()}, world.initial(3))
-        past = (-h[-1], z[-1]) if reset else (h[-1], z[-1])  # whatever it was
-        return h, world.filter({k: x[5:] for k, x in batch.items()}, past)[0]
+        rest = world.filter({k: x[5:] for k, x in batch.items()}, (h[-1], z[-1]))
+        return torch.cat([h, rest[0]])
 
-    torch.manual_seed(0)
-    whole = filtered(world)(sequences(T=8))[0]
-    (h, rest), (_, fresh) = drawn_alike(in_two, False, True)
-    assert torch.allclose(torch.cat([h, rest]), whole, atol=1e-5)
-    a_prev = sequences(T=8)["a_prev"][5]
-    assert torch.allclose(fresh[0], world.recurrent(*world.initial(3), a_prev), atol=1e-6)
+    batch = sequences(T=8)
+    whole = drawn_alike(filtered(world), batch)[0][0]
+    assert torch.allclose(drawn_alike(in_two, batch)[0], whole, atol=1e-5)
+
+
+def test_a_reset_forgets_everything_before_it(world):
+    batch = sequences(T=1)
+    h, z = torch.randn(3, 64), torch.randn(3, world.config.stochastic)
+    batch["reset"][0] = True
+    a, b = (world.filter(batch, state)[0] for state in ((h, z), world.initial(3)))
+    assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -269,23 +272,23 @@ def test_the_arms_pose_is_part_of_z_and_its_motion_is_predicted():
     assert torch.allclose(z_1[:, -11:], z[2, :, -11:] + 0.5, atol=1e-5)
 
 
-def test_softness_draws_samples_towards_the_probabilities_where_it_is_asked_for(monkeypatch):
-    """[D25] The agent is trained on one-hot latents."""
-    logits = torch.tensor([0.0, 1.0, 2.0]).expand(20000, 1, 3)
+def test_softness_draws_the_losss_samples_towards_the_probabilities(monkeypatch):
+    """[D25] Nothing else is softened: the agent is trained on one-hot latents."""
+    logits, sample, asked = torch.randn(1, 8).expand(20000, 1, 8), W.sample_straight_through, []
     mean = logits.softmax(-1).flatten(-2)
-    assert torch.allclose(W.sample_straight_through(logits, softness=1.0), mean)
-    halfway = W.sample_straight_through(logits, softness=0.5)
-    assert torch.allclose(halfway.mean(0), mean[0], atol=0.015) and (halfway < 1).all()
-    asked, world, batch = [], W.make_world_model(TINY), sequences(T=2)
+    assert torch.allclose(sample(logits, softness=1.0), mean)
+    assert torch.allclose(sample(logits, softness=0.5).mean(0), mean[0], atol=0.015)
 
     def spy(q, softness=0.0):
         asked.append(float(softness))
-        return q.softmax(-1).flatten(-2)
+        return sample(q, softness)
 
     monkeypatch.setattr(W, "sample_straight_through", spy)
+    world, batch = W.make_world_model(TINY), sequences(T=2)
     world.loss(batch, world.initial(3), softness=torch.tensor(0.5))
-    world.filter(batch, world.initial(3))
-    world.imagine_step(*world.initial(3), torch.zeros(3, 7))
+    world.imagine_step(
+        *[x[-1] for x in world.filter(batch, world.initial(3))[:2]], torch.zeros(3, 7)
+    )
     assert asked == [0.5, 0.5, 0, 0, 0]
 
 
