@@ -219,6 +219,7 @@ def test_an_interrupted_run_shows_its_tables_and_resumes_to_the_same_result(fake
     fake.run("--chains", "6")
     assert fake.env.resets == 3  # nothing left to do
     assert fake.run("--chains", "7")["chains"] == 7 and fake.env.resets == 4  # nor lost
+    assert fake.run("--first", "2", "--chains", "3")["chains"] == 3  # of those on record
 
 
 def test_another_configuration_in_the_same_folder_is_an_error(fake, tmp_path):
@@ -505,11 +506,13 @@ def test_a_film_shows_what_the_policy_saw_and_changes_nothing(tmp_path):
     filmed = E.main([*command, "--film", "1"])  # only the film was missing
     assert filmed == plain and len((tmp_path / "chains.jsonl").read_text().splitlines()) == 2
     film = tmp_path / "chain_0000.gif"
-    assert film.stat().st_size < 3e6 and len(imageio.imread(film)) > 20
+    frames = imageio.imread(film)
+    assert film.stat().st_size < 3e6 and len(frames) > 20
+    assert tuple(frames[0, 0, 0]) != tuple(frames[-1, 0, 0])  # it says how the last attempt ended
 
     images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
     picture = E.draw(*images, "1/5  open the drawer", None)
-    assert picture.shape == imageio.imread(film).shape[1:] == (304, 520, 3)
+    assert picture.shape == frames.shape[1:] == (304, 520, 3)
     np.testing.assert_array_equal(picture[48:302:4, 4:258:4], images[0])
     np.testing.assert_array_equal(picture[48:302:4, 264:518:4], images[1])
     failed = E.draw(*images, "1/5  open the drawer", False)
