@@ -108,9 +108,8 @@ def load_agent(args):
     """The policy of --checkpoint, and the checkpoint's other entries. ValueError: it was trained at
     another rate or scale, or on other pictures."""
     torch.set_num_threads(1)  # the cores are for --procs
-    device = args.device
-    if device == "cuda" and "LOCAL_RANK" in os.environ:  # under torchrun
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    gpu = os.environ.get("LOCAL_RANK")  # torchrun's
+    device = f"cuda:{gpu}" if gpu and args.device == "cuda" else args.device
     given = {"replan": args.replan, "reset_on_replan": args.reset_on_replan}
     given = {k: x for k, x in given.items() if x is not None}
     policy, c = train.load_agent(args.checkpoint, device, **given)
@@ -452,12 +451,13 @@ def parse(argv: list[str] | None = None) -> Options:
     in_tree = run.resolve() == SHIPPED.parent  # where nothing is written
     out = Path("runs/first_look") if in_tree else run / f"evaluate_{args.env}"
     args = replace(args, checkpoint=checkpoint, chains=chains, film=film, out=args.out or out)
-    first, n = args.first or 0, 1 if args.instruction else args.chains
+    told = calvin.plain(args.instruction or "")
+    first, n = args.first or 0, 1 if told else args.chains
     agent, operator = bool(args.checkpoint), args.policy == "operator"
     wrong = {
         "give --checkpoint RUN/agent.pt, or another --policy": (args.policy == "agent") != agent,
-        "--instruction: the operator reads none": operator and args.instruction,
-        "--disturb: not for the operator": operator and args.disturb,
+        "--instruction: give a sentence": args.instruction is not None and not told,
+        "operator: neither --instruction nor --disturb": operator and (told or args.disturb),
         "--replan: it is an agent's": not agent and args.replan is not None,
         "--reset_on_replan: it is an agent's": not agent and args.reset_on_replan is not None,
         "--renderer: a checkpoint needs that of its data": agent and args.renderer,

@@ -279,8 +279,9 @@ def test_a_folder_that_cannot_be_made_or_is_in_use_is_told_by_name(fake):
 NONSENSE = """
 --env calvin: give --checkpoint
 --policy operator --checkpoint a.pt: give --checkpoint
---policy operator --instruction open: the operator reads none
---policy operator --disturb 0.1: not for the operator
+--policy operator --instruction open: neither --instruction nor --disturb
+--policy operator --disturb 0.1: neither --instruction nor --disturb
+--instruction .: --instruction: give a sentence
 --policy operator --reset_on_replan False: it is an agent's
 --policy operator --replan 3: it is an agent's
 --checkpoint a.pt --renderer egl: needs that of its data
