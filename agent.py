@@ -15,8 +15,12 @@
              r_0          r_1                      r_H-1              r_t compares s^π_t+1, s^E_t+1
         v_0          v_1          v_2      v_H-1            v_H       V^λ_H = v_H
 
+A batch is two dicts, `play` and `language`, of windows: s_E (T, B, k) expert latents, a (T, B, 7)
+their actions, length (B,) states before the held end [D14]; language also emb (B, 384) and
+align (B,) bool, which windows enter Eq. 8 [D11].
+
 Copy this file together with plan.py. Needs: torch. The world model is an argument: anything with
-`imagine_step(h, z, a) -> (h, z)` will do.
+`split(s) -> (h, z)` and `imagine_step(h, z, a) -> (h, z)` will do.
 """
 
 from dataclasses import dataclass, replace
@@ -28,6 +32,7 @@ from torch import Tensor, nn
 import plan as P
 
 NO_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)  # before the first step: still, gripper open
+Batch = dict[str, Tensor]  # windows, time-major; or figures
 METHODS = ("lumos", "no_ditto", "no_latent_plan", "no_alignment")  # Table I
 
 
@@ -36,7 +41,7 @@ class AgentConfig:
     """Table IV, in its row order; below the line, what the table leaves open."""
 
     batch_size: int = 512  # B, half play windows and half language windows [D6]
-    sequence_length: int = 32  # T [D29]
+    sequence_length: int = 32  # T [D23]
     min_window: int = 20
     max_window: int = 32
     features: int = 128  # d
@@ -65,31 +70,21 @@ class AgentConfig:
     transformer_hidden: int = 2048  # [D7]
     transformer_features: int = 4096  # [D7]
     gradient_clip: float = 100.0  # [D7]
-    anneal: float = 0.0  # last part of the steps, over which both learning rates fall to 0 [D7]
-    critic_weight_decay: float = 0.0  # 0: Adam, as in Table IV; the authors' code: 0.01 [D6]
-    reward_on: str = "s"  # "s" as Eq. 3 says, or "h" as in the authors' code [D3]
-    critic_sees_plan: bool = False  # [D4]
+    anneal: float = 0.0  # last part of the steps, over which both learning rates fall to 0 [D25]
     critic_gradient: bool = True  # the actor's gradient passes through the critic, too [D28]
     reset_start: float = 0.5  # how often a window starts from a state without history [D8]
     mask_padding: bool = False  # leave the held end of short windows out of Eqs. 5 and 6 [D14]
-    clone_imagined: bool = (
-        False  # no_ditto: clone along imagined states instead of the expert's [D15]
-    )
-    binary_gripper: bool = False  # threshold it in imagination too, straight-through [D12]
-    rephrase: bool = False  # a window's sentence: of any span of its task, not just its own [D30]
-    replan: int = 30  # steps between two plans at run time [D7, D29]
-    forget: bool = False  # at each new plan, forget what was seen before, at run time [D8]
+    rephrase: bool = False  # a window's sentence: of any span of its task, not just its own [D11]
 
 
 PRESETS = {
     "paper": AgentConfig(),
     "sim": AgentConfig(
-        batch_size=64, sequence_length=10, min_window=6, max_window=10, replan=15, alpha_1=0.01,
+        batch_size=64, sequence_length=10, min_window=6, max_window=10, alpha_1=0.01,
         actor_lr=6e-4, critic_lr=6e-4, anneal=0.3, perceptual_hidden=256,
         plan_hidden=256, plan_categoricals=16, plan_classes=16, actor_layers=4, critic_layers=4,
         critic_hidden=256, goal_hidden=256, transformer_hidden=256, transformer_features=256,
-        critic_sees_plan=True, critic_gradient=False, lam=0.5, mask_padding=True, forget=True,
-        rephrase=True,
+        critic_gradient=False, lam=0.5, mask_padding=True, rephrase=True,
     ),
 }  # fmt: skip
 PRESETS["tiny"] = replace(
@@ -97,6 +92,13 @@ PRESETS["tiny"] = replace(
     perceptual_hidden=64, plan_hidden=64, goal_hidden=64, transformer_hidden=64,
     transformer_features=64, actor_hidden=64, critic_hidden=64,
 )  # fmt: skip
+
+# What `Policy` does at run time; train.py keeps it in the checkpoint [D7, D8].
+POLICY_PRESETS = {
+    "paper": {"replan": 30, "reset_on_replan": False},
+    "sim": {"replan": 15, "reset_on_replan": True},
+    "tiny": {"replan": 15, "reset_on_replan": True},
+}
 
 
 # ---------------------------------------------------------------------------- equations
@@ -149,21 +151,12 @@ def actor_loss(
     return -(weight * v_lambda).sum() + alpha_1 * kl + alpha_2 * contrast  # Eq. 6: L(θ)
 
 
-def real_steps(batch: dict[str, Tensor]) -> Tensor:
-    """(H, B) bool: the steps of each window that are not its held end [D14]."""
-    steps = torch.arange(len(batch["a"]) - 1, device=batch["length"].device)
-    return steps[:, None] < batch["length"] - 1
-
-
 # ---------------------------------------------------------------------------- modules
 def layers(n_in: int, hidden: int, count: int) -> nn.Sequential:
     """`count` fully connected layers, each with LayerNorm (eps 1e-3) and ELU [D7]."""
-    sizes = [n_in] + [hidden] * count
-    blocks = [
-        m
-        for i, o in pairwise(sizes)
-        for m in (nn.Linear(i, o), nn.LayerNorm(o, eps=1e-3), nn.ELU())
-    ]
+    blocks = []
+    for i, o in pairwise([n_in] + [hidden] * count):
+        blocks += [nn.Linear(i, o), nn.LayerNorm(o, eps=1e-3), nn.ELU()]
     return nn.Sequential(*blocks)
 
 
@@ -173,8 +166,8 @@ class Actor(nn.Module):
     def __init__(self, n_in: int, hidden: int, count: int):
         super().__init__()
         self.body = layers(n_in, hidden, count)
-        self.mean = nn.Linear(hidden, 7)
-        self.log_std = nn.Linear(hidden, 7)
+        self.mean = P.Float32Linear(hidden, 7)
+        self.log_std = P.Float32Linear(hidden, 7)
         with torch.no_grad():
             self.mean.weight.mul_(0.01)  # first actions around 0, not at tanh's flat ends [D7]
 
@@ -184,41 +177,84 @@ class Actor(nn.Module):
         Reparameterised: the noise is an input, so the reward's gradient reaches mean and std.
         """
         x = self.body(x)
-        mean = self.mean(x).float()
+        mean = self.mean(x)
         if not sample:
             return mean.tanh()
-        log_std = -5 + 0.5 * (2 + 5) * (self.log_std(x).float().tanh() + 1)  # in [-5, 2] [D7]
+        log_std = -5 + 0.5 * (2 + 5) * (self.log_std(x).tanh() + 1)  # in [-5, 2] [D7]
         return (mean + log_std.exp() * torch.randn_like(mean)).tanh()
 
 
 class Critic(nn.Module):
-    """Eq. 4's second line: v_ψ(s_t, g) ≈ E[ Σ_t γ^t r^int_t ]. (..., n) -> (...,)."""
+    """Eq. 4's second line: v_ψ(s_t, g) ≈ E[ Σ_t γ^t r^int_t ]. x (..., k + g) -> (...,).
+
+    A return is some 160, the mean reward's r̄ / (1-γ), and a few tenths of it are the state's. A
+    network that regresses it as it is bootstraps the mean for 10,000 steps and learns nothing of
+    the state. So the network's output is (V - mean) / deviation, which `forward` undoes [D18]. The
+    deviation is the returns', as in PopArt [van Hasselt 2016]; it moves too slowly to need PopArt's
+    correction of the last layer. The mean is r̄ / (1-γ), as in reward centring [Naik 2024]: the
+    returns' own running mean, as in PopArt, would still have to bootstrap itself.
+    """
 
     def __init__(self, n_in: int, hidden: int, count: int):
         super().__init__()
-        self.net = nn.Sequential(layers(n_in, hidden, count), nn.Linear(hidden, 1))
+        self.net = nn.Sequential(layers(n_in, hidden, count), P.Float32Linear(hidden, 1))
+        with torch.no_grad():
+            self.net[1].weight.mul_(0.01)  # first values: the mean
+        for name, value in (("mean", 0.0), ("deviation", 1.0), ("updates", 0.0)):
+            self.register_buffer(name, torch.tensor(value))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x).float()[..., 0]
+        return self.mean + self.deviation * self.normalised(x)
+
+    def normalised(self, x: Tensor) -> Tensor:
+        return self.net(x)[..., 0]
+
+    def normalise(self, v: Tensor) -> Tensor:
+        return (v - self.mean) / self.deviation
+
+    @torch.no_grad()
+    def follow(self, r: Tensor, v_lambda: Tensor, weight: Tensor, gamma: float) -> None:
+        """Moves the statistics, over some 100 batches, towards those of all processes' r and V^λ
+        (H, B); weight as in Eq. 5. Nothing here reads a number, or a GPU would be waited for."""
+        v = v_lambda - self.mean
+        sums = [(weight * x).sum() for x in (r, v, v.square())]
+        r, v, square = P.all_gather(torch.stack(sums)[None]).mean(0)
+        self.updates += 1
+        rate = self.updates.reciprocal().clamp_min(0.01)  # at first, the mean of all so far
+        self.mean.lerp_(r / (1 - gamma), rate)
+        variance = self.deviation.square().lerp(square - v.square(), rate)
+        self.deviation.copy_(variance.clamp_min(1e-6).sqrt())
+
+
+def critic_figures(critic: Critic, v: Tensor, v_lambda: Tensor, weight: Tensor) -> Batch:
+    """R² () of `normalised` values v (H, B) as guesses of V^λ (H, B), and the spread () of both."""
+    weight, target = weight / weight.sum(), critic.normalise(v_lambda)
+
+    def variance(x: Tensor) -> Tensor:
+        return (weight * (x - (weight * x).sum()).square()).sum()
+
+    missed = (weight * (v - target).square()).sum()
+    figures = {"critic_r2": 1 - missed / variance(target).clamp_min(1e-8)}
+    figures["value_std"] = variance(v).sqrt() * critic.deviation
+    figures["target_std"] = variance(target).sqrt() * critic.deviation
+    return figures
 
 
 class Agent(nn.Module):
     """Everything that phase two trains: plan networks, goal encoders, actor and critic."""
 
-    def __init__(self, config: AgentConfig, deterministic: int, k: int):
-        """deterministic: the world model's H, k: its latent dimensions."""
+    def __init__(self, config: AgentConfig, k: int):
+        """k: the world model's latent dimensions."""
         super().__init__()
-        if config.method not in METHODS:
-            raise ValueError(f"method must be one of {METHODS}, got {config.method!r}")
-        if config.reward_on not in ("s", "h"):
-            raise ValueError(f"reward_on must be 's' or 'h', got {config.reward_on!r}")
-        if not 2 <= config.min_window <= config.max_window <= config.sequence_length:
+        self.config = c = config
+        if c.method not in METHODS:
+            raise ValueError(f"method must be one of {METHODS}, got {c.method!r}")
+        if not 2 <= c.min_window <= c.max_window <= c.sequence_length:
             raise ValueError("2 <= min_window <= max_window <= sequence_length, please")
-        if config.batch_size < 2:
+        if c.batch_size < 2:
             raise ValueError("batch_size must be 2 or more: a play and a language window [D6]")
-        if config.features % 8:
+        if c.features % 8:
             raise ValueError("features must be a multiple of 8, the transformer's heads [D7]")
-        self.config, self.deterministic, c = config, deterministic, config
         shape = (c.plan_categoricals, c.plan_classes)
         self.perceptual = P.PerceptualEncoder(k, c.perceptual_hidden, c.features)
         self.goal_language = P.GoalEncoder(384, c.goal_hidden, c.goal)
@@ -228,13 +264,14 @@ class Agent(nn.Module):
         )
         self.proposal = P.PlanProposal(c.features, c.goal, c.plan_hidden, shape)
         self.alignment = P.Alignment(c.transformer_features, c.goal)
-        # No latent plan: no proposal, no plan input; recognition's features still align [D16].
+        # No latent plan: no proposal, no plan input; recognition's features still align [D15].
         self.with_plan = c.method != "no_latent_plan"
-        n_plan = shape[0] * shape[1] * self.with_plan
+        n_plan = c.plan_categoricals * c.plan_classes if self.with_plan else 0
         self.actor = Actor(k + c.goal + n_plan, c.actor_hidden, c.actor_layers)
-        n_critic = k + c.goal + n_plan * c.critic_sees_plan  # [D4]
-        self.critic = Critic(n_critic, c.critic_hidden, c.critic_layers)
-        self.slow_critic = Critic(n_critic, c.critic_hidden, c.critic_layers).requires_grad_(False)
+        # The critic sees state and goal, as Eq. 4 says; a target network follows it slowly.
+        self.critic = Critic(k + c.goal, c.critic_hidden, c.critic_layers)
+        self.slow_critic = Critic(k + c.goal, c.critic_hidden, c.critic_layers)
+        self.slow_critic.requires_grad_(False)
         self.update_slow_critic()
 
     def update_slow_critic(self) -> None:
@@ -246,155 +283,178 @@ class Agent(nn.Module):
         return [p for n, p in self.named_parameters() if "critic" not in n]
 
     # ------------------------------------------------------------------ goals and plans
-    def goal(self, V_last: Tensor, emb: Tensor) -> Tensor:
-        """Play windows come first and take their own end as goal, then the M with a sentence.
+    def encode(self, play: Batch, language: Batch, gather=None) -> tuple[Tensor, Tensor, Batch]:
+        """Both batches' goals g (B, g), recognised plans (B, C*K), and Eq. 6's two plan terms.
 
-        V_last (B, d): perceptual features of the window's last latent; emb (M, 384). -> g (B, g).
+        gather: plan.all_gather, to compare sentences with all processes' windows in Eq. 8.
         """
-        n_play = len(V_last) - len(emb)
-        return torch.cat([self.goal_latent(V_last[:n_play]), self.goal_language(emb)])
+        n, c = play["s_E"].shape[1], self.config
+        V = self.perceptual(torch.cat([play["s_E"], language["s_E"]], 1))  # (T, B, d)
+        # Hindsight relabelling (Sec. III): a window's goal is its own end, or what was said of it.
+        g = torch.cat([self.goal_latent(V[-1, :n]), self.goal_language(language["emb"])])
+        # Recognition sees the whole window; the KL teaches proposal, from its start, to agree.
+        q, features = self.recognition(V)
+        p = self.proposal(V[0], g)
+        zero = q.new_zeros(())
+        plan, kl = V[0, :, :0], zero
+        if self.with_plan:
+            plan, kl = P.sample_straight_through(q), P.kl_balanced(q, p, c.delta).mean()
+        # For windows without a sentence the contrastive loss is omitted.
+        contrast = accuracy = zero
+        if c.method != "no_alignment":
+            contrast, accuracy = self.alignment(features[n:], g[n:], language["align"], gather)
+        return g, plan, {"plan_kl": kl, "contrast": contrast, "alignment_accuracy": accuracy}
 
-    def propose(self, s_0: Tensor, g: Tensor) -> Tensor:
-        """A plan (B, C*K) from the present alone, as at run time; (B, 0) without plans."""
+    def propose(self, s: Tensor, g: Tensor) -> Tensor:
+        """A plan (B, C*K) from the present s (B, k) alone, as at run time; (B, 0) without plans."""
         if not self.with_plan:
-            return s_0[:, :0]
-        return P.sample_plan(self.proposal(self.perceptual(s_0), g))
+            return s[:, :0]
+        return P.sample_straight_through(self.proposal(self.perceptual(s), g))
 
     # ------------------------------------------------------------------ practice
-    def imagine(
-        self, world, s_0: Tensor, g: Tensor, plan: Tensor, steps: int, sample: bool = True
-    ) -> tuple[Tensor, Tensor]:
+    def imagine(self, world, s_0: Tensor, g: Tensor, plan: Tensor, steps: int):
         """Acts for `steps` steps inside the frozen world model, from s_0 (B, k).
 
         Returns s_pi (steps + 1, B, k), s_0 first, and a (steps, B, 7), both differentiable.
         """
         context = torch.cat([g, plan], -1)
-        h, z = s_0[:, : self.deterministic], s_0[:, self.deterministic :]
-        s_pi, actions = [s_0], []
+        (h, z), s_pi, actions = world.split(s_0), [s_0], []
         for _ in range(steps):
-            a = self.actor(torch.cat([s_pi[-1], context], -1), sample)
-            if self.config.binary_gripper:  # forward -1 or 1, backward as if it were the action
-                sign = torch.where(a[:, 6:] > 0, 1.0, -1.0)
-                a = torch.cat([a[:, :6], a[:, 6:] + (sign - a[:, 6:]).detach()], -1)
+            a = self.actor(torch.cat([s_pi[-1], context], -1))  # Eq. 4's first line
             h, z = world.imagine_step(h, z, a)
-            actions.append(a), s_pi.append(torch.cat([h, z], -1))
+            actions.append(a)
+            s_pi.append(torch.cat([h, z], -1))
         return torch.stack(s_pi), torch.stack(actions)
 
-    def reward(self, s_E: Tensor, s_pi: Tensor) -> Tensor:
-        """Eq. 3 on the whole latent, or on its deterministic half [D3]. (..., k) -> (...,)."""
-        k = self.deterministic if self.config.reward_on == "h" else s_E.shape[-1]
-        return intrinsic_reward(s_E[..., :k], s_pi[..., :k])
+    def weights(self, batch: Batch) -> Tensor:
+        """(H, B): 1 for each step that counts in Eqs. 5 and 6, else 0 [D14]."""
+        real = real_steps(batch).float()
+        return real if self.config.mask_padding else torch.ones_like(real)
 
-    def align(self, features: Tensor, g: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Eq. 8's loss () and accuracy () on the windows with a sentence, which come last."""
-        M = len(batch["emb"])
-        return self.alignment(features[-M:], g[-M:], batch["align"])
+    def losses(self, world, play: Batch, language: Batch) -> tuple[Tensor, Tensor, Batch]:
+        """One batch -> L(θ) (), L(ψ) (), figures. Imagination begins at the first states [D8].
 
-    def losses(self, world, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """One batch of windows, play windows first -> L(θ) (), L(ψ) (), figures.
-
-        batch: s_E (T, B, k) expert latents, of which the first is where imagination starts [D8],
-        a (T, B, 7) expert actions, length (B,), emb (M, 384) of the last M windows, align (M,)
-        bool: which of those M windows enter Eq. 8 [D11].
+        In training mode it also moves the critics' running statistics, as BatchNorm moves its own.
         """
-        c, s_E, s_0 = self.config, batch["s_E"], batch["s_E"][0]
-        T, B, _ = s_E.shape
-        V = self.perceptual(s_E)  # (T, B, d)
-        g = self.goal(V[-1], batch["emb"])
-        q, features = self.recognition(V)
-        p = self.proposal(V[0], g)
-        plan = P.sample_plan(q) if self.with_plan else s_0[:, :0]
-        kl = P.kl_balanced(q, p, c.delta).mean() if self.with_plan else q.new_zeros(())
-        contrast, accuracy = q.new_zeros(()), q.new_zeros(())
-        if c.method != "no_alignment":
-            contrast, accuracy = self.align(features, g, batch)
-
-        weight = torch.ones(T - 1, B, device=s_E.device)
-        weight = real_steps(batch).float() if c.mask_padding else weight  # [D14]
-        weight = weight / P.of_all_processes(weight.sum()[None]).mean()
-
-        if c.method == "no_ditto" and not c.clone_imagined:
-            context = torch.cat([g, plan], -1).expand(T - 1, -1, -1)
-            a = self.actor(torch.cat([s_E[:-1], context], -1))
-            figures = {}
-        else:
-            s_pi, a = self.imagine(world, s_0, g, plan, T - 1)
-            r = self.reward(s_E[1:], s_pi[1:])  # (H, B)
-            figures = {"reward": r.mean()}
-        error = (a - batch["a"][:-1]).square().mean(-1)  # (H, B)
-
+        c = self.config
         if c.method == "no_ditto":
-            # Table I's first ablation: mean squared error on actions takes the place of -V_λ.
-            loss_critic = q.new_zeros(())
-            loss_actor = actor_loss(-error, kl, contrast, c.alpha_1, c.alpha_2, weight)
-        else:
-            critic_plan = plan if c.critic_sees_plan else plan[:, :0]  # g, plan: not detached [D24]
-            x = torch.cat([s_pi, torch.cat([g, critic_plan], -1).expand(T, -1, -1)], -1)
-            v = self.slow_critic(x if c.critic_gradient else x.detach())  # [D28]
-            v_lambda = lambda_return(r, v, c.gamma, c.lam, weight)
-            loss_critic = critic_loss(self.critic(x[:-1].detach()), v_lambda, weight)
-            loss_actor = actor_loss(v_lambda, kl, contrast, c.alpha_1, c.alpha_2, weight)
-            figures |= {"v_lambda": v_lambda.mean()}
-        figures |= {  # causes first: the first one that is not finite is named
-            "plan_kl": kl, "contrast": contrast, "alignment_accuracy": accuracy,
-            "action_mse": error.mean(), "loss_actor": loss_actor, "loss_critic": loss_critic,
-        }  # fmt: skip
+            return self.clone_loss(play, language)
+        batch = join(play, language)
+        s_E, weight = batch["s_E"], self.weights(batch)
+        weight = weight / P.all_gather(weight.sum()[None]).mean()  # shares of the mean [D9]
+
+        # Goals and plans in hindsight, the plan networks' KL, and Eq. 8.
+        g, plan, figures = self.encode(play, language, P.all_gather)
+
+        # The actor practises for H steps in the frozen world model ...
+        s_pi, a = self.imagine(world, s_E[0], g, plan, len(s_E) - 1)
+        # ... and is rewarded wherever that brings it to where the expert was, step by step.
+        r = intrinsic_reward(s_E[1:], s_pi[1:])  # (H, B)
+
+        # The slow critic values all states on the way: V^λ is Eq. 5's target and Eq. 6's aim.
+        x = torch.cat([s_pi, g.expand(len(s_pi), -1, -1)], -1)
+        v = self.slow_critic(x if c.critic_gradient else x.detach())  # [D28]
+        v_lambda = lambda_return(r, v, c.gamma, c.lam, weight)
+
+        # The critic regresses it, in the returns' deviations from their mean.
+        v = self.critic.normalised(x[:-1].detach())
+        loss_critic = critic_loss(v, self.critic.normalise(v_lambda), weight)
+        # The actor climbs it, through the dynamics; plan networks and goal encoders learn with it.
+        kl, contrast = figures["plan_kl"], figures["contrast"]
+        loss_actor = actor_loss(v_lambda, kl, contrast, c.alpha_1, c.alpha_2, weight)
+
+        figures = {"reward": r.mean(), "v_lambda": v_lambda.mean()} | figures
+        figures |= critic_figures(self.critic, v.detach(), v_lambda.detach(), weight)
+        figures["action_mse"] = (a - batch["a"][:-1]).square().mean()
+        figures |= {"loss_actor": loss_actor, "loss_critic": loss_critic}
+        if self.training:
+            self.critic.follow(r, v_lambda, weight, c.gamma)
+            self.slow_critic.mean.copy_(self.critic.mean)  # one mean: it cancels in Eq. 5
         return loss_actor, loss_critic, {k: x.detach() for k, x in figures.items()}
 
-    def track(self, world, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """How well windows are followed, over their real steps, without the held end: mean rewards
-        () with either plan, and of two yardsticks in the same world model from the same start,
-        holding still and replaying the expert. Also, as at run time, the arm's actions on the
-        latents that observation gives, against the expert's: their mean squared error (), and of
-        no motion; and how often the gripper's sign is right.
+    def clone_loss(self, play: Batch, language: Batch) -> tuple[Tensor, Tensor, Batch]:
+        """No DITTO (Table I): the squared error of actions on the expert's latents takes -V_λ's
+        place in Eq. 6, and nothing is imagined [D15]. Returns as `losses`, with L(ψ) = 0."""
+        c, batch = self.config, join(play, language)
+        s_E, weight = batch["s_E"], self.weights(batch)
+        weight = weight / P.all_gather(weight.sum()[None]).mean()
+        g, plan, figures = self.encode(play, language, P.all_gather)
+        context = torch.cat([g, plan], -1).expand(len(s_E) - 1, -1, -1)
+        a = self.actor(torch.cat([s_E[:-1], context], -1))
+        error = (a - batch["a"][:-1]).square().mean(-1)  # (H, B)
+        kl, contrast = figures["plan_kl"], figures["contrast"]
+        loss = actor_loss(-error, kl, contrast, c.alpha_1, c.alpha_2, weight)
+        figures |= {"action_mse": error.mean(), "loss_actor": loss}
+        return loss, loss.new_zeros(()), {k: x.detach() for k, x in figures.items()}
 
-        batch: as `losses` takes it, and gripper (B,), the gripper's command before the window.
+    def track(self, world, play: Batch, language: Batch) -> Batch:
+        """How well windows are followed, over their real steps: mean rewards () with either plan,
+        and of two yardsticks from the same start, holding still and replaying the expert; what the
+        critic knows of the returns; and on the expert's latents, as at run time, the error of the
+        arm's actions and of no motion, and how often the gripper's sign is right.
+
+        Both batches also have gripper (B,), the gripper's command before the window.
         """
-        s_E, s_0, actions = batch["s_E"], batch["s_E"][0], batch["a"][:-1]
-        real = real_steps(batch)
-        mean = lambda x: x[real].mean()
-        V = self.perceptual(s_E)
-        g = self.goal(V[-1], batch["emb"])
-        q, features = self.recognition(V)
-        plans, figures = {"proposed": s_0[:, :0]}, {}
+        c, batch = self.config, join(play, language)
+        s_E, s_0, actions, real = batch["s_E"], batch["s_E"][0], batch["a"][:-1], real_steps(batch)
+        g, plan, figures = self.encode(play, language)
+        plans = {"proposed": self.propose(s_0, g)}
         if self.with_plan:
-            p = self.proposal(V[0], g)
-            plans = {"proposed": P.sample_plan(p), "recognised": P.sample_plan(q)}
-            figures["plan_kl"] = P.kl_balanced(q, p, self.config.delta).mean()
+            plans["recognised"] = plan
         for name, plan in plans.items():
             s_pi, a = self.imagine(world, s_0, g, plan, len(actions))
-            figures[f"reward_{name}"] = mean(self.reward(s_E[1:], s_pi[1:]))
-            figures[f"mse_{name}"] = mean((a - actions)[..., :6].square().mean(-1))
+            r = intrinsic_reward(s_E[1:], s_pi[1:])
+            figures[f"reward_{name}"] = r[real].mean()
+            figures[f"mse_{name}"] = (a - actions)[real][:, :6].square().mean()
+        if c.method != "no_ditto":  # with the last plan, as in training
+            x = torch.cat([s_pi, g.expand(len(s_pi), -1, -1)], -1)
+            v_lambda = lambda_return(r, self.slow_critic(x), c.gamma, c.lam, self.weights(batch))
+            v = self.critic.normalised(x[:-1])
+            figures |= critic_figures(self.critic, v, v_lambda, real.float())
         context = torch.cat([g, plans["proposed"]], -1).expand(len(actions), -1, -1)
         a = self.actor(torch.cat([s_E[:-1], context], -1), sample=False)
-        figures["mse_observed"] = mean((a - actions)[..., :6].square().mean(-1))
-        figures["mse_still"] = mean(actions[..., :6].square().mean(-1))
-        figures["gripper_observed"] = mean((a[..., 6].sign() == actions[..., 6]).float())
+        figures["mse_observed"] = (a - actions)[real][:, :6].square().mean()
+        figures["mse_still"] = actions[real][:, :6].square().mean()
+        figures["gripper_observed"] = (a[real][:, 6].sign() == actions[real][:, 6]).float().mean()
         hold = torch.zeros_like(actions)
         hold[..., 6] = batch["gripper"]
-        for name, a in (("hold", hold), ("expert", actions)):
-            h, z = s_0[:, : self.deterministic], s_0[:, self.deterministic :]
-            s_pi = []
-            for t in range(len(a)):
-                h, z = world.imagine_step(h, z, a[t])
-                s_pi.append(torch.cat([h, z], -1))
-            figures[f"reward_{name}"] = mean(self.reward(s_E[1:], torch.stack(s_pi)))
-        figures["alignment_accuracy"] = self.align(features, g, batch)[1]
+        for name, given in (("hold", hold), ("expert", actions)):
+            state, rewards = world.split(s_0), []
+            for a, s in zip(given, s_E[1:], strict=True):
+                state = world.imagine_step(*state, a)
+                rewards.append(intrinsic_reward(s, torch.cat(state, -1)))
+            figures[f"reward_{name}"] = torch.stack(rewards)[real].mean()
         return figures
+
+
+def join(play: Batch, language: Batch) -> Batch:
+    """What play and language windows both have, play first, along B."""
+    shared = [k for k in play if k in language]
+    return {k: torch.cat([play[k], language[k]], int(play[k].dim() > 1)) for k in shared}
+
+
+def real_steps(batch: Batch) -> Tensor:
+    """(H, B) bool: the steps of each window that are not its held end [D14]."""
+    steps = torch.arange(len(batch["a"]) - 1, device=batch["length"].device)
+    return steps[:, None] < batch["length"] - 1
 
 
 class Policy:
     """The trained agent in a world it can only see: `reset()` at each instruction, then `act`.
 
     Filters observations through the world model, proposes a plan every `replan` steps [D7, D13],
-    from what it sees then alone if it is to `forget` [D8], and thresholds the gripper, before it is
-    sent and before it is fed back [D12].
+    from what it sees then alone with `reset_on_replan` [D8], and thresholds the gripper, before it
+    is sent and before it is fed back [D12].
     """
 
-    def __init__(self, world, agent: Agent, skip: int = 1, sample: bool = True):
+    def __init__(
+        self, world, agent: Agent, skip: int = 1, sample: bool = True, replan: int = 30,
+        reset_on_replan: bool = False,
+    ):  # fmt: skip
         """skip: simulator steps that each action is held for (30 Hz / the data's rate).
-        sample: sample actions, as the paper says, or take tanh of the mean [D17]."""
+        sample: sample actions, as the paper says, or take tanh of the mean [D13]."""
         self.world, self.agent, self.skip, self.sample = world.eval(), agent.eval(), skip, sample
+        self.replan, self.reset_on_replan = replan, reset_on_replan
         self.reset()
 
     def reset(self) -> None:
@@ -418,14 +478,15 @@ class Policy:
         def tensor(x, dtype=None) -> Tensor:
             return torch.as_tensor(x, dtype=dtype, device=self.a_prev.device)[None]
 
-        plans = self.steps % self.agent.config.replan == 0
-        if plans and self.agent.config.forget and obs is not None:
+        plans = self.steps % self.replan == 0
+        if plans and self.reset_on_replan and obs is not None:
             self.forget()
         if obs is None:
             self.state = self.world.imagine_step(*self.state, self.a_prev[0])
         else:
             batch = {k: tensor(x)[None] for k, x in obs["rgb_obs"].items()}  # (1, 1, 64, 64, 3)
-            batch["robot_obs"] = tensor(obs["robot_obs"], torch.float32)[None]
+            if "robot_obs" in obs:  # cameras are enough for the paper's world model
+                batch["robot_obs"] = tensor(obs["robot_obs"], torch.float32)[None]
             batch["a_prev"], batch["reset"] = self.a_prev, torch.zeros_like(self.a_prev[..., 0]) > 0
             h, z, _ = self.world.filter(batch, self.state)
             self.state = (h[-1], z[-1])

@@ -1,19 +1,13 @@
-"""CALVIN's benchmark and its own simulator. LUMOS Sec. V-A.
+"""CALVIN: the benchmark's tasks and chains, and its own simulator. LUMOS Sec. V-A.
 
-    TASKS, oracle(start_info, info, task) -> bool     the 34 tasks, and when each counts as done
+    TASKS, oracle(start_info, info, task) -> bool     the 34 tasks, and when each is done
     chain(n) -> start state, five tasks               the 1000 chains, n from 0 to 999
     start_pose(state) -> robot_obs, scene_obs         where a chain begins
+    Table, make_oracle                                calvin_env and its own oracle
 
-    scene -> configuration -> PlayTableSimEnv -> Table: reset, step, get_obs, get_info
-    conf/tasks                                -> make_oracle, calvin_env's own
-
-The benchmark needs numpy alone. The rules read the infos of sim.PlayTable and of calvin_env.
-calvin_env is not on PyPI: README, "CALVIN's own simulator", says how to install it. None of its
-files is edited, and neither tacto nor calvin_agent is needed: the tactile camera is left out, and
-the look-up of its git commit, which fails outside a clone, is answered here. A reset loads the
-scene anew, for Bullet keeps a solver history: the same start and actions give the same numbers.
-One Table per process: some of calvin_env's calls go to the process's first simulation, whichever
-Table they are for.
+The oracle reads the infos of sim.PlayTable and of calvin_env. That is not on PyPI: INSTALL says how
+to get it. None of its files is edited, and neither tacto nor calvin_agent is needed: the tactile
+camera is left out, and its look-up of a git commit, which fails outside a clone, is answered here.
 Copy this file alone. Needs: numpy; for Table also calvin_env and what that needs.
 """
 
@@ -22,6 +16,7 @@ import functools
 import importlib
 import importlib.util
 import itertools
+import json
 import sys
 from collections import namedtuple
 from pathlib import Path
@@ -276,12 +271,24 @@ def start_pose(state: State) -> tuple[np.ndarray, np.ndarray]:
     return ROBOT_OBS0.copy(), scene
 
 
+def sentences() -> dict[str, list[str]]:
+    """{task: its sentences in assets/}, of which the first is held out from training."""
+    text = (Path(__file__).resolve().parent / "assets/sentences.json").read_text()
+    return {task: x["validation"] + x["train"] for task, x in json.loads(text)["tasks"].items()}
+
+
+def plain(sentence: str) -> str:
+    """Case, blanks and full stops do not matter."""
+    return " ".join(sentence.lower().replace(".", " ").split())
+
+
 # ------------------------------------------------------------------ CALVIN's own simulator
 def home(path=None) -> Path:
-    """calvin_env's clone, with conf/ and data/ beside the package: at `path`, or where Python finds
-    it. Puts `path` on Python's. Raises ImportError, which says what to install."""
-    if path and (Path(path) / "calvin_env" / "__init__.py").exists():
-        sys.path.insert(0, str(Path(path).resolve()))
+    """calvin_env's clone, with conf/ and data/ beside the package: at `path`; else in the project's
+    folder, or where Python finds it. Puts it on Python's path. ImportError says what to install."""
+    clone = Path(path) if path else Path(__file__).resolve().parent / "calvin_env"
+    if (clone / "calvin_env" / "__init__.py").exists():  # first, for a folder can hide a package
+        sys.path.insert(0, str(clone.resolve()))
         importlib.invalidate_caches()
     elif path:
         raise ImportError(f"{path} is not a clone of calvin_env. {INSTALL}")
@@ -302,17 +309,22 @@ def needed(name):
         raise ImportError(f"calvin_env needs {error.name}, which is missing. {INSTALL}") from error
 
 
+def validation(dataset) -> Path:
+    """The validation folder of a dataset, which is given itself or by one of its two folders."""
+    inside = Path(dataset).name in ("training", "validation")
+    return (Path(dataset).parent if inside else Path(dataset)) / "validation"
+
+
 def configuration(root: Path, scene):
     """Of PlayTableSimEnv and what it is made of, with static and gripper camera.
-
     scene: a folder of CALVIN's dataset (task_D_D, or its training or validation folder), for the
     configuration it was rendered with; or a name in calvin_env's conf/scene. Raises ValueError.
     """
     load = needed("omegaconf").OmegaConf.load
     if Path(scene).is_dir():
-        found = [Path(scene) / split / ".hydra/merged_config.yaml" for split in ("validation", "")]
+        found = [x / ".hydra/merged_config.yaml" for x in (Path(scene), validation(scene))]
         if not any(file.exists() for file in found):
-            raise ValueError(f"--scene {scene}: no {found[0]}, as a folder of CALVIN's dataset has")
+            raise ValueError(f"--scene {scene}: no {found[1]}, as a folder of CALVIN's dataset has")
         config = load(next(file for file in found if file.exists()))
     else:
         conf, known = root / "conf", sorted(x.stem for x in (root / "conf/scene").glob("*.yaml"))
@@ -341,6 +353,7 @@ class Table:
     """The real PlayTableSimEnv; target_pos (3,), target_euler (3,) are the pose that actions move.
 
     Observations, actions, infos: those of sim.PlayTable, whose docstring has the shapes and units.
+    One Table per process: some of calvin_env's calls go to the process's first simulation.
     """
 
     def __init__(self, scene=SCENE, renderer="tiny", render=True, path=None, shrink=None):
@@ -378,7 +391,8 @@ class Table:
         return np.array(self.env.robot.target_orn)
 
     def reset(self, robot_obs=None, scene_obs=None):
-        """Restore robot_obs (15,), scene_obs (24,); None: the configuration's."""
+        """Restore robot_obs (15,), scene_obs (24,); None: the configuration's. It loads the scene
+        again, for Bullet keeps a solver history: the same start and actions repeat bit for bit."""
         env = self.env
         env.seed(0)
         env.scene.np_random = env.np_random  # of blocks whose first place is drawn

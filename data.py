@@ -5,61 +5,68 @@
     a_{t-1}  a_prev     (L, B, 7)          the action that led to x_t                App. D
     a_t      a          (T, B, 7)          the action that leads to x_{t+1}          App. D
     l        emb        (B, 384)           embedding of an annotated span's sentence App. B
-    s_g      index[-1]  (B,)               hindsight goal: the window's last frame   Sec. III
+    s^E_t    s_E        (T, B, k)          latents of a window's frames              Eq. 3
+    s_g      s_E[-1]    (B, k)             hindsight goal: the window's last latent  Sec. III
 
     frame      0          1      2    |   3          4     |: an episode ends
     actions    a_0 -----> a_1 -> a_2      a_3 -----> a_4   actions[t] is commanded AT frame t
     a_prev     NO_ACTION  a_0    a_1      NO_ACTION  a_3   actions[t-1], NO_ACTION after a reset
     reset      True       False  False    True       False
 
-A recording is in CALVIN's format, one npz per frame; `python data.py pack SRC DST [--skip N]` turns
-it once into flat memory-mapped arrays at 64 x 64, for Sequences (world model) and Windows (agent).
-`python data.py annotate SRC spans.csv` gives a recording its language.
+    python data.py pack SRC DST --skip 2     CALVIN's format, one npz per frame -> flat arrays
+    python data.py annotate SRC spans.csv    gives a recording its language
+
 CALVIN's episodes include their last frame, its spans (start, start + 64) are 64 frames: without the
-last. Once packed, both are [start, end).
-Copy this file alone. Needs: numpy, torch (tqdm to pack; sentence-transformers for new sentences).
+last. Once packed, both are [start, end). Copy this file alone. Needs: numpy, torch; tqdm and tyro
+for the commands, sentence-transformers for new sentences.
 """
 
-import argparse
 import csv
+import hashlib
 import json
-import multiprocessing
+import math
 import os
 import pickle
 import shutil
+import socket
 import sys
-from collections import deque
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 ASSETS = Path(__file__).parent / "assets"
 SIZE = 64  # pixels, App. C
-BLOCK = 256  # packed frames that a process makes at a time
+BLOCK = 256  # packed frames that a thread makes at a time
 MIN_LEN, MAX_LEN = 20, 32  # Table IV: shortest and longest window
 CAMERAS, VECTORS = ("rgb_static", "rgb_gripper"), {"actions": 7, "robot_obs": 15, "scene_obs": 24}
-SHAPES = {c: (SIZE, SIZE, 3) for c in CAMERAS} | {k: (n,) for k, n in VECTORS.items()}
-DTYPES = {c: np.uint8 for c in CAMERAS} | {k: np.float32 for k in VECTORS}
 TEXT_ENCODER, EMBEDDING = "paraphrase-MiniLM-L3-v2", 384  # App. B
+LANGUAGE = f"lang_{TEXT_ENCODER}"  # CALVIN's name for the folder of its annotations
+# A row of each packed array: of a frame; then of an episode or an annotated span.
+SHAPES = {c: (SIZE, SIZE, 3) for c in CAMERAS} | {k: (n,) for k, n in VECTORS.items()}
+OTHERS = {"episodes": (2,), "spans": (2,), "span_emb": (EMBEDDING,)}
+DTYPES = {c: np.uint8 for c in CAMERAS} | {k: np.float32 for k in (*VECTORS, "span_emb")}
+DTYPES |= {"episodes": np.int64, "spans": np.int64}
 ALL = slice(None)
 NO_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)  # before the first step: the gripper is open
 # What recording.json says of our recordings. CALVIN's have no such file, and are like this:
 CALVIN = {"source": "calvin", "renderer": "egl", "hz": 30, "action_scale": [0.02, 0.05]}
-
-
 MAKE_ROOM = "Make room, or correct the permissions, and repeat the command"
 
 
+# ---------------------------------------------------------------------------- files
 class DataError(RuntimeError):
     """Data that cannot be used. The message names the file, what is wrong and the remedy."""
 
 
 @contextmanager
 def naming(path, remedy: str):
-    """Whatever goes wrong inside is told as a DataError that names the file and the remedy."""
+    """Turns whatever goes wrong inside into a DataError that names the file and the remedy."""
     try:
         yield path
     except DataError:
@@ -69,17 +76,83 @@ def naming(path, remedy: str):
 
 
 def write(path: Path, fill) -> None:
-    """fill(file) writes beside, then it is renamed: the file is old or new, never half of one."""
+    """fill(file) writes beside, then it is renamed: the file is old or new, never half of one. The
+    disk has its content before its name changes, so this holds for a power cut, too."""
     part = path.with_name(f"part_{path.name}")
     try:
-        path.parent.mkdir(exist_ok=True)
-        with open(part, "wb") as f:
-            fill(f)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            fill(file)
+        sync(part)
         os.replace(part, path)
+        sync(path.parent)
     except (OSError, RuntimeError) as error:  # torch.save raises the latter
         raise DataError(f"could not write {path}: {error}. {MAKE_ROOM}.") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Waits until the disk has a file's content, or a folder's names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def write_json(path: Path, content) -> None:
+    text = json.dumps(content, indent=1) + "\n"
+    write(path, lambda file: file.write(text.encode()))
+
+
+def read_json(path, remedy: str, needs: tuple = ()) -> dict:
+    """The object in a JSON file, which has the keys `needs`; else DataError with the remedy."""
+    with naming(path, remedy):
+        content = json.loads(Path(path).read_text())
+        if not isinstance(content, dict) or not content.keys() >= set(needs):
+            raise ValueError(f"expected an object with {', '.join(needs) or 'keys'}")
+    return content
+
+
+@contextmanager
+def locked(folder: Path, wait: bool = False):
+    """One command at a time writes to a folder; another one is refused, or waits. The system gives
+    the lock back when a process ends, however it ends."""
+    from filelock import FileLock, Timeout
+
+    with naming(folder, "Make room, or give another folder"):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock, holder = FileLock(folder / ".lock"), folder / ".lock_holder"
+        try:
+            lock.acquire(timeout=-1 if wait else 0)
+        except Timeout:
+            who = holder.read_text() if holder.exists() else "another process"
+            raise DataError(f"{folder} is in use by {who}. Wait for it, or end it.") from None
+        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class SafeUnpickler(pickle.Unpickler):
+    """Numpy arrays and plain containers only: a stranger's pickle could otherwise run any code."""
+
+    ALLOWED = ("numpy.ndarray", "numpy.dtype", "_codecs.encode", "numpy._core.numeric._frombuffer")
+    ALLOWED += ("numpy._core.multiarray._reconstruct", "numpy._core.multiarray.scalar")
+
+    def find_class(self, module: str, name: str):
+        module = module.replace("numpy.core.", "numpy._core.")  # numpy 1's name
+        if f"{module}.{name}" not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is refused")
+        return super().find_class(module, name)
+
+
+def load_pickled_npy(path: Path):
+    """The Python object in a .npy file, as CALVIN keeps its annotations, without running code."""
+    with open(path, "rb") as f:
+        np.lib.format.read_magic(f)
+        np.lib.format.read_array_header_1_0(f)
+        return SafeUnpickler(f).load().item()
 
 
 def resize_area(images: np.ndarray, size: int = SIZE) -> np.ndarray:
@@ -100,26 +173,7 @@ def resize_area(images: np.ndarray, size: int = SIZE) -> np.ndarray:
     return np.rint(weights(W) @ x.reshape(*lead, size, W, C)).astype(np.uint8)
 
 
-class SafeUnpickler(pickle.Unpickler):
-    """Numpy arrays and plain containers only: a stranger's pickle could otherwise run any code."""
-
-    ALLOWED = ("numpy.ndarray", "numpy.dtype", "_codecs.encode", "numpy._core.numeric._frombuffer")
-    ALLOWED += ("numpy._core.multiarray._reconstruct", "numpy._core.multiarray.scalar")
-
-    def find_class(self, module: str, name: str):
-        module = module.replace("numpy.core.", "numpy._core.")  # numpy 1's name
-        if f"{module}.{name}" not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is refused")
-        return super().find_class(module, name)
-
-
-def load_pickled_npy(path: Path):
-    """The Python object in a .npy file, as CALVIN keeps its annotations, without running code."""
-    with open(path, "rb") as f:
-        np.lib.format.read_magic(f), np.lib.format.read_array_header_1_0(f)
-        return SafeUnpickler(f).load().item()
-
-
+# ---------------------------------------------------------------------------- language
 def same_text_encoder(have: str | None, want: str | None, where) -> None:
     """The encoder's name travels with data and checkpoints; vectors of two encoders never mix."""
     if Path(have or "").name != Path(want or "").name:
@@ -145,7 +199,8 @@ def encode(sentences: list[str], encoder: str = TEXT_ENCODER, table: bool = True
     encoder: a model of the hub, or a local folder whose last part is the model's name.
     """
     known = dict(embedding_table()) if table and Path(encoder).name == TEXT_ENCODER else {}
-    if new := [s for s in dict.fromkeys(sentences) if _key(s) not in known]:
+    new = [s for s in dict.fromkeys(sentences) if _key(s) not in known]
+    if new:
         remedy = f"pip install sentence-transformers; without a hub, a folder .../{TEXT_ENCODER}"
         with naming(f"sentence {new[0]!r}, not among the committed ones, by {encoder}", remedy):
             from sentence_transformers import SentenceTransformer
@@ -153,41 +208,6 @@ def encode(sentences: list[str], encoder: str = TEXT_ENCODER, table: bool = True
             made = SentenceTransformer(encoder, device="cpu").encode(new)
         known |= {_key(s): e for s, e in zip(new, made, strict=True)}
     return np.stack([known[_key(s)] for s in sentences]).astype(np.float32)
-
-
-def embed(encoder: str = TEXT_ENCODER, assets: Path = ASSETS) -> None:
-    """Writes embeddings.npz: every sentence of sentences.json, then those of tabletop.json."""
-    spec = json.loads((assets / "sentences.json").read_text())
-    same_text_encoder(encoder, spec["text_encoder"], assets / "sentences.json")
-    every = {s for t in spec["tasks"].values() for kind in ("train", "validation") for s in t[kind]}
-    rows = json.loads((assets / "tabletop.json").read_text())["rows"]
-    robot = {x["sentence"] for row in rows for x in row["tasks"].values()} - every
-    parts = sorted(every), sorted(robot)  # apart: in other batches the last bits differ
-    e = np.concatenate([encode(part, encoder, table=False) for part in parts])
-    every = parts[0] + parts[1]
-    if e.shape != (len(every), EMBEDDING) or not np.isfinite(e).all():
-        raise DataError(f"{encoder} gave {e.shape}, not {(len(every), EMBEDDING)} finite numbers.")
-    arrays = {"sentences": every, "embeddings": e, "text_encoder": spec["text_encoder"]}
-    write(assets / "embeddings.npz", lambda f: np.savez(f, **arrays))
-
-
-def read_frame(folder: Path, i: int, scene: bool, sizes: dict[str, tuple]) -> dict:
-    """Frame i, checked. scene: it has a scene_obs. sizes: (H, W, 3) of the cameras, where known."""
-    path, frame = folder / f"episode_{i:07d}.npz", {}
-    with naming(path, "Copy or record it again"), np.load(path, allow_pickle=False) as z:
-        for k in [*SHAPES][: None if scene else -1]:
-            x = frame[k] = z[name := "rel_actions" if k == "actions" else k]
-            if k in CAMERAS:  # of any size, but images are never enlarged
-                want = sizes.get(k, (*(max(n, SIZE) for n in x.shape[:2]), 3))
-                kind, ok = "uint8", x.dtype == np.uint8
-            else:
-                want, kind = SHAPES[k], "finite floats"
-                ok = x.dtype.kind == "f" and np.isfinite(x).all()
-            if not ok or x.shape != want:
-                raise ValueError(f"{name} is {x.dtype} {x.shape}, expected {kind} {want}")
-        if np.abs(a := frame["actions"]).max() > 1.001 or abs(a[6]) < 0.999:
-            raise ValueError(f"rel_actions {a} not in [-1, 1], or their gripper not -1 or +1")
-    return frame
 
 
 def read_language(folder: Path, encoder: str) -> tuple[np.ndarray, np.ndarray, dict]:
@@ -214,119 +234,159 @@ def read_held_out(folder: Path) -> dict[str, np.ndarray]:
         return {"tasks": [*d], "sentences": [x["ann"][0] for x in d.values()], "embeddings": emb}
 
 
-def annotate(folder, spans, encoder: str = TEXT_ENCODER) -> None:
-    """Language for a recording without it: spans.csv -> the annotation files of both splits.
+def annotate(folder: Path, spans: Path, encoder: str = TEXT_ENCODER) -> None:
+    """Gives a recording its language.
 
-    Columns: start,end,sentence,task. Frames [start, end) of one episode, `end` is not one of them;
-    an unknown task may be left empty, the sentence then stands for it. The first sentence of a
-    task in validation/ becomes the one that the policy is asked with. Raises DataError.
+    A span is frames [start, end) of one episode, `end` is not one of them; an unknown task may be
+    left empty, the sentence then stands for it. The first sentence of a task in validation/ becomes
+    the one that the policy is asked with.
+
+    Args:
+        folder: recording, a folder with training/ and validation/
+        spans: CSV file with the columns start,end,sentence,task
+        encoder: name on the hub, or a local folder
     """
-    folder, lang, found = Path(folder), f"lang_{Path(encoder).name}", {}
+    folder, lang = Path(folder), f"lang_{Path(encoder).name}"
+    found, asked, files = {"validation": [], "training": []}, {}, {}
     with naming(spans, "Columns: start,end,sentence,task; `end` is the first frame after the span"):
-        with open(spans, newline="") as f:
-            rows = [{k: (x or "").strip() for k, x in row.items()} for row in csv.DictReader(f)]
-        rows = [(int(r["start"]), int(r["end"]), r["sentence"], r.get("task")) for r in rows]
-        for split in ("training", "validation"):
-            bounds = np.load(folder / split / "ep_start_end_ids.npy", allow_pickle=False)
-            bounds = bounds.reshape(-1, 2) + np.array([0, 1])
-            inside = [((bounds[:, 0] <= a) & (b <= bounds[:, 1])).any() for a, b, *_ in rows]
-            found[split] = [r for r, ok in zip(rows, inside, strict=True) if ok]
-        placed = [r for of in found.values() for r in of]
-        if bad := [r for r in rows if not r[2] or r[0] >= r[1] or r not in placed]:
-            raise ValueError(f"{len(bad)} spans are empty, mute or in no episode, first {bad[0]}")
-        if empty := [split for split, of in found.items() if not of]:
-            raise ValueError(f"no span is in an episode of {empty[0]}/")
-    asked = {}  # task: its sentence at run time
-    for *_, sentence, task in found["validation"] + found["training"]:
-        asked.setdefault(task or sentence, sentence)
-    files = {}
-    for split, of in found.items():
-        ann, emb = [r[2] for r in of], encode([r[2] for r in of], encoder)[:, None]  # (N, 1, 384)
-        language = {"ann": ann, "task": [r[3] or r[2] for r in of], "emb": emb}
-        info = {"episodes": [], "indx": [r[:2] for r in of]}
+        for row in csv.DictReader(Path(spans).read_text().splitlines()):
+            start, end, sentence = int(row["start"]), int(row["end"]), row["sentence"].strip()
+            span = (start, end, sentence, (row.get("task") or "").strip() or sentence)
+            placed = False
+            for split in found:
+                ids = np.load(folder / split / "ep_start_end_ids.npy", allow_pickle=False)
+                first, last = ids.reshape(-1, 2).T
+                if ((first <= start) & (end <= last + 1)).any():
+                    found[split].append(span)
+                    placed = True
+            if not sentence or start >= end or not placed:
+                raise ValueError(f"a span is empty, mute or in no episode: {span}")
+        for split, rows in found.items():
+            if not rows:
+                raise ValueError(f"no span is in an episode of {split}/")
+            for *_, sentence, task in rows:
+                asked.setdefault(task, sentence)  # task: its sentence at run time
+    for split, rows in found.items():
+        ann, task = [r[2] for r in rows], [r[3] for r in rows]
+        language = {"ann": ann, "task": task, "emb": encode(ann, encoder)[:, None]}  # (N, 1, 384)
+        info = {"episodes": [], "indx": [r[:2] for r in rows]}
         files[folder / split / lang / "auto_lang_ann.npy"] = {"language": language, "info": info}
     told = zip(asked.items(), encode([*asked.values()], encoder), strict=True)
-    told = {task: {"emb": e[None, None], "ann": [sentence]} for (task, sentence), e in told}
-    files[folder / "validation" / lang / "embeddings.npy"] = told
+    files[folder / "validation" / lang / "embeddings.npy"] = {
+        task: {"emb": e[None, None], "ann": [sentence]} for (task, sentence), e in told
+    }
     for path, content in files.items():
         array = np.array(content, dtype=object)
-        write(path, lambda f, x=array: np.save(f, x, allow_pickle=True))
-    print({split: len(of) for split, of in found.items()}, "spans,", len(asked), "tasks")
+        write(path, lambda file, x=array: np.save(file, x, allow_pickle=True))
+    print({split: len(rows) for split, rows in found.items()}, "spans,", len(asked), "tasks")
+
+
+# ---------------------------------------------------------------------------- packing
+def read_frame(folder: Path, i: int, scene: bool, sizes: dict[str, tuple]) -> dict:
+    """Frame i, checked. scene: it has a scene_obs. sizes: (H, W, 3) of the cameras, where known."""
+    path, frame = folder / f"episode_{i:07d}.npz", {}
+    with naming(path, "Copy or record it again"), np.load(path, allow_pickle=False) as z:
+        for k in [*SHAPES][: None if scene else -1]:
+            name = "rel_actions" if k == "actions" else k
+            x = frame[k] = z[name]
+            if k in CAMERAS:  # of any size, but images are never enlarged
+                want = sizes.get(k, (*(max(n, SIZE) for n in x.shape[:2]), 3))
+                kind, ok = "uint8", x.dtype == np.uint8
+            else:
+                want, kind = SHAPES[k], "finite floats"
+                ok = x.dtype.kind == "f" and np.isfinite(x).all()
+            if not ok or x.shape != want:
+                raise ValueError(f"{name} is {x.dtype} {x.shape}, expected {kind} {want}")
+        a = frame["actions"]
+        if np.abs(a).max() > 1.001 or abs(a[6]) < 0.999:
+            raise ValueError(f"rel_actions {a} not in [-1, 1], or their gripper not -1 or +1")
+    return frame
+
+
+def read_episodes(folder: Path, skip: int) -> tuple[np.ndarray, np.ndarray, str]:
+    """Episodes as frame ids [start, end) (E, 2), the rows that each gets (E,), and a digest of all
+    frames' sizes and times: another recording has another one."""
+    remedy = "It holds an episode's first and last frame per row: correct it, or record again"
+    with naming(folder / "ep_start_end_ids.npy", remedy) as path:
+        ids = np.load(path, allow_pickle=False).astype(np.int64, casting="same_kind").reshape(-1, 2)
+        ids = ids[np.argsort(ids[:, 0])] + (0, 1)
+        if not len(ids) or (ids[1:, 0] < ids[:-1, 1]).any():
+            raise ValueError(f"{len(ids)} episodes; there must be one, and none may overlap")
+        rows = (ids[:, 1] - ids[:, 0]) // skip  # an episode's last, incomplete step is left out
+        if (rows < MIN_LEN).any():
+            short = f"{(ids[rows < MIN_LEN] - (0, 1)).tolist()} are shorter than a window"
+            raise ValueError(f"{short}, {MIN_LEN} frames at skip {skip}; or lower --skip")
+        files = {entry.name: entry for entry in os.scandir(folder)}
+        if np.diff(ids).sum() > len(files):
+            raise ValueError(f"{np.diff(ids).sum()} frames, but the folder has {len(files)} files")
+    names, digest = [f"episode_{i:07d}.npz" for e in ids for i in range(*e)], hashlib.sha256()
+    for name in names:
+        with naming(folder / name, f"Copy or record it again, or take it out of {path.name}"):
+            if name not in files:
+                raise FileNotFoundError("it is missing")
+            stat = files[name].stat()
+            digest.update(f"{name} {stat.st_size} {stat.st_mtime_ns}".encode())
+    return ids, rows, digest.hexdigest()
+
+
+def read_about(folder: Path, skip: int) -> dict:
+    """The meta of a packed recording of which every skip-th frame is kept."""
+    path = folder / "recording.json"
+    about = CALVIN | (read_json(path, "Correct it") if path.exists() else {})
+    with naming(path, "Correct it"):
+        already = about.get("skip", 1)  # steps that the recording's own frames last
+        numbers = np.array([about["hz"], *about["action_scale"], already])
+        ok = numbers.shape == (4,) and numbers.dtype.kind in "if" and (numbers > 0).all()
+        if not ok or not isinstance(already, int):
+            what = f"hz, action_scale, skip are {numbers.tolist()}"
+            raise ValueError(f"{what}, not 1 + 2 + 1 positive numbers, the last one whole")
+    meta = {k: about[k] for k in CALVIN} | {"hz": about["hz"] / skip, "skip": skip * already}
+    if about.get("frame", "base") != "base":  # of relative actions; absent: base
+        meta["frame"] = about["frame"]
+    return meta | {"text_encoder": about.get("text_encoder"), "format": 1}
 
 
 def plan_split(folder: Path, skip: int, lang_folder: str) -> dict:
     """What is known of a split without reading its frames (but the first), checked."""
-    remedy = "It holds an episode's first and last frame per row; correct it, or record again"
-    with naming(folder / "ep_start_end_ids.npy", remedy) as path:
-        ids = np.load(path, allow_pickle=False).astype(np.int64, casting="same_kind").reshape(-1, 2)
-        ids = ids[np.argsort(ids[:, 0])] + (0, 1)  # from here on [start, end)
-        length = (ids[:, 1] - ids[:, 0]) // skip  # an episode's last, incomplete step is left out
-        if short := (ids[length < MIN_LEN] - (0, 1)).tolist():
-            what = f"{path}: {short} are shorter than a window, {MIN_LEN} frames at skip {skip}"
-            raise DataError(f"{what}. Record longer episodes, or lower --skip.")
-        if not len(ids) or (ids[1:, 0] < ids[:-1, 1]).any():
-            raise ValueError(f"{len(ids)} episodes; there must be one, and none may overlap")
-        names = {e.name for e in os.scandir(folder)}
-        if gone := [i for e in ids for i in range(*e) if f"episode_{i:07d}.npz" not in names]:
-            what = f"{folder}/episode_{gone[0]:07d}.npz is missing, and {len(gone) - 1} more"
-            raise DataError(f"{what}. Copy or record them again, or take them out of {path.name}.")
-    steps = [np.arange(i, i + n * skip) for i, n in zip(ids[:, 0], length, strict=True)]
-    frame_ids = np.concatenate(steps).reshape(-1, skip)  # packed row r is of frames frame_ids[r]
-    with naming(folder / "recording.json", "Correct it") as path:
-        about = CALVIN | (json.loads(path.read_text()) if path.exists() else {})
-        already = about.get("skip", 1)  # steps that the recording's own frames last
-        numbers = np.array([about["hz"], *about["action_scale"], already])
-        if numbers.shape != (4,) or numbers.dtype.kind not in "if" or not (numbers > 0).all():
-            what = f"hz, action_scale, skip are {numbers.tolist()}"
-            raise ValueError(f"{what}, not 1 + 2 + 1 positive numbers")
-        if not isinstance(already, int):
-            raise ValueError(f"skip is {already}, not a whole number")
-        meta = {k: about[k] for k in CALVIN}
-        if (frame := about.get("frame", "base")) != "base":  # of relative actions; absent: base
-            meta["frame"] = frame
+    ids, rows, digest = read_episodes(folder, skip)
+    kept = [np.arange(i, i + n * skip) for i, n in zip(ids[:, 0], rows, strict=True)]
+    kept = np.concatenate(kept).reshape(-1, skip)  # packed row r is of frames kept[r]
+    meta = read_about(folder, skip)
     scene = meta["source"] != "robot"  # a real scene has no scene_obs: zeros stand for it
     sizes = {k: x.shape for k, x in read_frame(folder, int(ids[0, 0]), scene, {}).items()}
-    spans, emb = np.zeros((0, 2), int), np.zeros((0, EMBEDDING), np.float32)
-    lang = {"sentences": [], "tasks": []}
-    encoder = None if lang_folder == "none" else lang_folder.removeprefix("lang_")
-    if encoder:
-        same_text_encoder(about.get("text_encoder", encoder), encoder, folder)
-        spans, emb, lang = read_language(folder / lang_folder, encoder)
-        e = np.searchsorted(ids[:, 0], spans[:, 0], "right") - 1  # the episode of each span
-        rows = np.searchsorted(frame_ids[:, 0], spans)  # the kept frames with ids in [start, end)
-        if (bad := (e < 0) | (spans[:, 1] > ids[e, 1]) | (rows[:, 0] >= rows[:, 1])).any():
-            what = f"{bad.sum()} spans are empty or in no episode, the first {spans[bad][0]}"
-            raise DataError(f"{folder / lang_folder}/auto_lang_ann.npy: {what}. Annotate it again.")
-        spans = rows
-    meta |= {"text_encoder": encoder, "hz": meta["hz"] / skip, "skip": skip * already, "format": 1}
-    ends = np.cumsum(length)
-    small = {"episodes": np.stack([ends - length, ends], 1), "spans": spans, "span_emb": emb}
-    return {"meta": meta, "small": small, "lang": lang, "ids": frame_ids, "frame": (scene, sizes)}
+    spans, emb = np.zeros((0, 2), np.int64), np.zeros((0, EMBEDDING), np.float32)
+    lang, encoder = {"sentences": [], "tasks": []}, None
+    if lang_folder != "none":
+        encoder = lang_folder.removeprefix("lang_")
+        same_text_encoder(meta["text_encoder"] or encoder, encoder, folder)
+        frames, emb, lang = read_language(folder / lang_folder, encoder)
+        e = np.searchsorted(ids[:, 0], frames[:, 0], "right") - 1  # the episode of each span
+        spans = np.searchsorted(kept[:, 0], frames)  # the kept frames with ids in [start, end)
+        bad = (e < 0) | (frames[:, 1] > ids[e, 1]) | (spans[:, 0] >= spans[:, 1])
+        with naming(folder / lang_folder / "auto_lang_ann.npy", "Annotate it again"):
+            if bad.any():
+                raise ValueError(f"{bad.sum()} spans are empty or in no episode: {frames[bad][0]}")
+    ends = np.cumsum(rows)
+    small = {"episodes": np.stack([ends - rows, ends], 1), "spans": spans, "span_emb": emb}
+    return {
+        "meta": meta | {"text_encoder": encoder}, "digest": digest, "small": small, "lang": lang,
+        "folder": folder, "ids": kept, "frame": (scene, sizes),
+    }  # fmt: skip
 
 
-def read_block(job: tuple) -> dict[str, np.ndarray]:
-    """n packed frames, checked and shrunk, from frame_ids (n, skip); runs in a worker process."""
-    folder, frame, frame_ids = job
-    block = {k: np.zeros((len(frame_ids), *s), DTYPES[k]) for k, s in SHAPES.items()}
-    for r, ids in enumerate(frame_ids.tolist()):
-        steps = [read_frame(folder, i, *frame) for i in ids]
-        a = np.stack([s["actions"] for s in steps])
+def pack_block(plan: dict, arrays: dict[str, np.memmap], row: int, done: Path) -> None:
+    """Rows [row, row + BLOCK) of a split, unless they are `done`, a file that says so."""
+    if done.exists():
+        return
+    for r, ids in enumerate(plan["ids"][row : row + BLOCK].tolist(), row):
+        steps = [read_frame(plan["folder"], i, *plan["frame"]) for i in ids]
+        a = np.stack([step["actions"] for step in steps])
         # One step at 1/skip of the rate: the mean arm action, held for `skip` steps; last gripper.
         for k, x in (steps[0] | {"actions": np.append(a[:, :6].mean(0), a[-1, 6])}).items():
-            block[k][r] = resize_area(x) if k in CAMERAS else x
-    return block
-
-
-def ahead(pool, function, jobs, most: int):
-    """pool.imap(function, jobs) with at most `most` jobs given out and not yet taken back: where
-    the disk is slower than the workers, their blocks wait in the workers, not in memory."""
-    waiting = deque()
-    for job in jobs:
-        waiting.append(pool.apply_async(function, (job,)))
-        if len(waiting) == most:
-            yield waiting.popleft().get()
-    while waiting:
-        yield waiting.popleft().get()
+            arrays[k][r] = resize_area(x) if k in CAMERAS else x
+    for x in arrays.values():
+        x.flush()
+    done.touch()
 
 
 def create_array(path: Path, shape: tuple, dtype) -> np.memmap:
@@ -339,56 +399,66 @@ def create_array(path: Path, shape: tuple, dtype) -> np.memmap:
     return x
 
 
-def pack(src, dst, skip: int = 1, lang_folder=f"lang_{TEXT_ENCODER}", procs: int = 1) -> None:
-    """Recording `src` -> packed folder `dst`, which is `dst`.part until it is whole. Killed at any
-    moment, the same call goes on where it was. Raises DataError, see the functions above."""
+def pack(
+    src: Path, dst: Path, skip: int = 1, lang_folder: str = LANGUAGE, procs: int = os.cpu_count()
+) -> None:
+    """A recording in CALVIN's format -> arrays of 64 x 64 images. Killed at any moment, the same
+    call goes on where it was.
+
+    Args:
+        src: recording, a folder with training/ and validation/
+        dst: the new folder, which is DST.part until it is whole
+        skip: keep every n-th frame
+        lang_folder: of the annotations to take, or none
+        procs: frames that are read at a time
+    """
     from tqdm import tqdm
 
     src, dst, part = Path(src).resolve(), Path(dst), Path(f"{dst}.part")
-    splits = {s: plan_split(src / s, skip, lang_folder) for s in ("training", "validation")}
-    meta, total = splits["training"]["meta"], sum(len(p["ids"]) for p in splits.values())
-    if meta != splits["validation"]["meta"]:
-        raise DataError(f"{src}: recording.json differs between training/ and validation/.")
-    key, old = json.dumps([str(src), meta, total]), part / "packing.json"
-    if dst.exists() or (old.exists() and old.read_text() != key):
-        raise DataError(f"{dst} exists, or {part} of another recording or options. Remove it.")
-    with naming(part, "Make room, or give another folder"):
-        for name in splits:
-            (part / name).mkdir(parents=True, exist_ok=True)
-        old.write_text(key)
-    size = total * sum(int(np.prod(s)) * DTYPES[k]().itemsize for k, s in SHAPES.items()) / 1e9
-    free, had = shutil.disk_usage(part).free / 1e9, sum(f.stat().st_size for f in part.glob("*/*"))
-    print(f"{total} frames take {size:.2f} GB; {free:.2f} are free, {had / 1e9:.2f} already taken")
-    if free + had / 1e9 < size:
-        raise DataError(f"{part}: {size - had / 1e9 - free:.2f} GB too few are free. Make room.")
-    with multiprocessing.Pool(procs) as pool, tqdm(total=total, unit="frame") as bar:
-        for name, p in splits.items():
-            out, ids, to = part / name, p["ids"], {}
-            dots = out / "dots"  # one for every block that is written
-            done = dots.stat().st_size if dots.exists() else 0
-            for k, s in SHAPES.items():
-                args = out / f"{k}.npy", (len(ids), *s), DTYPES[k]
-                to[k] = np.load(args[0], mmap_mode="r+") if done else create_array(*args)
-            bar.update(min(done * BLOCK, len(ids)))
-            rows = range(0, len(ids), BLOCK)[done:]
-            jobs = ((src / name, p["frame"], ids[r : r + BLOCK]) for r in rows)
-            for r, block in zip(rows, ahead(pool, read_block, jobs, 2 * procs), strict=True):
-                for k, x in block.items():
-                    to[k][r : r + BLOCK] = x
-                with naming(dots, MAKE_ROOM):
-                    with open(dots, "a") as f:
-                        f.write(".")
-                bar.update(len(x))
-            with naming(out, MAKE_ROOM):
-                for k, x in p["small"].items():
-                    np.save(out / f"{k}.npy", x)
-                (out / "lang.json").write_text(json.dumps(p["lang"]))
-    with naming(part, MAKE_ROOM):
-        (part / "meta.json").write_text(json.dumps(meta))
+    if skip < 1 or procs < 1:
+        raise DataError(f"--skip {skip}, --procs {procs}: at least 1. Give other numbers.")
+    if dst.exists():
+        raise DataError(f"{dst} exists. Remove it, or give another folder.")
+    with locked(part), naming(part, MAKE_ROOM):
+        plans = {s: plan_split(src / s, skip, lang_folder) for s in ("training", "validation")}
+        meta, blocks, key_file = plans["training"]["meta"], part / "blocks", part / "packing.json"
+        if meta != plans["validation"]["meta"]:
+            raise DataError(f"{src}: recording.json differs between training/ and validation/.")
+        key = {"source": str(src), "meta": meta, "block": BLOCK}
+        key |= {split: plan["digest"] for split, plan in plans.items()}
+        resumes, jobs = key_file.exists(), []
+        if resumes and read_json(key_file, f"Remove {part}") != key:
+            raise DataError(f"{part} is of another recording or options. Remove it.")
+        for split, plan in plans.items():
+            (part / split).mkdir(exist_ok=True)
+            arrays, n = {}, len(plan["ids"])
+            for k, shape in SHAPES.items():
+                path = part / split / f"{k}.npy"
+                if resumes:
+                    arrays[k] = np.load(path, mmap_mode="r+")
+                else:
+                    arrays[k] = create_array(path, (n, *shape), DTYPES[k])
+            jobs += [(plan, arrays, r, blocks / f"{split}_{r}") for r in range(0, n, BLOCK)]
+        write_json(key_file, key)
+        blocks.mkdir(exist_ok=True)
+        with ThreadPoolExecutor(procs) as pool:  # the work is in numpy, which lets others run
+            work = pool.map(pack_block, *zip(*jobs, strict=True))
+            for _ in tqdm(work, total=len(jobs), unit=f"{BLOCK} frames"):
+                pass
+        for split, plan in plans.items():
+            for k, x in plan["small"].items():
+                write(part / split / f"{k}.npy", lambda file, x=x: np.save(file, x))
+            write_json(part / split / "lang.json", plan["lang"])
+        write_json(part / "meta.json", meta)
+        shutil.rmtree(blocks)
+        for file in (key_file, part / ".lock", part / ".lock_holder"):
+            file.unlink()
         os.rename(part, dst)
-    print(f"{dst}: {total} frames, {size:.2f} GB")
+        sync(dst.parent)
+    print(f"{dst}: {sum(len(plan['ids']) for plan in plans.values())} frames")
 
 
+# ---------------------------------------------------------------------------- packed play
 class PlayData:
     """A packed split. Memory-mapped: rgb_static, rgb_gripper (N, 64, 64, 3) uint8; actions (N, 7),
     robot_obs (N, 15), scene_obs (N, 24) float32. episodes (E, 2), spans (M, 2): rows [start, end);
@@ -397,17 +467,40 @@ class PlayData:
 
     def __init__(self, root, split: str):
         self.path, self.split = Path(root) / split, split
-        with naming(root, f"It is not packed, or not yet: python data.py pack SRC {root}"):
-            self.meta = json.loads((Path(root) / "meta.json").read_text())
-            lang = json.loads((self.path / "lang.json").read_text())
-            for k in (*SHAPES, "episodes", "spans", "span_emb"):
-                with naming(self.path / f"{k}.npy", f"Copy it anew, or pack {root} again") as path:
-                    setattr(self, k, np.load(path, mmap_mode="r"))
+        remedy = f"It is not packed, or not yet: python data.py pack SRC {root}"
+        self.meta = read_json(Path(root) / "meta.json", remedy, (*CALVIN, "skip", "text_encoder"))
+        again = f"Copy it anew, or pack {root} again"
+        lang = read_json(self.path / "lang.json", again, ("sentences", "tasks"))
         self.sentences, self.tasks = lang["sentences"], lang["tasks"]
+        for k, shape in (SHAPES | OTHERS).items():
+            with naming(self.path / f"{k}.npy", again) as path:
+                x = np.load(path, mmap_mode="r")
+                if x.shape[1:] != shape or x.dtype != DTYPES[k]:
+                    want = f"{DTYPES[k].__name__} (..., {', '.join(map(str, shape))})"
+                    raise ValueError(f"it is {x.dtype} {x.shape}, expected {want}")
+            setattr(self, k, x)
+        with naming(self.path, again):
+            self.check()
         self.longest = int(np.diff(self.episodes).max())  # frames of the longest episode
         self.kept = {}  # arrays that lie on a device, see keep_on
         self.is_start = np.zeros(len(self), bool)
         self.is_start[self.episodes[:, 0]] = True
+
+    def check(self) -> None:
+        """ValueError unless the arrays belong together."""
+        rows = {k: len(getattr(self, k)) for k in SHAPES}
+        if set(rows.values()) != {len(self)}:
+            raise ValueError(f"frames of its arrays: {rows}")
+        texts = [len(x) for x in (self.spans, self.span_emb, self.sentences, self.tasks)]
+        if len(set(texts)) > 1:
+            raise ValueError(f"spans, span_emb, sentences and tasks are {texts}")
+        bounds = self.episodes.flatten()  # 0, a, a, b, b, ..., N
+        follow = np.array_equal(bounds, [0, *np.repeat(bounds[1:-1:2], 2), len(self)])
+        if not follow or (np.diff(self.episodes) <= 0).any():
+            raise ValueError(f"episodes do not cover its {len(self)} frames one after the other")
+        outside = (self.spans < 0) | (self.spans > len(self))
+        if outside.any() or (np.diff(self.spans) <= 0).any():
+            raise ValueError(f"spans are empty, or outside of its {len(self)} frames")
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -416,29 +509,22 @@ class PlayData:
         """First rows (n,) of stretches of L frames that lie in one episode and share no frame."""
         return np.concatenate([np.arange(a, b - L + 1, L) for a, b in self.episodes])
 
-    def keep_on(self, device: str, free: int, quiet: bool = False) -> bool:
+    def keep_on(self, device: str, free: int) -> bool:
         """Copies what `frames` reads to a device that has `free` bytes, if half of them suffice:
         from then on batches are made there, no frame is read or sent. Returns whether it did."""
-        from tqdm import tqdm
-
         arrays = {k: getattr(self, k) for k in (*CAMERAS, "robot_obs", "actions", "is_start")}
         if sum(x.nbytes for x in arrays.values()) > free / 2:
             return False
-        for name, x in arrays.items():
-            kept = torch.empty(x.shape, dtype=getattr(torch, x.dtype.name), device=device)
-            blocks = range(0, len(x), BLOCK)
-            for i in tqdm(blocks, desc=f"{name} to {device}", unit="block", disable=quiet):
-                kept[i : i + BLOCK] = torch.from_numpy(x[i : i + BLOCK].copy())
-            self.kept[name] = kept
+        self.kept = {k: torch.tensor(np.asarray(x), device=device) for k, x in arrays.items()}
         return True
 
-    def rows(self, name: str, index: np.ndarray) -> torch.Tensor:
+    def rows(self, name: str, index: np.ndarray) -> Tensor:
         """Rows of one array, from where it is kept."""
         if name not in self.kept:
             return torch.from_numpy(getattr(self, name)[index])
         return self.kept[name][torch.from_numpy(index).to(self.kept[name].device)]
 
-    def frames(self, index: np.ndarray, fresh: bool = False) -> dict[str, torch.Tensor]:
+    def frames(self, index: np.ndarray, fresh: bool = False) -> dict[str, Tensor]:
         """Rows index (L, B) as a batch: rgb_* (L, B, 64, 64, 3) uint8, robot_obs (L, B, 15),
         a_prev (L, B, 7) and reset (L, B), which is True where an episode starts, and where the
         batch does if it is a fresh one, which forgets what came before."""
@@ -460,19 +546,21 @@ class Sequences:
     """
 
     def __init__(
-        self, data: PlayData, B: int, L: int, seed: int, carry: bool = True, part: slice = ALL
+        self, data: PlayData, B: int, L: int, seed: int, carry: bool = True, shard: slice = ALL
     ):
-        """part: which of a batch's B sequences this process reads."""
-        self.data, self.B, self.L, self.seed, self.carry, self.part = data, B, L, seed, carry, part
+        """shard: which of a batch's B sequences this process reads."""
+        self.data, self.B, self.L, self.seed = data, B, L, seed
+        self.carry, self.shard = carry, shard
         long = data.episodes[np.diff(data.episodes)[:, 0] >= L]  # the others cannot hold a sequence
         self.pool = np.concatenate([np.arange(0), *(np.arange(*bounds) for bounds in long)])
-        if (least := len(data) if carry else len(self.pool)) < L or B < 1:
+        least = len(data) if carry else len(self.pool)
+        if least < L or B < 1:
             what = f"{data.path}: {B} sequences of {L} in {least} frames"
             raise DataError(f"{what}: record more or lower L.")
-        self.chunk = -(-len(data) // B)  # frames from one row's start to the next
-        self.steps_per_epoch = -(-self.chunk // L)
+        self.chunk = math.ceil(len(data) / B)  # frames from one row's start to the next
+        self.steps_per_epoch = math.ceil(self.chunk / L)
 
-    def batch(self, step: int) -> dict[str, torch.Tensor]:
+    def batch(self, step: int) -> dict[str, Tensor]:
         """PlayData.frames of (L, B) rows; reset is also True where a row leaves its predecessor."""
         N, ends = len(self.data), self.data.episodes[:, 1]
         epoch, i = divmod(step, self.steps_per_epoch)
@@ -483,7 +571,7 @@ class Sequences:
             first = np.random.default_rng([self.seed, step]).choice(self.pool, self.B)
             first = np.minimum(first, ends[np.searchsorted(ends, first, "right")] - self.L)
         # After the last row of the data comes the first, an episode's start.
-        index = (first[self.part] + np.arange(self.L)[:, None]) % N
+        index = (first[self.shard] + np.arange(self.L)[:, None]) % N
         return self.data.frames(index, fresh=i == 0 or not self.carry)
 
 
@@ -496,11 +584,11 @@ class Windows:
     """
 
     def __init__(
-        self, data, B, T=MAX_LEN, min_len=MIN_LEN, max_len=MAX_LEN, kind="play", seed=0, part=ALL,
+        self, data, B, T=MAX_LEN, min_len=MIN_LEN, max_len=MAX_LEN, kind="play", seed=0, shard=ALL,
         rephrase=False,
     ):  # fmt: skip
-        """part: which of a batch's B windows this process reads, a slice."""
-        self.data, self.B, self.T, self.kind, self.seed, self.part = data, B, T, kind, seed, part
+        """shard: which of a batch's B windows this process reads, a slice."""
+        self.data, self.B, self.T, self.kind, self.seed, self.shard = data, B, T, kind, seed, shard
         bounds = {"play": data.episodes, "lang": data.spans}[kind]
         if not 1 <= min_len <= max_len <= T:
             raise DataError(f"no windows of {min_len} to {max_len} frames fit in {T}.")
@@ -521,83 +609,156 @@ class Windows:
             self.by_task = np.argsort(self.task, stable=True)
             self.first = np.cumsum(self.many) - self.many
 
-    def batch(self, step: int) -> dict[str, torch.Tensor]:
+    def batch(self, step: int) -> dict[str, Tensor]:
         """index (T, B) rows of data, length (B,), a (T, B, 7); lang: emb (B, 384), span, align."""
         rng = np.random.default_rng([self.seed, step, self.kind == "lang"])
         w = np.searchsorted(self.cdf, rng.random(self.B) * self.cdf[-1], "right")
-        length = rng.integers(self.least[w], self.most[w] + 1)[self.part]
-        w = w[self.part]
+        length = rng.integers(self.least[w], self.most[w] + 1)[self.shard]
+        w = w[self.shard]
         t = np.arange(self.T)[:, None]
         index = self.start[w] + np.minimum(t, length - 1)  # the end is held [D14]
         a = self.data.actions[index]  # (T, B, 7); the held end repeats its gripper
         a[t >= length, :6] = 0
         batch = {"index": index, "length": length, "a": a}
         if self.kind == "lang":
-            span, align = self.span[w], self.align[w]
-            batch |= {"span": span, "align": align, "emb": self.data.span_emb[span]}
+            span = alike = self.span[w]
             if self.rephrase:
-                task, u = self.task[span], rng.random(self.B)[self.part]
+                task, u = self.task[span], rng.random(self.B)[self.shard]
                 alike = self.by_task[self.first[task] + (u * self.many[task]).astype(int)]
-                batch["emb"] = self.data.span_emb[alike]
+            emb = self.data.span_emb[alike]
+            batch |= {"span": span, "align": self.align[w], "emb": emb}
         return {k: torch.from_numpy(x) for k, x in batch.items()}
 
 
-class Latents:
-    """The frozen world model's latents of a split's frames: h (N, H) float16; z (N, C) uint8, the
-    class of each categorical; z_reset (N, C): z of that frame after a reset [D8]. They are kept
-    beside the data, in a folder named after `key`, which stands for the world model's weights.
-    """
-
-    def __init__(self, path: Path, arrays: list[np.memmap]):
-        self.path, (self.h, self.z, self.z_reset) = path, arrays
-
-    @staticmethod
-    def exists(data: PlayData, key: str) -> bool:
-        return (data.path / f"latents-{key}").exists()
-
-    @classmethod
-    def create(cls, data: PlayData, key: str, H: int, C: int) -> "Latents":
-        """Arrays to write to; they count only after commit()."""
-        part = data.path / f"latents-{key}.part"
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
-        spec = (("h", H, np.float16), ("z", C, np.uint8), ("z_reset", C, np.uint8))
-        return cls(part, [create_array(part / f"{k}.npy", (len(data), n), t) for k, n, t in spec])
-
-    def commit(self) -> "Latents":
-        os.rename(self.path, done := self.path.with_suffix(""))
-        return Latents(done, [self.h, self.z, self.z_reset])
-
-    @classmethod
-    def open(cls, data: PlayData, key: str) -> "Latents":
-        with naming(path := data.path / f"latents-{key}", "Remove that folder, it is made again"):
-            files = [path / f"{k}.npy" for k in ("h", "z", "z_reset")]
-            return cls(path, [np.load(f, mmap_mode="r") for f in files])
+# ---------------------------------------------------------------------------- latents
+def to_device(batch: dict[str, Tensor], device) -> dict[str, Tensor]:
+    return {k: x.to(device, non_blocking=True) for k, x in batch.items()}
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Play data.")
-    sub = parser.add_subparsers(dest="command", required=True)
-    p = sub.add_parser("pack", help="a recording -> arrays of 64 x 64 images")
-    p.add_argument("src", help="recording in CALVIN's format: a folder with training/, validation/")
-    p.add_argument("dst", help="the new folder")
-    p.add_argument("--skip", type=int, default=1, help="keep every N-th frame")
-    p.add_argument("--lang-folder", default=f"lang_{TEXT_ENCODER}", help="or: none")
-    p.add_argument("--procs", type=int, default=os.cpu_count())
-    p = sub.add_parser("embed", help="the sentences in assets/ -> assets/embeddings.npz")
-    p.add_argument("--encoder", default=TEXT_ENCODER, help="name on the hub, or a local folder")
-    p = sub.add_parser("annotate", help="spans.csv -> the language of a recording")
-    p.add_argument("folder", help="recording: a folder with training/, validation/")
-    p.add_argument("spans", help="CSV file with the columns start,end,sentence,task")
-    p.add_argument("--encoder", default=TEXT_ENCODER, help="name on the hub, or a local folder")
-    args = vars(parser.parse_args(argv))
-    for name in ("skip", "procs"):
-        if args.get(name, 1) < 1:
-            parser.error(f"--{name} {args[name]}: at least 1")
+class Latents(NamedTuple):
+    """The frozen world model's latents of a split's frames, memory-mapped."""
+
+    h: np.ndarray  # (N, H) float16
+    z: np.ndarray  # (N, C) uint8, the class of each categorical
+    z_reset: np.ndarray  # (N, C) uint8, z of that frame after a reset [D8]
+
+
+def cache_latents(world, data: PlayData, key: str, precision=None) -> Latents:
+    """Latents of every frame of a split, made once per world model and kept beside the data, in a
+    folder named after `key`, which stands for the world model's weights and precision."""
+    folder, part = data.path / f"latents-{key}", data.path / f"latents-{key}.part"
+    if not folder.exists():
+        with locked(data.path, wait=True), naming(part, MAKE_ROOM):
+            if not folder.exists():  # nobody else has just made it
+                shutil.rmtree(part, ignore_errors=True)
+                part.mkdir()
+                make_latents(world, data, part, precision or nullcontext())
+                os.rename(part, folder)
+    with naming(folder, "Remove that folder, it is made again"):
+        return Latents(*(np.load(folder / f"{k}.npy", mmap_mode="r") for k in Latents._fields))
+
+
+@torch.random.fork_rng()  # so that a cache made anew is the same, and training goes on as before
+@torch.no_grad()
+def make_latents(world, data: PlayData, folder: Path, precision) -> None:
+    """The set is cut into stretches that are filtered side by side; each begins `warm` frames
+    early, so that its first kept latent has a history, too."""
+    from tqdm import tqdm
+
+    N, c = len(data), world.config
+    widths = {"h": (c.deterministic, np.float16), "z": (c.categoricals, np.uint8)}
+    widths["z_reset"] = widths["z"]
+    out = {k: create_array(folder / f"{k}.npy", (N, n), t) for k, (n, t) in widths.items()}
+    stretches, warm, L = min(64, math.ceil(N / 256)), 64, 64
+    length = math.ceil(N / stretches)  # frames of each
+    starts = np.arange(stretches) * length
+    state = world.initial(stretches)
+    torch.manual_seed(0)
+    for t in tqdm(range(-warm, length, L), desc=f"latents of {data.split}", unit="block"):
+        frames = (starts + t + np.arange(min(L, length - t))[:, None]) % N  # (L, stretches)
+        batch = to_device(data.frames(frames), world.device)
+        if t == -warm:
+            batch["reset"][0] = True
+        with precision:
+            e = world.encode(world.see(batch))
+            h, z, _ = world.observe(e, batch["a_prev"], batch["reset"], state)
+            state = (h[-1], z[-1])
+            # Each frame as if it was the first one: a batch of as many sequences of one step.
+            alone = e.flatten(0, 1)[None]
+            no_action = torch.tensor(NO_ACTION, device=e.device).expand(*alone.shape[:2], 7)
+            reset = torch.ones(alone.shape[:2], dtype=torch.bool, device=e.device)
+            initial = world.initial(alone.shape[1])
+            z_reset = world.observe(alone, no_action, reset, initial)[1].view_as(z)
+        if t >= 0:
+            kept = (np.arange(len(frames)) + t)[:, None] < np.minimum(N - starts, length)
+            made = {"h": h, "z": world.classes_of(z), "z_reset": world.classes_of(z_reset)}
+            for k, x in made.items():
+                out[k][frames[kept]] = x.cpu().numpy()[kept]
+    for x in out.values():
+        x.flush()
+
+
+class WindowBatches:
+    """The agent's two batches for a step, half and half [D6]: windows of play, and windows with a
+    sentence. Each is a dict: s_E (T, B, k) expert latents, a (T, B, 7), length (B,), gripper (B,),
+    its command before the window; those with a sentence also emb (B, 384), align (B,)."""
+
+    def __init__(self, data: PlayData, latents: Latents, world, c, seed: int, shards=(ALL, ALL)):
+        """c: AgentConfig. shards: which of the windows of either kind this process reads."""
+        self.data, self.latents, self.world, self.reset_start = data, latents, world, c.reset_start
+        lengths = (c.sequence_length, c.min_window, c.max_window)
+        n = c.batch_size // 2
+        self.play = Windows(data, c.batch_size - n, *lengths, "play", seed, shards[0])
+        self.language = Windows(data, n, *lengths, "lang", seed, shards[1], c.rephrase)
+        with torch.no_grad():  # after a reset h is one constant vector [D8]
+            no_action = torch.tensor([NO_ACTION], device=world.device)
+            self.h_reset = world.recurrent(*world.initial(1), no_action)
+
+    def read(self, step: int) -> tuple[dict, dict]:
+        """What the disk knows of a step's windows: no random numbers of torch's, no device."""
+        both = self.play.batch(step), self.language.batch(step)
+        for windows in both:
+            index = windows["index"].numpy()  # (T, B)
+            h, z, z_reset = self.latents.h[index[0]], self.latents.z[index], self.latents.z_reset
+            arrays = {"h": h, "z": z, "z_reset": z_reset[index[0]]}
+            arrays["robot_obs"] = self.data.robot_obs[index]
+            windows |= {k: torch.from_numpy(x) for k, x in arrays.items()}
+        return both
+
+    @torch.no_grad()
+    def states(self, windows: dict, reset_start: float | None = None) -> dict[str, Tensor]:
+        """One of `read`'s, on the device -> a batch; reset_start overrides [D8]'s chance.
+
+        h is computed anew from the first state on, so that after a reset it has no more of a past
+        than the agent's [D8]; a short window's end is held [D14].
+        """
+        world, robot_obs, a = self.world, windows["robot_obs"], windows["a"]
+        z = world.latent_z(windows["z"], robot_obs)
+        z_reset = world.latent_z(windows["z_reset"], robot_obs[0])
+        chance = self.reset_start if reset_start is None else reset_start
+        fresh = torch.rand(len(z_reset), 1, device=z.device) < chance
+        z[0] = torch.where(fresh, z_reset, z[0])
+        h = [torch.where(fresh, self.h_reset, windows["h"].float())]
+        for t in range(1, len(a)):
+            after = world.recurrent(h[-1], z[t - 1], a[t - 1])
+            h.append(torch.where((t < windows["length"])[:, None], after, h[-1]))
+        batch = {k: windows[k] for k in ("a", "length", "emb", "align") if k in windows}
+        return batch | {"s_E": torch.cat([torch.stack(h), z], -1), "gripper": robot_obs[0, :, 14]}
+
+    def batch(self, step: int, reset_start: float | None = None) -> tuple[dict, dict]:
+        play, language = (to_device(x, self.world.device) for x in self.read(step))
+        return self.states(play, reset_start), self.states(language, reset_start)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    import tyro
+
+    commands = {"pack": pack, "annotate": annotate}
+    how = (tyro.conf.PositionalRequiredArgs,)
     try:
-        {"pack": pack, "embed": embed, "annotate": annotate}[args.pop("command")](**args)
-    except DataError as e:
-        sys.exit(f"error: {e}")
+        tyro.extras.subcommand_cli_from_dict(commands, args=arguments, config=how)
+    except DataError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -55,19 +55,23 @@ def contrastive_loss(
     batch that stands; zeros where fewer than two take part.
     """
     some = torch.ones(len(x), dtype=torch.bool, device=x.device) if some is None else some
-    logits = F.normalize(x.float(), dim=-1) @ F.normalize(y.float(), dim=-1).T * tau.exp()
+    with without_autocast(x):
+        logits = F.normalize(x.float(), dim=-1) @ F.normalize(y.float(), dim=-1).T * tau.exp()
     logits = logits.masked_fill(~(some[:, None] & some), -1e9)
     pairs = torch.arange(len(x), device=x.device).where(some, -100)  # which cross_entropy ignores
     M = some.sum()
-    ce = lambda logits: F.cross_entropy(logits, pairs, reduction="sum") / M.clamp(min=1)
-    loss = 0.5 * (ce(logits) + ce(logits.T))  # Eq. 8: rows are latents; then sentences
+    per_latent = F.cross_entropy(logits, pairs, reduction="sum") / M.clamp(min=1)
+    per_text = F.cross_entropy(logits.T, pairs, reduction="sum") / M.clamp(min=1)
+    loss = 0.5 * (per_latent + per_text)  # Eq. 8: rows are latents, then sentences
     found = (logits.diagonal() >= logits.amax(-1) - 1e-3) & some
     return loss, found.sum() / M.clamp(min=1) * (M > 1)
 
 
-def sample_plan(logits: Tensor) -> Tensor:
-    """A sample (..., C*K) of categoricals (..., C, K), with straight-through gradient: forward the
-    sample, backward as if it were the probabilities. As world_model.py's, without its softness."""
+def sample_straight_through(logits: Tensor) -> Tensor:
+    """One-hot samples (..., C*K) of the logits (..., C, K), with the gradient of the probabilities.
+
+    As in world_model.py, without its softness; a test compares the two.
+    """
     probabilities = logits.float().softmax(-1)
     u = torch.rand_like(probabilities[..., :1])  # the class in whose share of 0..1 it falls:
     index = (probabilities.cumsum(-1) < u).sum(-1).clamp_max(logits.shape[-1] - 1)
@@ -75,10 +79,14 @@ def sample_plan(logits: Tensor) -> Tensor:
     return (sample + probabilities - probabilities.detach()).flatten(-2)
 
 
-def of_all_processes(x: Tensor) -> Tensor:
-    """The rows (M, ...) of all processes that train together; gradients reach our own rows, times
-    the number of processes, for their mean is what DistributedDataParallel takes."""
-    if not (dist.is_available() and dist.is_initialized() and torch.is_grad_enabled()):
+def all_gather(x: Tensor) -> Tensor:
+    """The rows (M, ...) of all processes that train together; alone, x itself. All must call it.
+
+    Every process has the whole loss, and keeps the gradient of its own rows, times the number of
+    processes, for DistributedDataParallel takes the mean: together, one process's gradient with
+    all rows. (torch's differentiable all_gather does the same by a second collective, and warns.)
+    """
+    if not (dist.is_available() and dist.is_initialized()):
         return x
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, x.detach().contiguous())
@@ -87,11 +95,25 @@ def of_all_processes(x: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------- modules
-def mlp(n_in: int, hidden: int, layers: int, n_out: int) -> nn.Sequential:
+def without_autocast(x: Tensor) -> torch.autocast:
+    """Around what makes logits and losses: bf16 has three digits, which are too few for them."""
+    return torch.autocast(x.device.type if x.device.type != "meta" else "cpu", enabled=False)
+
+
+class Float32Linear(nn.Linear):
+    """A linear layer that stays fp32 under autocast; as in world_model.py, a test compares them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with without_autocast(x):
+            return F.linear(x.float(), self.weight.float(), self.bias.float())
+
+
+def mlp(n_in: int, hidden: int, layers: int, n_out: int, last=nn.Linear) -> nn.Sequential:
     """`layers` fully connected layers with ReLU, then a linear one to n_out."""
-    sizes = [n_in] + [hidden] * layers
-    blocks = [m for i, o in pairwise(sizes) for m in (nn.Linear(i, o), nn.ReLU())]
-    return nn.Sequential(*blocks, nn.Linear(sizes[-1], n_out))
+    blocks = []
+    for i, o in pairwise([n_in] + [hidden] * layers):
+        blocks += [nn.Linear(i, o), nn.ReLU()]
+    return nn.Sequential(*blocks, last(hidden, n_out))
 
 
 class PerceptualEncoder(nn.Module):
@@ -133,12 +155,12 @@ class PlanRecognition(nn.Module):
         block = nn.TransformerEncoderLayer(d, 8, feedforward, dropout=0.1)
         self.transformer = nn.TransformerEncoder(block, 2, enable_nested_tensor=False)
         self.features = nn.Linear(d, features)
-        self.logits = nn.Linear(features, plan[0] * plan[1])
+        self.logits = Float32Linear(features, plan[0] * plan[1])
 
     def forward(self, V: Tensor) -> tuple[Tensor, Tensor]:
         # The mean over time and the linear layer commute; the mean first costs T times less.
         features = self.features(self.transformer(V + self.position[: len(V)]).mean(0))
-        return self.logits(features).float().unflatten(-1, self.plan), features
+        return self.logits(features).unflatten(-1, self.plan), features
 
 
 class PlanProposal(nn.Module):
@@ -147,10 +169,10 @@ class PlanProposal(nn.Module):
     def __init__(self, d: int, goal: int, hidden: int, plan: tuple[int, int]):
         super().__init__()
         self.plan = plan
-        self.net = mlp(d + goal, hidden, 4, plan[0] * plan[1])
+        self.net = mlp(d + goal, hidden, 4, plan[0] * plan[1], Float32Linear)
 
     def forward(self, v_0: Tensor, g: Tensor) -> Tensor:
-        return self.net(torch.cat([v_0, g], -1)).float().unflatten(-1, self.plan)
+        return self.net(torch.cat([v_0, g], -1)).unflatten(-1, self.plan)
 
 
 class Alignment(nn.Module):
@@ -165,9 +187,15 @@ class Alignment(nn.Module):
         self.text = mlp(goal, 128, 1, out)
         self.tau = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
-    def forward(self, features: Tensor, g: Tensor, align: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, features: Tensor, g: Tensor, align: Tensor, gather=None
+    ) -> tuple[Tensor, Tensor]:
         """features (M, F), g (M, g) of M annotated windows, align (M,) bool: which of them enter
-        Eq. 8 [D11] -> loss (), accuracy (); zeros where they are fewer than two."""
-        rows = self.latent(features), self.text(g), align.to(features.dtype)
-        x, y, align = (of_all_processes(x) for x in rows)  # the negatives are the whole batch's
-        return contrastive_loss(x, y, self.tau, align > 0)
+        Eq. 8 [D11] -> loss (), accuracy (); zeros where they are fewer than two.
+
+        gather: `all_gather`, so that the negatives are the whole batch's, not this process's.
+        """
+        x, y = self.latent(features), self.text(g)
+        if gather is not None:
+            x, y, align = gather(x), gather(y), gather(align.to(x.dtype)) > 0
+        return contrastive_loss(x, y, self.tau, align)

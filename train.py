@@ -1,43 +1,42 @@
 """Both phases of LUMOS: `--stage wm` learns the world model, `--stage agent` practises inside it.
 
-    python data.py pack RECORDING data/play --skip 2
-    python train.py --stage wm    --preset sim --data data/play --out runs/sim
-    python train.py --stage agent --preset sim --data data/play --out runs/sim
-
 The only file where data, models, losses and optimisers meet. Phase one (Sec. IV-A) minimises Eq. 2
 over sequences of play, then caches the latents of every frame and probes what they know. Phase two
 (Sec. IV-B) minimises Eqs. 5 and 6 over imagined windows while the world model stays frozen.
 Every field of the configuration is an option (`--batch_size 16`); a run that was stopped at any
 moment goes on from its last checkpoint when the same command is given again.
 
+examples:
+    python train.py --stage wm    --preset sim --data data/play --out runs/sim
+    python train.py --stage agent --preset sim --data data/play --out runs/sim
     torchrun --nproc-per-node 8 train.py --stage wm ...      the same batch, shared among 8 GPUs
 """
 
-import argparse
 import copy
 import dataclasses
-import functools
 import hashlib
 import json
 import os
+import signal
 import sys
 import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from datetime import timedelta
+from contextlib import contextmanager, nullcontext
+from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Literal
 
-import imageio.v3 as imageio
-import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+import tyro
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import agent as A
 import data as D
+import diagnostics
 import world_model as W
 
 
@@ -45,18 +44,19 @@ import world_model as W
 class RunConfig:
     """How a stage is run. The model's own numbers are Table III (wm) and Table IV (agent)."""
 
-    stage: str  # wm | agent
-    preset: str = "paper"  # paper | sim | tiny
-    data: str = "data/play"  # packed by data.py
-    out: str = "runs/lumos"  # checkpoints, log, pictures; holds wm.pt when the agent is trained
-    steps: int = 0  # 0: the preset's
-    seed: int = 0
-    device: str = "auto"  # auto | cpu | cuda
-    precision: str = "auto"  # fp32 | bf16 (matrix products only; losses stay fp32) | the faster
+    stage: Literal["wm", "agent"]  # the world model comes first, then the agent inside it
+    preset: Literal["paper", "sim", "tiny"] = "paper"  # sizes; sim: the play table, tiny: tests
+    data: str = "data/play"  # folder made by data.py pack
+    out: str = "runs/lumos"  # folder of checkpoints, log and pictures
+    wm: str = ""  # the agent's world model, a file; empty: OUT/wm.pt
+    steps: int = 0  # updates of the weights; 0: the preset's
+    seed: int = 0  # of weights, batches and samples
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of matrix products; auto: the faster
     compile: bool = False  # torch.compile the losses: a minute or more, again for every new shape
-    log_every: int = 50
-    validate_every: int = 500
-    checkpoint_every: int = 250
+    log_every: int = 50  # steps
+    validate_every: int = 500  # steps
+    checkpoint_every: int = 250  # steps
 
 
 # Steps of each stage; the paper does not say [D7].
@@ -65,15 +65,31 @@ STEPS = {
     "sim": {"wm": 12_000, "agent": 20_000},
     "tiny": {"wm": 300, "agent": 200},
 }
-DEVICES = ("auto", "cpu", "cuda")
-RANKS = {"RANK": "0", "WORLD_SIZE": "1"}  # torchrun's, and what they are without it
-# Given again with more steps, a run goes on, but its schedules are shares of them [D7, D25, D26].
-RESUMABLE = "steps log_every validate_every checkpoint_every device compile out data forget".split()
+# What may change when a run goes on. Its schedules are shares of its steps [D7, D25].
+RESUMABLE = "steps log_every validate_every checkpoint_every device precision compile out data wm"
+RESUMABLE = (*RESUMABLE.split(), "learning_rate", "actor_lr", "critic_lr")
+
+# Fields of older checkpoints: their new names, and the value that today's code has (None: any).
+RENAMED = {"harden": "sample_anneal", "shorter": "length_curriculum", "cells": "spatial_latents"}
+RETIRED = {
+    "proprioception": True, "reward_on": "s", "clone_imagined": False, "binary_gripper": False,
+    "critic_weight_decay": None, "critic_sees_plan": None, "replan": None, "forget": None,
+}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------- checkpoints
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    D.write(path, lambda file: torch.save(checkpoint, file))
+    """A plain dict. The checkpoint before it is kept, too, as NAME_previous.pt."""
+    fresh = path.with_stem(f"{path.stem}_next")
+    D.write(fresh, lambda file: torch.save(checkpoint, file))
+    if path.exists():
+        os.replace(path, previous(path))
+    os.replace(fresh, path)
+    D.sync(path.parent)
+
+
+def previous(path: Path) -> Path:
+    return path.with_stem(f"{path.stem}_previous")
 
 
 def check_device(device: str) -> None:
@@ -86,28 +102,33 @@ def check_device(device: str) -> None:
 
 
 def load_checkpoint(path: Path, stage: str | None, device: str) -> dict:
-    """A plain dict of one of the two stages (None: either), and its path. Raises ValueError naming
-    the file and the remedy."""
+    """A plain dict of a stage (None: of any), and its path. Raises ValueError naming the file and
+    the remedy."""
     command = f"python train.py --stage {stage or 'wm'}"
     if not Path(path).exists():
         raise ValueError(f"{path} does not exist; make it with: {command}")
     check_device(device)
     remedy = f"copy it anew, or remove it and train again: {command}"
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        if zipfile.ZipFile(path).testzip():  # torch does not look at the checksums
+            raise ValueError("a checksum is wrong")
+        c = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
         what = f"{path} is no checkpoint of train.py, or damaged"
         raise ValueError(f"{what}; {remedy} ({error})") from error
-    got = checkpoint.get("stage") if isinstance(checkpoint, dict) else type(checkpoint).__name__
-    if got not in ((stage,) if stage else ("wm", "agent")):
-        raise ValueError(
-            f"{path} holds stage {got!r}; this needs one of --stage {stage or 'wm or agent'}"
-        )
+    got = c.get("stage") if isinstance(c, dict) else type(c).__name__
+    if got not in ([stage] if stage else STEPS["paper"]):
+        need = f"this needs one of --stage {stage or 'wm or agent'}"
+        raise ValueError(f"{path} holds stage {got!r}; {need}")
     needs = "config model meta run step seconds text_encoder".split()
     needs += ["world_model"] if got == "agent" else []
-    if missing := [k for k in needs if k not in checkpoint]:
+    missing = [k for k in needs if k not in c]
+    if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}; {remedy}")
-    return checkpoint | {"path": str(path)}
+    for name, x in (c["model"] | c.get("world_model", {}).get("model", {})).items():
+        if not x.isfinite().all():
+            raise ValueError(f"{path}: {name} is not finite; {remedy}")
+    return c | {"path": str(path)}
 
 
 def same_kind(checkpoint: dict, data: D.PlayData, name: str) -> None:
@@ -122,7 +143,7 @@ def same_kind(checkpoint: dict, data: D.PlayData, name: str) -> None:
 
 @contextmanager
 def fitting(path, file: str):
-    """A checkpoint that is not of this code's model is told by name: ValueError."""
+    """ValueError, with its name, for a checkpoint that is not of this code's model."""
     try:
         yield
     except (RuntimeError, TypeError, KeyError, ValueError) as error:
@@ -131,37 +152,65 @@ def fitting(path, file: str):
         raise ValueError(f"{what}: {type(error).__name__}: {error}") from error
 
 
+def todays(config: dict) -> dict:
+    """A checkpoint's configuration in today's names; ValueError where today's code differs."""
+    config = {RENAMED.get(k, k): value for k, value in config.items()}
+    for name, value in RETIRED.items():
+        was = config.pop(name, value)
+        if value is not None and was != value:
+            raise ValueError(f"{name} {was!r} is no more, {value!r} is what the code does")
+    return config
+
+
 def load_world_model(checkpoint: dict, device: str) -> W.WorldModel:
     """The frozen world model of a checkpoint of either stage."""
     part = checkpoint if checkpoint["stage"] == "wm" else checkpoint["world_model"]
     with fitting(checkpoint["path"], "world_model.py"):
-        world = W.WorldModel(W.WorldModelConfig(**part["config"])).to(device)
+        config = todays(part["config"])
+        sim = "spatial_latents" in config
+        config = (W.SimWorldModelConfig if sim else W.WorldModelConfig)(**config)
+        world = W.make_world_model(config).to(device)
         world.load_state_dict(part["model"])
     return world.eval().requires_grad_(False)
 
 
-def load_agent(path, device: str = "cpu", sample: bool = True) -> tuple[A.Policy, dict]:
-    """runs/.../agent.pt -> the policy that acts, and the checkpoint's other entries."""
+def load_agent(path, device: str = "cpu", sample: bool = True, **policy) -> tuple[A.Policy, dict]:
+    """runs/.../agent.pt -> the policy that acts, and the checkpoint's other entries.
+
+    policy: `replan` and `reset_on_replan` where they should not be the checkpoint's.
+    """
     checkpoint = load_checkpoint(Path(path), "agent", device)
     world = load_world_model(checkpoint, device)
     with fitting(path, "agent.py"):
-        config, sizes = A.AgentConfig(**checkpoint["config"]), world.config
-        agent = A.Agent(config, sizes.deterministic, sizes.latent).to(device)
-        agent.load_state_dict(checkpoint.pop("model"))
-        policy = A.Policy(world, agent, skip=checkpoint["meta"]["skip"], sample=sample)
+        config = checkpoint["config"]
+        old = {"replan": config.get("replan"), "reset_on_replan": config.get("forget")}
+        agent = A.Agent(A.AgentConfig(**todays(config)), world.config.latent).to(device)
+        weights = {k: x for k, x in checkpoint.pop("model").items() if not is_critic(k)}
+        missing, unknown = agent.load_state_dict(weights, strict=False)
+        wrong = unknown + [k for k in missing if not is_critic(k)]
+        if wrong:
+            raise KeyError(", ".join(wrong))
+        how = checkpoint.get("policy", old) | policy
+        policy = A.Policy(world, agent, checkpoint["meta"]["skip"], sample, **how)
     return policy, {k: x for k, x in checkpoint.items() if k not in ("world_model", "optimizer")}
+
+
+def is_critic(name: str) -> bool:
+    """Acting needs no critic."""
+    return name.startswith(("critic", "slow_critic"))
 
 
 def publish(checkpoint, path) -> None:
     """runs/.../agent.pt -> a file for others to evaluate and not to train on: half precision, no
-    optimiser, a third of the size."""
+    critics and no optimiser, less than a third of the size."""
     c = load_checkpoint(Path(checkpoint), "agent", "cpu")
-    half = lambda model: {k: x.half() for k, x in model.items()}
-    c["world_model"]["model"], c["model"] = half(c["world_model"]["model"]), half(c["model"])
-    c["run"] |= {"data": RunConfig.data, "out": RunConfig.out}  # nobody else has these folders
-    save_checkpoint(
-        Path(path), {k: x for k, x in c.items() if k not in ("optimizer", "random", "path")}
-    )
+    world, agent = c["world_model"]["model"], c["model"]
+    c["world_model"]["model"] = {k: x.half() for k, x in world.items()}
+    c["model"] = {k: x.half() for k, x in agent.items() if not is_critic(k)}
+    c["run"] |= {"data": RunConfig.data, "out": RunConfig.out, "wm": RunConfig.wm}
+    for private in ("optimizer", "random", "path"):
+        c.pop(private, None)
+    D.write(Path(path), lambda file: torch.save(c, file))
 
 
 def identity(weights: dict[str, Tensor]) -> str:
@@ -182,55 +231,40 @@ class Losses(torch.nn.Module):
 
 
 class Run:
-    """Device, folder, log and checkpoint of one stage: what both loops need around their losses."""
+    """Device, processes, folder, log and checkpoints of one stage: all but its losses."""
 
-    def __init__(self, config: RunConfig, model_config, data: D.PlayData):
-        self.config, self.model_config, self.data = config, model_config, data
-        self.device = config.device
-        if self.device == "auto":
-            self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        kind = self.device
-        self.rank, self.ranks = (int(os.environ.get(k, n)) for k, n in RANKS.items())
-        if self.ranks > 1 and kind == "cuda":
-            self.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        check_device(self.device)
-        if self.ranks > 1:  # under torchrun
-            if kind == "cuda":
+    def __init__(self, config: RunConfig, model_config):
+        self.config, self.model_config, self.out = config, model_config, Path(config.out)
+        self.data = D.PlayData(config.data, "training")
+        self.held_out = D.PlayData(config.data, "validation")
+        self.checkpoint_path = self.out / f"{config.stage}.pt"
+        self.steps = config.steps or STEPS[config.preset][config.stage]
+        self.figures, self.interrupted = [], False
+        self.rank, self.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+        kind = self.device = "cuda" if cuda else "cpu"
+        bf16 = [config.precision == "bf16" or (config.precision == "auto" and bf16_is_faster(kind))]
+        if self.ranks > 1:  # torchrun started several of these
+            self.device = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu"
+            if cuda:
                 torch.cuda.set_device(self.device)
             if not dist.is_initialized():  # the others wait while rank 0 caches latents
-                dist.init_process_group(
-                    "nccl" if kind == "cuda" else "gloo", timeout=timedelta(hours=6)
-                )
-        self.bf16 = config.precision == "bf16"
-        if config.precision == "auto":
-            faster = [bf16_is_faster(kind)]
-            if self.ranks > 1:  # rank 0 decides
-                dist.broadcast_object_list(faster)
-            self.bf16 = faster[0]
-        self.autocast = lambda: torch.autocast(kind, torch.bfloat16, enabled=self.bf16)
-        self.out = Path(config.out)
-        (self.out / "pictures").mkdir(parents=True, exist_ok=True)
-        self.checkpoint_path = self.out / f"{config.stage}.pt"
-        self.log_path = self.out / f"{config.stage}.jsonl"
-        self.steps = config.steps or STEPS[config.preset][config.stage]
-        self.names, self.figures, self.seconds, self.validated = [], [], 0.0, set()
-        self.board = None
+                backend = "nccl" if cuda else "gloo"
+                dist.init_process_group(backend, timeout=timedelta(hours=6))
+            dist.broadcast_object_list(bf16)  # rank 0 decides
+        check_device(self.device)
+        self.bf16 = bf16[0]
+        self.precision = torch.autocast(kind, torch.bfloat16, self.bf16)
+        self.log = diagnostics.Log(self.out, config.stage, self.rank == 0)
         torch.manual_seed(config.seed)
-        if self.rank:
-            return
-        try:
-            from torch.utils.tensorboard import SummaryWriter
+        if self.rank == 0:
+            settings = dataclasses.asdict(config) | dataclasses.asdict(model_config)
+            print(json.dumps(settings, indent=1, ensure_ascii=False))
+            how = f"{'bf16' if self.bf16 else 'fp32'} products, {self.ranks} processes"
+            print(f"{self.steps} steps on {self.device}, {how}")
 
-            self.board = SummaryWriter(self.out / "tensorboard" / config.stage)
-        except ImportError:  # an optional extra
-            pass
-        settings = dataclasses.asdict(config) | dataclasses.asdict(model_config)
-        print(json.dumps(settings, indent=1, ensure_ascii=False))
-        products = "bf16" if self.bf16 else "fp32"
-        how = f"{products} products, {self.steps} steps, {self.ranks} processes"
-        print(f"device {self.device}, {how}")
-
-    def part(self, n: int) -> slice:
+    # ------------------------------------------------------------------ several processes
+    def shard(self, n: int) -> slice:
         """This process's share of n rows; rank r has the r-th of equal parts."""
         if n % self.ranks:
             what = f"{n} rows cannot be shared by {self.ranks} processes evenly"
@@ -238,7 +272,7 @@ class Run:
         n //= self.ranks
         return slice(self.rank * n, self.rank * n + n)
 
-    def shared(self, module: torch.nn.Module, loss):
+    def parallel(self, module: torch.nn.Module, loss):
         """`loss`, whose backward averages the gradients of `module` over all processes."""
         if self.config.compile:
             loss = torch.compile(loss, dynamic=False)
@@ -246,7 +280,7 @@ class Run:
             return loss
         return DistributedDataParallel(Losses(module, loss), find_unused_parameters=True)
 
-    def whole(self, x: Tensor) -> Tensor:
+    def all_gather(self, x: Tensor) -> Tensor:
         """The rows of all processes, without gradients."""
         if self.ranks == 1:
             return x.clone()
@@ -254,160 +288,170 @@ class Run:
         dist.all_gather(parts, x.contiguous())
         return torch.cat(parts)
 
-    def first(self, function, *args):
-        """Rank 0 does it, the others wait for it and then do it too: they find it done."""
-        if self.rank == 0:
-            out = function(*args)
-        if self.ranks > 1:
+    @contextmanager
+    def rank_zero_first(self):
+        """Rank 0 does what stands in the block; then the others do it, and find it done."""
+        if self.rank > 0:
             dist.barrier()
-        return function(*args) if self.rank else out
+        yield
+        if self.rank == 0 and self.ranks > 1:
+            dist.barrier()
 
-    def resume(self, modules: dict, optimizers: dict) -> tuple[int, dict]:
-        """Loads the last checkpoint if there is one. Returns the step to go on from, and it."""
-        if not self.checkpoint_path.exists():
-            if self.rank == 0:
-                self.log_path.unlink(missing_ok=True)
-            return 0, {}
-        c = load_checkpoint(self.checkpoint_path, self.config.stage, "cpu")
-        if {"optimizer", "random"} - c.keys():
-            what = f"{self.checkpoint_path} was published, without its optimiser, or is damaged"
-            sys.exit(f"{what}: it cannot be trained on. Give another --out.")
-        now = dataclasses.asdict(self.config) | dataclasses.asdict(self.model_config)
-        then = c["run"] | c["config"]
-        changed = [k for k in now if k not in RESUMABLE and now[k] != then.get(k)]
-        if changed:
-            lines = "\n".join(f"  --{k}: {then.get(k)!r} there, {now[k]!r} here" for k in changed)
-            sys.exit(
-                f"{self.checkpoint_path} was trained with another configuration:\n{lines}\n"
-                "Give the same options to go on with it, or another --out to begin anew."
-            )
-        here = self.data.meta | {"frames": len(self.data)}
-        there = c["meta"] | {"frames": c.get("frames", len(self.data))}
-        if there != here:
-            sys.exit(
-                f"{self.checkpoint_path} was trained on other data, {there}; "
-                f"{self.config.data} is {here}. Give that data, or another --out."
-            )
-        for name, module in modules.items():
-            try:
-                module.load_state_dict(c[name])
-            except RuntimeError as error:
-                what = f"{self.checkpoint_path} does not fit this model or its world model"
-                raise ValueError(f"{what}; give another --out: {error}") from error
-        for name, optimizer in optimizers.items():
-            optimizer.load_state_dict(c["optimizer"][name])
-            for p, state in optimizer.state.items():  # fused ones pair them as they lie in memory
-                moments = {k: x for k, x in state.items() if x.shape == p.shape}
-                state.update({k: torch.empty_like(p).copy_(x) for k, x in moments.items()})
-        torch.set_rng_state(c["random"]["cpu"])
-        if self.device.startswith("cuda") and "cuda" in c["random"]:
-            torch.cuda.set_rng_state(c["random"]["cuda"])
-        self.seconds = c["seconds"]
-        if self.rank:
-            return c["step"], c
-        # Records after the checkpoint belong to steps that will be done again.
-        if self.log_path.exists():
-            lines = self.log_path.read_text().splitlines(keepends=True)
-            with D.naming(self.log_path, "Remove the damaged line"):
-                records = [json.loads(x) for x in lines if x.endswith("\n")]
-                records = [r for r in records if r["step"] <= c["step"]]
-                self.validated = {r["step"] for r in records if r["kind"] == "validate"}
-            text = "".join(json.dumps(r) + "\n" for r in records)
-            D.write(self.log_path, lambda file: file.write(text.encode()))
-        print(f"going on from step {c['step']} of {self.checkpoint_path}")
-        return c["step"], c
+    # ------------------------------------------------------------------ steps
+    def progress(self, start: int):
+        """Steps from `start` on; at the last number, self.steps, only validation is left to do."""
+        self.start, self.loop_began = start, time.monotonic()
+        handler = signal.getsignal(signal.SIGINT)
+        if self.ranks == 1:
+            signal.signal(signal.SIGINT, self.interrupt)
+        else:  # each has its own random numbers from here on
+            torch.manual_seed(hash((self.config.seed, start, self.rank)) % 2**63)
+        how = {"initial": start, "total": self.steps, "unit": "step", "disable": self.rank > 0}
+        try:
+            yield from tqdm(range(start, self.steps + 1), **how)
+        finally:
+            signal.signal(signal.SIGINT, handler)
+
+    def interrupt(self, *_) -> None:
+        """Ctrl-C: this step is still made, and saved. A second Ctrl-C ends at once."""
+        self.interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def due(self, step: int, every: int) -> bool:
+        return step > 0 and (step % every == 0 or step == self.steps)
+
+    def validates(self, step: int) -> bool:
+        """Rank 0 alone does; a resumed run does not repeat it."""
+        due = self.due(step, self.config.validate_every)
+        return due and self.rank == 0 and step not in self.log.validated
+
+    def saves(self, done: int) -> bool:
+        every = self.config.checkpoint_every, self.config.validate_every
+        return self.interrupted or any(self.due(done, n) for n in every)
+
+    def seconds(self) -> float:
+        """How long this run has taken until now, also before it was resumed."""
+        return time.monotonic() - self.began
+
+    @contextmanager
+    def aside(self, module: torch.nn.Module):
+        """Validation: evaluation mode, no gradients, fixed random numbers, and the training's own
+        ones left where they were."""
+        module.eval()
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(0)
+            yield
+        module.train()
+
+    def record(self, done: int, figures: dict[str, Tensor]) -> None:
+        """Keeps a step's figures where they are, for reading them would wait for the device; now
+        and then checks them, and logs their means since the last time."""
+        self.figures.append(torch.stack([x.float() for x in figures.values()]))
+        logs = self.due(done, self.config.log_every)
+        if logs or self.saves(done) or done == self.start + 10:
+            table = torch.stack(self.figures)  # (steps, figures)
+            for row, column in (~table.isfinite()).nonzero().tolist()[:1]:
+                what = f"{[*figures][column]} is {float(table[row, column])} at step"
+                remedy = "try a lower learning rate, or --precision fp32"
+                step = done - len(table) + row
+                raise ValueError(f"{what} {step}. The last checkpoint is kept; {remedy}.")
+        if logs:
+            mean = self.all_gather(table.mean(0)[None]).mean(0)
+            means = dict(zip(figures, mean.tolist(), strict=True))
+            self.log.write("train", done, means, self.seconds())
+            self.figures = []
+        if done == self.start + 10 and self.rank == 0:
+            per_step = (time.monotonic() - self.loop_began) / 10
+            tqdm.write(forecast(per_step, self.steps - done), file=sys.stdout)
+
+    # ------------------------------------------------------------------ checkpoints
+    def key(self, world: W.WorldModel) -> str:
+        """The name of the latents that this world model gives in this precision."""
+        return identity(world.state_dict()) + ("-bf16" if self.bf16 else "")
 
     def save(self, step: int, modules: dict, optimizers: dict, **more) -> None:
         if self.rank:
             return
         random = {"cpu": torch.get_rng_state()}
-        if self.device.startswith("cuda"):
+        if "cuda" in self.device:
             random["cuda"] = torch.cuda.get_rng_state()
         checkpoint = {
-            "stage": self.config.stage, "step": step, "seconds": self.seconds,
+            "stage": self.config.stage, "step": step, "seconds": self.seconds(),
             "config": dataclasses.asdict(self.model_config), "run": dataclasses.asdict(self.config),
             "meta": self.data.meta, "text_encoder": self.data.meta["text_encoder"],
-            "frames": len(self.data),
-            "optimizer": {k: o.state_dict() for k, o in optimizers.items()}, "random": random,
+            "frames": len(self.data), "random": random,
+            "optimizer": {k: o.state_dict() for k, o in optimizers.items()},
         }  # fmt: skip
         checkpoint |= {k: m.state_dict() for k, m in modules.items()} | more
         save_checkpoint(self.checkpoint_path, checkpoint)
+        if self.interrupted:
+            print(f"\nCtrl-C: {self.checkpoint_path} holds step {step}; the same command goes on.")
+            raise KeyboardInterrupt
 
-    def add(self, figures: dict[str, Tensor]) -> None:
-        """Collects one step's figures where they are: reading them would wait for the device."""
-        self.names = [*figures]
-        self.figures.append(torch.stack([x.float() for x in figures.values()]))
+    def resume(self, modules: dict, optimizers: dict) -> tuple[int, dict]:
+        """Loads the last checkpoint if there is one. Returns the step to go on from, and it."""
+        c = self.last_checkpoint()
+        self.began = time.monotonic() - c.get("seconds", 0.0)
+        self.log.cut(c.get("step", 0))
+        if not c:
+            return 0, {}
+        with fitting(c["path"], "its model, or in another world model"):
+            for name, module in modules.items():
+                module.load_state_dict(c[name])
+            for name, optimizer in optimizers.items():
+                optimizer.load_state_dict(c["optimizer"][name])
+                for p, state in optimizer.state.items():  # fused: paired as they lie in memory
+                    moments = {k: x for k, x in state.items() if x.shape == p.shape}
+                    state.update({k: torch.empty_like(p).copy_(x) for k, x in moments.items()})
+        torch.set_rng_state(c["random"]["cpu"])
+        if "cuda" in self.device and "cuda" in c["random"]:
+            torch.cuda.set_rng_state(c["random"]["cuda"])
+        if self.rank == 0:
+            print(f"going on from step {c['step']} of {c['path']}")
+        return c["step"], c
 
-    def check(self, done: int) -> None:
-        """The first figure since the last log that is not finite ends the run by name and step."""
-        table = torch.stack(self.figures)  # (steps, figures)
-        if len(bad := (~table.isfinite()).nonzero()):
-            row, column = bad[0].tolist()
-            sys.exit(
-                f"{self.names[column]} is {float(table[row, column])} at step "
-                f"{done - len(table) + row}. The last checkpoint is kept; try a lower learning "
-                "rate, or --precision fp32."
-            )
-
-    def log(self, step: int, figures: dict | None = None) -> None:
-        """Without `figures`: the means since the last call. One line, one JSONL record."""
-        kind = "validate" if figures is not None else "train"
-        if figures is None:
-            mean = self.whole(torch.stack(self.figures).mean(0)[None]).mean(0)
-            figures = dict(zip(self.names, mean.tolist(), strict=True))
-            self.figures = []
-        if self.rank:
-            return
-        record = {"step": step, "kind": kind, "hours": round(self.seconds / 3600, 4)}
-        record |= {k: float(f"{float(v):.5g}") for k, v in figures.items()}
-        with D.naming(self.log_path, D.MAKE_ROOM), self.log_path.open("a") as f:
-            f.write(json.dumps(record) + "\n")
-        tqdm.write("  ".join(f"{k} {v}" for k, v in record.items()), file=sys.stdout)
-        for k, v in figures.items() if self.board else ():
-            self.board.add_scalar(f"{kind}/{k}", v, step)
-
-    def picture(self, name: str, step: int, image: np.ndarray) -> None:
-        """(H, W, 3) uint8, kept as pictures/name_step.png and shown in TensorBoard."""
-        path = self.out / "pictures" / f"{name}_{step:07d}.png"
-        png = imageio.imwrite("<bytes>", image, extension=".png")
-        D.write(path, lambda file: file.write(png))
-        if self.board:
-            self.board.add_image(name, image, step, dataformats="HWC")
-
-    def loop(self, start: int, update, validate, save) -> None:
-        """update(step) -> figures, for every step; validation and checkpoints in between."""
-        if self.ranks > 1:  # each has its own random numbers from here on
-            torch.manual_seed(hash((self.config.seed, start, self.rank)) % 2**63)
-        due = lambda done, every: done % every == 0 or done == self.steps
-
-        def look(done: int) -> None:
-            if due(done, self.config.validate_every) and self.rank == 0:
-                # Fixed random numbers, and the training's own ones left where they were.
-                with torch.random.fork_rng(), torch.no_grad():
-                    torch.manual_seed(0)
-                    validate(done)
-
-        if start and start not in self.validated:  # it was stopped just there
-            look(start)
-        how = {"initial": start, "total": self.steps, "unit": "step", "disable": self.rank > 0}
-        for step in tqdm(range(start, self.steps), **how):
-            begun = time.monotonic()
-            self.add(update(step))
-            done = step + 1
-            looks = due(done, self.config.validate_every)
-            saves = due(done, self.config.checkpoint_every) or looks
-            logs = due(done, self.config.log_every)
-            if logs or saves:
-                self.check(done)  # waits for the device: `seconds` are right after it
-            self.seconds += time.monotonic() - begun
-            if logs:
-                self.log(done)
-            if saves:
-                save(done)  # first: a picture that cannot be written costs no steps
-            look(done)
+    def last_checkpoint(self) -> dict:
+        """The last one; the one before it where that is damaged; or nothing. ValueError where it
+        cannot go on with this configuration or this data."""
+        paths = [p for p in (self.checkpoint_path, previous(self.checkpoint_path)) if p.exists()]
+        for path in paths:
+            try:
+                c = load_checkpoint(path, self.config.stage, "cpu")
+                break
+            except ValueError as error:
+                if path == paths[-1]:
+                    raise
+                print(f"note: {error}; going back to {paths[-1]}")
+        else:
+            return {}
+        if {"optimizer", "random"} - c.keys():
+            what = f"{path} was published, without its optimiser, or is damaged"
+            raise ValueError(f"{what}: it cannot be trained on. Give another --out.")
+        now = dataclasses.asdict(self.config) | dataclasses.asdict(self.model_config)
+        then = c["run"] | todays(c["config"])
+        changed = [k for k in now if k not in RESUMABLE and now[k] != then.get(k)]
+        if changed:
+            lines = "\n".join(f"  --{k}: {then.get(k)!r} there, {now[k]!r} here" for k in changed)
+            what = f"{path} was trained with another configuration:\n{lines}\nGive the same"
+            raise ValueError(f"{what} options to go on with it, or another --out to begin anew.")
+        here = self.data.meta | {"frames": len(self.data)}
+        there = c["meta"] | {"frames": c.get("frames", len(self.data))}
+        if there != here:
+            what = f"{path} was trained on other data, {there}; {self.config.data} is {here}"
+            raise ValueError(f"{what}. Give that data, or another --out.")
+        return c
 
 
-@functools.cache
+def forecast(per_step: float, steps: int) -> str:
+    """What so many steps of so many seconds mean."""
+    rest = timedelta(seconds=round(per_step * steps))
+    end = datetime.now() + rest
+    text = f"{per_step:.3g} s per step: the end in {rest}, at {end:%Y-%m-%d %H:%M}"
+    if rest.days >= 2:
+        text += f"\nnote: that is {rest.days} days. On a CPU, --preset sim takes an hour or two."
+    return text
+
+
 def bf16_is_faster(device: str) -> bool:
     """Whether bf16 matrix products are faster than fp32 here. On a CPU that is measured: some that
     have instructions for them (Intel's without AMX) take twice as long as in fp32."""
@@ -416,276 +460,126 @@ def bf16_is_faster(device: str) -> bool:
     mkldnn = torch.backends.mkldnn.is_available()  # not in every torch
     if not (mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return False
-    seconds = {torch.float32: [], torch.bfloat16: []}
-    for _ in range(10):
-        for dtype, times in seconds.items():
-            x = torch.ones(512, 512, dtype=dtype)
-            begun = time.perf_counter()
-            x @ x
-            times.append(time.perf_counter() - begun)
-    return min(seconds[torch.bfloat16]) < min(seconds[torch.float32])
+    seconds = {}
+    for dtype in 10 * (torch.float32, torch.bfloat16):
+        x = torch.ones(512, 512, dtype=dtype)
+        begun = time.perf_counter()
+        x @ x
+        took = time.perf_counter() - begun
+        seconds[dtype] = min(took, seconds.get(dtype, took))
+    return seconds[torch.bfloat16] < seconds[torch.float32]
+
+
+def prefetched(batches, device: str):
+    """Batches (tuples of dicts) of a generator, on the device: the next one is read, by another
+    thread, while this one is trained on."""
+
+    def read() -> tuple[dict, ...] | None:
+        batch = next(batches, None)
+        if batch is None or device == "cpu":
+            return batch
+        return tuple({k: x if x.is_cuda else x.pin_memory() for k, x in b.items()} for b in batch)
+
+    with ThreadPoolExecutor(1) as reader:
+        batch = read()
+        while batch is not None:
+            coming = reader.submit(read)
+            yield tuple(D.to_device(x, device) for x in batch)
+            batch = coming.result()
+
+
+def left(step: int, steps: int, share: float) -> float:
+    """1, and in the last `share` of the steps a line from 1 to 0."""
+    return min(1.0, (steps - step) / max(1.0, share * steps))
 
 
 # ---------------------------------------------------------------------------- stage wm
 def train_world_model(run: Run) -> None:
     """Phase one, Sec. IV-A: Eq. 2 by AdamW (Table III) over sequences of play."""
     c, data, device = run.model_config, run.data, run.device
-    held_out = D.PlayData(run.config.data, "validation")
-    world = W.WorldModel(c).to(device)
-    if c.proprioception:
-        world.robot_mean.copy_(torch.from_numpy(data.robot_obs.mean(0)))
-        world.robot_std.copy_(torch.from_numpy(data.robot_obs.std(0)).clamp_min(1e-3))
+    world = W.make_world_model(c).to(device)
+    mean, std = data.robot_obs.mean(0), data.robot_obs.std(0)
+    world.set_statistics(torch.from_numpy(mean), torch.from_numpy(std).clamp_min(1e-3))
     optimizer = torch.optim.AdamW(
         world.parameters(), c.learning_rate, eps=c.adam_epsilon, weight_decay=c.weight_decay,
         fused=True,
     )  # fmt: skip
-    modules, optimizers = {"model": world}, {"world": optimizer}
-    start, checkpoint = run.resume(modules, optimizers)
-    B, L = c.batch_size, c.sequence_length
-    if device.startswith("cuda"):
-        data.keep_on(device, torch.cuda.mem_get_info(device)[0], quiet=run.rank > 0)
-    sequences, pieces = (
-        D.Sequences(data, B * n, L // n, run.config.seed, c.carry_state, run.part(B * n))
-        for n in (1, c.shorter)
-    )
-    validation = D.Sequences(held_out, min(B, len(held_out) // L), L, 0, carry=False)
-    clips = eventful(held_out, min(55, held_out.longest))
-    state = [x[run.part(B)].to(device) for x in checkpoint.get("state") or world.initial(B)]
-    losses = run.shared(world, world.loss)
+    start, checkpoint = run.resume({"model": world}, {"world": optimizer})
 
-    read = lambda step: (pieces if step < run.steps / 2 else sequences).batch(step)  # [D26]
-    batches = prefetched(read, start, run.steps, device)
+    # Sequences of play; in the first half of the steps, n times as many, n times shorter [D25].
+    B, L, n = c.batch_size, c.sequence_length, c.length_curriculum
+    if "cuda" in device:
+        data.keep_on(device, torch.cuda.mem_get_info(device)[0])
+    whole = D.Sequences(data, B, L, run.config.seed, c.carry_state, run.shard(B))
+    pieces = D.Sequences(data, B * n, L // n, run.config.seed, c.carry_state, run.shard(B * n))
+    order = ((pieces if step < run.steps / 2 else whole, step) for step in range(start, run.steps))
+    batches = prefetched(((sequences.batch(step),) for sequences, step in order), device)
+    held_out = D.Sequences(run.held_out, min(B, len(run.held_out) // L), L, 0, carry=False)
+    clips = diagnostics.eventful(run.held_out, min(55, run.held_out.longest))
 
-    def update(step: int) -> dict:
-        nonlocal state
-        left = (run.steps - step) / max(1.0, c.anneal * run.steps)
-        optimizer.param_groups[0]["lr"] = c.learning_rate * min(1.0, left)  # [D7]
-        world.softness.fill_(max(0.0, 1 - (step + 1) / max(1.0, c.harden * run.steps)))  # [D25]
-        batch = next(batches)
+    state = [x[run.shard(B)].to(device) for x in checkpoint.get("state") or world.initial(B)]
+    schedules = {}
+    if isinstance(c, W.SimWorldModelConfig):
+        schedules = {"softness": torch.zeros((), device=device), "decode_every": c.decode_every}
+    losses = run.parallel(world, world.loss)
+    world.train()
+    for step in run.progress(start):
+        if run.validates(step):
+            figures = []
+            with run.aside(world):
+                for i in range(4):
+                    batch = D.to_device(held_out.batch(i), device)
+                    fresh = world.initial(batch["reset"].shape[1])
+                    with run.precision:
+                        figures.append(world.loss(batch, fresh)[1])
+                picture = diagnostics.prediction_picture(world, D.to_device(clips, device))
+            run.log.picture("prediction", step, picture)
+            run.log.write("validate", step, diagnostics.mean(figures), run.seconds())
+        if step == run.steps:
+            break
+
+        # Schedules [D25]: the learning rate falls to 0; the posterior's mean turns into samples.
+        optimizer.param_groups[0]["lr"] = c.learning_rate * left(step, run.steps, c.anneal)
+        if schedules:
+            share = max(1.0, c.sample_anneal * run.steps)
+            schedules["softness"].fill_(max(0.0, 1 - (step + 1) / share))
+
+        (batch,) = next(batches)
         if not c.carry_state:
             state = world.initial(batch["reset"].shape[1])
-        world.train()
-        with run.autocast():
-            loss, terms, state = losses(batch, state)
+        with run.precision:
+            loss, terms, state = losses(batch, state, **schedules)
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(world.parameters(), c.gradient_clip)
         optimizer.step()
-        return terms | {"gradient": norm}
 
-    def validate(step: int) -> None:
-        world.eval()
-        figures = []
-        for i in range(4):
-            batch = to_device(validation.batch(i), device)
-            with run.autocast():
-                figures.append(world.loss(batch, world.initial(batch["reset"].shape[1]))[1])
-        run.picture("prediction", step, prediction_picture(world, to_device(clips, device)))
-        run.log(step, {k: sum(float(f[k]) for f in figures) / len(figures) for k in figures[0]})
+        run.record(step + 1, terms | {"gradient": norm})
+        if run.saves(step + 1):
+            carried = [run.all_gather(x) for x in state]
+            run.save(step + 1, {"model": world}, {"world": optimizer}, state=carried)
 
-    def save(step: int) -> None:
-        run.save(step, modules, optimizers, state=[run.whole(x) for x in state])
-
-    run.loop(start, update, validate, save)
+    # What the agent needs: the latents of every frame. And do they know the scene?
     world.eval().requires_grad_(False)
     if run.rank:
         return
-    latents = [cache_latents(world, x, run) for x in (data, held_out)]
+    splits = (data, run.held_out)
+    latents = [D.cache_latents(world, x, run.key(world), run.precision) for x in splits]
     if data.meta["source"] != "robot":  # a real scene has no scene_obs
-        probe(run, world, *zip(latents, (data, held_out), strict=True))
-    print(
-        f"\nworld model: {run.checkpoint_path}\nnext: python train.py --stage agent --preset "
-        f"{run.config.preset} --data {run.config.data} --out {run.config.out}"
-    )
-
-
-def eventful(data: D.PlayData, L: int, n: int = 3) -> dict[str, Tensor]:
-    """The n stretches of L frames in which doors and lights change most: worth a prediction."""
-    starts = data.stretches(L)
-    scene = data.scene_obs[:, [0, 1, 4, 5]] / [0.28, 0.22, 1, 1]  # door, drawer, bulb, led
-    change = [np.ptp(scene[a : a + L], axis=0).sum() for a in starts]
-    first = np.sort(starts[np.argsort(change)[-n:]])
-    return data.frames(first + np.arange(L)[:, None], fresh=True)
-
-
-def prediction_picture(world: W.WorldModel, batch: dict[str, Tensor], context: int = 5):
-    """Rows: for each sequence and both cameras, the truth, the reconstruction from the posterior,
-    the prediction from `context` frames on. Columns: moments, context first."""
-    seen, unseen = world.predict(batch, context)
-    T = batch["reset"].shape[0]
-    moments = np.unique(np.linspace(context - 1, T - 1, 12).astype(int))
-    rows = [
-        torch.cat([images[k][t, b] for t in moments], 1)
-        for b in range(batch["reset"].shape[1])
-        for k in ("static", "gripper")
-        for images in ({k: batch[f"rgb_{k}"]}, seen, unseen)
-    ]
-    picture = torch.cat(rows).cpu().numpy()
-    return picture.repeat(2, 0).repeat(2, 1)
-
-
-# ---------------------------------------------------------------------------- between the stages
-@torch.random.fork_rng()  # so that a cache made anew is the same, and training goes on as before
-@torch.no_grad()
-def cache_latents(world: W.WorldModel, data: D.PlayData, run: Run) -> D.Latents:
-    """(h, z) of every frame of a split, made once per world model and kept beside the data.
-
-    The set is cut into stretches that are filtered side by side; each begins `warm` frames early,
-    so that its first kept latent has a history too. Also z after a reset, per frame [D8].
-    """
-    c, device = world.config, run.device
-    key = identity(world.state_dict()) + "-bf16" * run.bf16
-    if D.Latents.exists(data, key):
-        return D.Latents.open(data, key)
-    out = D.Latents.create(data, key, c.deterministic, c.categoricals)
-    rows, warm, L = min(64, -(-len(data) // 256)), 64, 64
-    length = -(-len(data) // rows)  # frames per stretch, rounded up
-    starts = np.arange(rows) * length
-    state = world.initial(rows)
-    torch.manual_seed(0)
-    for t in tqdm(range(-warm, length, L), desc=f"latents of {data.split}", unit="block"):
-        frames = (starts + t + np.arange(min(L, length - t))[:, None]) % len(data)  # (L, rows)
-        batch = to_device(data.frames(frames), device)
-        if t == -warm:
-            batch["reset"][0] = True
-        with run.autocast():
-            images = {k: W.to_float(batch[f"rgb_{k}"]) for k in world.encoders}
-            e = world.encode(images, batch["robot_obs"])
-            h, z, _ = world.observe(e, batch["a_prev"], batch["reset"], state)
-            state = (h[-1], z[-1])
-            nothing = torch.tensor(D.NO_ACTION, device=device).expand(*e.shape[:2], 7)
-            z_reset = world.observe(
-                e.flatten(0, 1)[None], nothing.flatten(0, 1)[None],
-                torch.ones_like(batch["reset"]).flatten()[None], world.initial(h[..., 0].numel()),
-            )[1].view_as(z)  # fmt: skip
-        if t >= 0:
-            keep = (np.arange(len(frames)) + t)[:, None] < np.minimum(len(data) - starts, length)
-            to_class = lambda z: z[..., : c.discrete].unflatten(-1, (c.categoricals, -1)).argmax(-1)
-            for name, x in (("h", h), ("z", to_class(z)), ("z_reset", to_class(z_reset))):
-                getattr(out, name)[frames[keep]] = x.cpu().numpy()[keep]
-    return out.commit()
-
-
-def stored_z(world: W.WorldModel, classes: Tensor, robot_obs: Tensor) -> Tensor:
-    """Cached classes (..., C) uint8 and robot_obs (..., 15) of the same frames -> z (..., Z)."""
-    one_hot = F.one_hot(classes.long(), world.config.classes).flatten(-2).float()
-    return torch.cat([one_hot, world.pose(robot_obs)], -1)
-
-
-def probe(run: Run, world: W.WorldModel, train: tuple, held_out: tuple) -> None:
-    """What do the latents know? A small network reads scene_obs from s, trained on the training
-    split's latents, judged on the held-out split's; written to probe.json."""
-    device = run.device
-
-    def pairs(latents, data) -> tuple[Tensor, Tensor]:
-        rows = np.linspace(0, len(data) - 1, min(len(data), 50_000)).astype(int)
-        classes, robot_obs = latents.z[rows], data.robot_obs[rows]
-        z = stored_z(world, *(torch.from_numpy(x).to(device) for x in (classes, robot_obs)))
-        s = torch.cat([torch.from_numpy(latents.h[rows]).to(device).float(), z], -1)
-        return s, torch.from_numpy(data.scene_obs[rows]).to(device)
-
-    # Doors, drawer, button, switch, lights, and the blocks' xyz (not their angles).
-    columns = [0, 1, 4, 5, *(6 + 6 * b + i for b in range(3) for i in range(3))]
-    (x, y), (x_test, y_test) = pairs(*train), pairs(*held_out)
-    y, y_test = y[:, columns], y_test[:, columns]
-    mean, std = y.mean(0), y.std(0).clamp_min(1e-3)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net = torch.nn.Sequential(
-            torch.nn.Linear(x.shape[-1], 256), torch.nn.ELU(), torch.nn.Linear(256, len(columns))
-        ).to(device)
-        optimizer = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=1e-2)
-        for _ in tqdm(range(3000), desc="probe", unit="step"):
-            i = torch.randint(len(x), (256,), device=device)
-            loss = F.smooth_l1_loss(net(x[i]), (y[i] - mean) / std, beta=0.1)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    with torch.no_grad():
-        result = {"step": run.steps} | probe_figures(net(x_test) * std + mean, y_test)
-    result["chance"] = probe_figures(y.median(0).values, y_test)  # of 0 and 1: the majority
-    text = json.dumps(result, indent=1) + "\n"
-    D.write(run.out / "probe.json", lambda file: file.write(text.encode()))
-    print("probe of held-out latents (median errors; chance: the training split's median):")
-    print(json.dumps(result))
-
-
-def probe_figures(guess: Tensor, y: Tensor) -> dict:
-    """Of a guess (N, 13) or (13,) of probe's columns y (N, 13): medians of the errors."""
-    error = (guess - y).abs().cpu()
-    cm = lambda e: round(100 * float(e.median()), 2)
-    xy = {n: error[:, i : i + 2].norm(dim=-1) for n, i in (("red", 4), ("blue", 7), ("pink", 10))}
-    return {
-        "door_cm": cm(error[:, 0]), "drawer_cm": cm(error[:, 1]),
-        "lights_right": round(float((error[:, 2:4] < 0.5).float().mean()), 4),
-        "block_xy_cm": {n: cm(e) for n, e in xy.items()},
-    }  # fmt: skip
+        probe = diagnostics.probe(world, *zip(latents, splits, strict=True))
+        D.write_json(run.out / "probe.json", {"step": run.steps} | probe)
+        print(f"probe of held-out latents (median errors; chance: the training split's): {probe}")
+    print(f"\nworld model: {run.checkpoint_path}\nnext: python train.py --stage agent --preset "
+          f"{run.config.preset} --data {run.config.data} --out {run.config.out}")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------- stage agent
-class WindowBatches:
-    """Batches of Agent.losses: cached latents of play windows first, then of language windows."""
-
-    def __init__(self, data, latents, c: A.AgentConfig, world, seed: int, device: str, part=None):
-        """part: of n windows, the slice that this process reads."""
-        self.latents, self.world, self.device = latents, world, device
-        self.reset_start, self.data = c.reset_start, data
-        lengths = (c.sequence_length, c.min_window, c.max_window)
-        n = c.batch_size // 2  # half and half [D6]
-        self.play, self.language = (
-            D.Windows(data, n, *lengths, kind, seed, part(n) if part else D.ALL, c.rephrase)
-            for kind, n in (("play", c.batch_size - n), ("lang", n))
-        )
-        with torch.no_grad():  # after a reset h is one constant vector [D8]
-            nothing = torch.tensor([D.NO_ACTION], device=device)
-            a_part = world.recurrent_in.inputs[1](nothing)
-            self.h_reset = world.recurrent(*world.initial(1), a_part)[0]
-
-    def read(self, step: int) -> dict[str, Tensor]:
-        """What the disk knows of a step's batch: no random numbers of torch's, no device."""
-        play, language = self.play.batch(step), self.language.batch(step)
-        batch = {k: torch.cat([play[k], language[k]], -1) for k in ("index", "length")}
-        batch["a"] = torch.cat([play["a"], language["a"]], 1)
-        index = batch.pop("index").numpy()  # (T, B)
-        arrays = {"z": self.latents.z[index], "z_reset": self.latents.z_reset[index[0]]}
-        arrays |= {"h": self.latents.h[index[0]], "robot_obs": self.data.robot_obs[index]}
-        batch |= {k: language[k] for k in ("emb", "align")}
-        return batch | {k: torch.from_numpy(x) for k, x in arrays.items()}
-
-    def states(self, read: dict, reset_start: float | None = None) -> dict[str, Tensor]:
-        """`read`, on the device -> Agent.losses' batch; reset_start overrides [D8]'s chance."""
-        batch = dict(read)
-        h, robot_obs = batch.pop("h").float(), batch.pop("robot_obs")
-        z = stored_z(self.world, batch.pop("z"), robot_obs)
-        z_0 = stored_z(self.world, batch.pop("z_reset"), robot_obs[0])
-        chance = self.reset_start if reset_start is None else reset_start
-        forget = torch.rand(len(h), 1, device=h.device) < chance
-        h, z[0] = torch.where(forget, self.h_reset, h), torch.where(forget, z_0, z[0])
-        batch["s_E"] = self.expert(h, z, batch["a"], batch["length"])
-        return batch | {"gripper": robot_obs[0, :, 14]}
-
-    def batch(self, step: int, reset_start: float | None = None) -> dict[str, Tensor]:
-        """Table IV's batch for a step."""
-        return self.states(to_device(self.read(step), self.device), reset_start)
-
-    @torch.no_grad()
-    def expert(self, h: Tensor, z: Tensor, a: Tensor, length: Tensor) -> Tensor:
-        """s^E (T, B, k) from h (B, H) of the first state, z (T, B, Z) and a (T, B, 7): h anew from
-        there on, so that after a reset it has no more of a past than the agent's [D8]; the end is
-        held [D14]."""
-        a_part, hs = self.world.recurrent_in.inputs[1](a), [h]
-        for t in range(1, len(a)):
-            h = self.world.recurrent(hs[-1], z[t - 1], a_part[t - 1])
-            hs.append(torch.where((t < length)[:, None], h, hs[-1]))
-        return torch.cat([torch.stack(hs), z], -1)
-
-
 def rounded(world: W.WorldModel) -> W.WorldModel:
     """A copy whose products have bf16 weights already. Under autocast it computes the same: that
     rounds trained weights once a step, but frozen ones anew at every use."""
     world = copy.deepcopy(world)
     for module in world.modules():
-        if isinstance(module, torch.nn.Linear | torch.nn.GRUCell):
+        if type(module) in (torch.nn.Linear, torch.nn.GRUCell):  # subclasses stay in fp32
             module.bfloat16()
     return world
 
@@ -693,143 +587,114 @@ def rounded(world: W.WorldModel) -> W.WorldModel:
 def train_agent(run: Run) -> None:
     """Phase two, Sec. IV-B: Eqs. 5 and 6 by Adam (Table IV) inside the frozen world model."""
     c, data, device = run.model_config, run.data, run.device
-    held_out = D.PlayData(run.config.data, "validation")
-    world_checkpoint = load_checkpoint(run.out / "wm.pt", "wm", "cpu")
-    same_kind(world_checkpoint, data, run.config.data)
-    D.same_text_encoder(world_checkpoint["text_encoder"], data.meta["text_encoder"], run.out)
-    done, planned = world_checkpoint["step"], world_checkpoint["run"]["steps"]
-    if done < (planned or STEPS[world_checkpoint["run"]["preset"]]["wm"]) and run.rank == 0:
-        print(f"note: {run.out / 'wm.pt'} is of step {done}; its training was not finished")
-    world = load_world_model(world_checkpoint, device)
-    latents = [run.first(cache_latents, world, x, run) for x in (data, held_out)]
-    batches = WindowBatches(data, latents[0], c, world, run.config.seed, device, run.part)
-    validation = WindowBatches(held_out, latents[1], c, world, 0, device)
+    wm = load_checkpoint(Path(run.config.wm or run.out / "wm.pt"), "wm", "cpu")
+    same_kind(wm, data, run.config.data)
+    D.same_text_encoder(wm["text_encoder"], data.meta["text_encoder"], run.out)
+    if wm["step"] < (wm["run"]["steps"] or STEPS[wm["run"]["preset"]]["wm"]) and run.rank == 0:
+        print(f"note: {wm['path']} is of step {wm['step']}; its training was not finished")
+    world = load_world_model(wm, device)
+    with run.rank_zero_first():
+        splits = (data, run.held_out)
+        latents = [D.cache_latents(world, x, run.key(world), run.precision) for x in splits]
+
     torch.manual_seed(run.config.seed)
-    agent = A.Agent(c, world.config.deterministic, world.config.latent).to(device)
+    agent = A.Agent(c, world.config.latent).to(device)
     actor_optimizer = torch.optim.Adam(agent.actor_parameters(), c.actor_lr, fused=True)
-    critic_optimizer = torch.optim.AdamW(
-        agent.critic.parameters(), c.critic_lr, weight_decay=c.critic_weight_decay, fused=True
-    )
-    modules = {"model": agent}
+    critic_optimizer = torch.optim.Adam(agent.critic.parameters(), c.critic_lr, fused=True)
     optimizers = {"actor": actor_optimizer, "critic": critic_optimizer}
-    start, old = run.resume(modules, optimizers)
-    if old and identity(old["world_model"]["model"]) != identity(world_checkpoint["model"]):
-        sys.exit(
-            f"{run.checkpoint_path} was trained in another world model than {run.out / 'wm.pt'}; "
-            "remove it, or give another --out."
-        )
+    start, old = run.resume({"model": agent}, optimizers)
+    if old and identity(old["world_model"]["model"]) != identity(wm["model"]):
+        what = f"{old['path']} was trained in another world model than {wm['path']}"
+        raise ValueError(f"{what}; remove it, or give another --out.")
 
-    batches.world = rounded(world) if run.bf16 else world  # from here on under autocast only
-    losses = run.shared(agent, functools.partial(agent.losses, batches.world))
-    coming = prefetched(batches.read, start, run.steps, device)
+    dynamics = rounded(world) if run.bf16 else world  # under autocast only
+    n = c.batch_size // 2
+    shards = run.shard(c.batch_size - n), run.shard(n)
+    windows = D.WindowBatches(data, latents[0], world, c, run.config.seed, shards)
+    windows.world = dynamics
+    held_out = D.WindowBatches(run.held_out, latents[1], world, c, 0)
+    batches = prefetched((windows.read(step) for step in range(start, run.steps)), device)
+    losses = run.parallel(agent, agent.losses)
+    agent.train()
+    for step in run.progress(start):
+        if run.validates(step):
+            with run.aside(agent):
+                figures = diagnostics.track(agent, world, held_out)
+            D.write_json(run.out / "tracking.json", {"step": step} | figures)
+            run.log.write("validate", step, figures, run.seconds())
+        if step == run.steps:
+            break
 
-    def update(step: int) -> dict:
-        agent.train()
         if step % c.slow_critic_interval == 0:
             agent.update_slow_critic()  # [D18]
-        with run.autocast():
-            loss_actor, loss_critic, figures = losses(batches.states(next(coming)))
-        actor_optimizer.zero_grad(), critic_optimizer.zero_grad()
+        for optimizer, rate in ((actor_optimizer, c.actor_lr), (critic_optimizer, c.critic_lr)):
+            optimizer.param_groups[0]["lr"] = rate * left(step, run.steps, c.anneal)  # [D25]
+
+        with run.precision:
+            play, language = (windows.states(x) for x in next(batches))
+            loss_actor, loss_critic, figures = losses(dynamics, play, language)
+        for optimizer in optimizers.values():
+            optimizer.zero_grad()
         (loss_actor + loss_critic).backward()  # they share no parameter: see test_eq5, test_eq6
-        left = min(1.0, (run.steps - step) / max(1.0, c.anneal * run.steps))  # [D7]
-        for name, optimizer, rate in (
-            ("actor", actor_optimizer, c.actor_lr), ("critic", critic_optimizer, c.critic_lr)
-        ):  # fmt: skip
-            group = optimizer.param_groups[0]
-            group["lr"] = rate * left
-            norm = torch.nn.utils.clip_grad_norm_(group["params"], c.gradient_clip)
+        for name, optimizer in optimizers.items():
+            parameters = optimizer.param_groups[0]["params"]
+            norm = torch.nn.utils.clip_grad_norm_(parameters, c.gradient_clip)
             figures[f"gradient_{name}"] = norm
             optimizer.step()
-        return figures
 
-    def validate(step: int) -> None:
-        agent.eval()
-        figures = [agent.track(world, validation.batch(i, reset_start=1.0)) for i in range(4)]
-        mean = {k: sum(float(f[k]) for f in figures) / len(figures) for k in figures[0]}
-        span = mean["reward_expert"] - mean["reward_hold"]
-        for plan in ("proposed", "recognised") if agent.with_plan else ("proposed",):
-            mean[f"tracking_{plan}"] = (mean[f"reward_{plan}"] - mean["reward_hold"]) / span
-        text = json.dumps({"step": step} | mean, indent=1) + "\n"  # the last one, to keep
-        D.write(run.out / "tracking.json", lambda file: file.write(text.encode()))
-        run.log(step, mean)
-
-    def save(step: int) -> None:
-        world_part = {k: world_checkpoint[k] for k in ("config", "model", "step", "seconds")}
-        run.save(step, modules, optimizers, world_model=world_part)
-
-    run.loop(start, update, validate, save)
-    if run.rank:
-        return
-    source = data.meta["source"]
-    env = "real --robot SETUP.json" if source == "robot" else source
-    print(
-        f"\nagent: {run.checkpoint_path}\n"
-        f"next: python evaluate.py --env {env} --checkpoint {run.checkpoint_path}"
-    )
+        run.record(step + 1, figures)
+        if run.saves(step + 1):
+            part = {k: wm[k] for k in ("config", "model", "step", "seconds")}
+            policy = A.POLICY_PRESETS[run.config.preset]
+            run.save(step + 1, {"model": agent}, optimizers, world_model=part, policy=policy)
+    if run.rank == 0:
+        source = data.meta["source"]
+        env = "real --robot SETUP.json" if source == "robot" else source
+        print(f"\nagent: {run.checkpoint_path}\nnext: python evaluate.py --env {env} "
+              f"--checkpoint {run.checkpoint_path}")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------- command line
-def to_device(batch: dict[str, Tensor], device: str) -> dict[str, Tensor]:
-    return {k: x.to(device, non_blocking=True) for k, x in batch.items()}
-
-
-def prefetched(read, start: int, end: int, device: str):
-    """read(step) for each step, on the device; the next is read while this one is trained on."""
-
-    def pinned(step: int) -> dict[str, Tensor]:
-        pin = lambda x: x.pin_memory() if "cuda" in device and x.device.type == "cpu" else x
-        return {k: pin(x) for k, x in read(step).items()}
-
-    with ThreadPoolExecutor(1) as reader:
-        coming = reader.submit(pinned, start)
-        for step in range(start, end):
-            batch = coming.result()
-            if step + 1 < end:
-                coming = reader.submit(pinned, step + 1)
-            yield to_device(batch, device)
-
-
-def boolean(text: str) -> bool:
-    """ValueError, which argparse reports, for anything but true and false."""
-    return bool(("false", "true").index(text.lower()))
+# Of each stage: the presets of its model, and its loop.
+STAGES = {"wm": (W.PRESETS, train_world_model), "agent": (A.PRESETS, train_agent)}
 
 
 def parse(arguments: list[str] | None = None) -> tuple[RunConfig, object]:
     """The command line, made from the dataclasses' fields. A typo is an error."""
-    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    known.add_argument("--stage", choices=("wm", "agent"), required=True)
-    known.add_argument("--preset", choices=tuple(STEPS), default="paper")
-    first, _ = known.parse_known_args(arguments)
-    presets = W.PRESETS if first.stage == "wm" else A.PRESETS
-    parser = argparse.ArgumentParser(parents=[known], allow_abbrev=False)
-    model = presets[first.preset]
-    fields = [(f, f.default) for f in dataclasses.fields(RunConfig)[2:]]
-    fields += [(f, getattr(model, f.name)) for f in dataclasses.fields(model)]
-    for field, default in fields:
-        kind = boolean if field.type is bool else field.type
-        parser.add_argument(f"--{field.name}", type=kind, default=default, metavar=str(default))
-    options = vars(parser.parse_args(arguments))
-    for name, allowed in (("precision", ("auto", "fp32", "bf16")), ("device", DEVICES)):
-        if options[name] not in allowed:
-            parser.error(f"--{name} {options[name]}: one of {', '.join(allowed)}")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    words = [x.capitalize() if x in ("true", "false") else x for x in arguments]
+    # Stage and preset come first: they say which model's fields are options, and their defaults.
+    plain = [x for x in words if x not in ("-h", "--help")]
+    example = {} if plain == words else {"default": RunConfig("wm")}  # --help needs no --stage
+    run, _ = tyro.cli(RunConfig, args=plain, return_unknown_args=True, **example)
+    model = STAGES[run.stage][0][run.preset]
+    fields = [(k, tyro.conf.OmitArgPrefixes[type(x)]) for k, x in (("run", run), ("model", model))]
+    both = dataclasses.make_dataclass("Options", fields)
+    options = tyro.cli(
+        both, args=words, default=both(run, model), description=__doc__, use_underscores=True,
+        config=(tyro.conf.FlagConversionOff,),
+    )  # fmt: skip
     least = {"log_every": 1, "validate_every": 1, "checkpoint_every": 1, "steps": 0, "seed": 0}
     for name, n in least.items():
-        if options[name] < n:
-            parser.error(f"--{name} {options[name]}: at least {n}")
-    pick = lambda cls: cls(**{f.name: options[f.name] for f in dataclasses.fields(cls)})
-    return pick(RunConfig), pick(type(model))
+        if getattr(options.run, name) < n:
+            raise ValueError(f"--{name} {getattr(options.run, name)}: at least {n}")
+    return options.run, options.model
 
 
 def main(arguments: list[str] | None = None) -> None:
-    config, model_config = parse(arguments)
     try:
-        run = Run(config, model_config, D.PlayData(config.data, "training"))
-        (train_world_model if config.stage == "wm" else train_agent)(run)
-        if run.ranks > 1:  # the others wait for rank 0; leaving threads behind aborts a process
-            dist.barrier()
-            dist.destroy_process_group()
+        config, model_config = parse(arguments)
+        first = int(os.environ.get("RANK", 0)) == 0
+        with D.locked(Path(config.out)) if first else nullcontext():
+            run = Run(config, model_config)
+            STAGES[config.stage][1](run)
+            if run.ranks > 1:  # the others wait for rank 0; leaving threads behind aborts a process
+                dist.barrier()
+                dist.destroy_process_group()
     except (ValueError, OSError, D.DataError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

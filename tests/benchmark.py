@@ -112,21 +112,21 @@ def stages(args: argparse.Namespace, folder: Path):
     a = dataclasses.replace(a, batch_size=windows or a.batch_size)
     few, many = (random_play(folder / str(n), n) for n in (2000, 40000))
     options = {"preset": args.preset, "precision": args.precision, "data": few}
-    options["out"] = str(folder / "run")
-    data = D.PlayData(few, "training")
-    run = T.Run(T.RunConfig("wm", **options), c, data)
-    world = W.WorldModel(c).to(run.device)
+    run = T.Run(T.RunConfig("wm", **options, out=str(folder / "run")), c)
+    world = W.make_world_model(c).to(run.device)
     optimizer = torch.optim.AdamW(world.parameters(), c.learning_rate, fused=True)
-    B, L = c.batch_size * c.shorter, c.sequence_length // c.shorter
+    B, L = c.batch_size * c.length_curriculum, c.sequence_length // c.length_curriculum
     shape = f"{B} sequences of {L}"
     load = {d: D.Sequences(D.PlayData(d, "training"), B, L, 0, c.carry_state) for d in (few, many)}
-    batch, step = T.to_device(load[few].batch(0), run.device), iter(range(10**9))
+    batch, step = D.to_device(load[few].batch(0), run.device), iter(range(10**9))
     moved = sum(x.nbytes for x in batch.values())
+    sim = isinstance(c, W.SimWorldModelConfig)
+    schedules = {"decode_every": c.decode_every} if sim else {}
 
     def world_step():
         world.train()
-        with run.autocast():
-            loss, _, _ = world.loss(batch, world.initial(B))
+        with run.precision:
+            loss, _, _ = world.loss(batch, world.initial(B), **schedules)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(world.parameters(), c.gradient_clip)
         optimizer.step()
@@ -138,28 +138,28 @@ def stages(args: argparse.Namespace, folder: Path):
     world.eval().requires_grad_(False)
 
     def extract():
-        with torch.no_grad(), run.autocast():
+        with torch.no_grad(), run.precision:
             world.filter(batch, world.initial(B))
 
     yield "latents", extract, 0, f"{B * L} frames"
-    agent = A.Agent(a, c.deterministic, c.latent).to(run.device)
+    agent = A.Agent(a, c.latent).to(run.device)
     optimizers = [
         torch.optim.Adam(p, 1e-4, fused=True)
         for p in (agent.actor_parameters(), agent.critic.parameters())
     ]
-    latents = T.cache_latents(world, data, run)
-    windows = T.WindowBatches(data, latents, a, world, 0, run.device)
+    latents = D.cache_latents(world, run.data, run.key(world), run.precision)
+    windows = D.WindowBatches(run.data, latents, world, a, 0)
     windows.world = T.rounded(world) if run.bf16 else world
 
     def load_windows():
-        with run.autocast():
+        with run.precision:
             return windows.batch(next(step))
 
-    practice = load_windows()
+    play, language = load_windows()
 
     def agent_step():
-        with run.autocast():
-            actor, critic, _ = agent.losses(windows.world, practice)
+        with run.precision:
+            actor, critic, _ = agent.losses(windows.world, play, language)
         (actor + critic).backward()
         for o in optimizers:
             torch.nn.utils.clip_grad_norm_(o.param_groups[0]["params"], a.gradient_clip)
@@ -167,16 +167,29 @@ def stages(args: argparse.Namespace, folder: Path):
             o.zero_grad()
 
     shape = f"{a.batch_size} windows of {a.sequence_length}"
-    bytes_ = sum(x.nbytes for x in practice.values())
+    bytes_ = sum(x.nbytes for x in (*play.values(), *language.values()))
     yield "load windows", load_windows, bytes_, shape
     yield "agent", agent_step, 0, shape
     policy = A.Policy(world, agent)
     obs = {"robot_obs": np.zeros(15, np.float32), "rgb_obs": {}}
     obs["rgb_obs"] = {f"rgb_{k}": np.zeros((64, 64, 3), np.uint8) for k in ("static", "gripper")}
-    used = [world.encoders, world.fuse, world.recurrent_in, world.gru, world.posterior_head]
-    used += [agent.actor, agent.goal_language]  # and at a new plan two more
-    weights = sum(p.nbytes for m in used for p in m.parameters())
-    yield "policy", lambda: policy.act(obs, np.zeros(384, np.float32)), weights, "1 step"
+
+    def act():
+        policy.act(obs, np.zeros(384, np.float32))
+
+    act()  # makes a plan, which most steps do not
+    yield "policy", act, weights_read(act, world, agent), "1 step"
+
+
+def weights_read(function, *models: torch.nn.Module) -> int:
+    """Bytes of the weights of all layers that a call uses."""
+    used = set()
+    layers = [m for model in models for m in model.modules() if not [*m.children()]]
+    hooks = [m.register_forward_hook(lambda m, *_: used.add(m)) for m in layers]
+    function()
+    for hook in hooks:
+        hook.remove()
+    return sum(p.nbytes for m in used for p in m.parameters())
 
 
 def main() -> None:

@@ -1,11 +1,13 @@
-"""CALVIN's own simulator behind sim.PlayTable's interface. Where calvin_env is not installed, set
-CALVIN_ENV to its clone; without either, all but the first test are skipped, with the reason.
-"""
+"""CALVIN (Sec. V-A): its tasks, its 1000 chains, and its own simulator behind our interface.
 
+Where calvin_env is not found, CALVIN_ENV names its clone; else the tests of it are skipped."""
+
+import hashlib
 import json
 import os
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,16 +17,117 @@ import evaluate as E
 import sim
 import teleop
 
+# sha256 of what CALVIN's own code draws (numpy 2.4, with pyhash): see the test below.
+BENCHMARK = "d710427c76f1b1c2accd3fabbc3fed33e233dd56473f19ca2ccdf1f59cddd97d"
 CLONE = os.environ.get("CALVIN_ENV")
 _kept = []  # of the process with the simulation: its only Table
 
 
-def test_its_absence_says_what_to_install_and_how_to_say_where_it_is(tmp_path, capsys):
-    with pytest.raises(ImportError, match=r"not a clone of calvin_env(.|\n)*git clone(.|\n)*-e"):
-        calvin.home(tmp_path)
+# ------------------------------------------------------------------ the 34 tasks
+ROBOT, TABLE, RED, BLUE, PINK = 0, 1, 2, 3, 4  # bodies of hand-made infos
+LINKS = {"base_link": -1, "drawer_link": 3, "plank_link": 6}
+
+
+def made(robot=(), red=(), blue=(), x=0, z=0.46, yaw=0, roll=0, speed=0, door=0, light=0):
+    """A hand-made info. robot, red, blue: what each touches, as (body, link)."""
+    (cy, cr), (sy, sr) = np.cos(np.radians([yaw, roll]) / 2), np.sin(np.radians([yaw, roll]) / 2)
+    pose = {"current_pos": (x, 0, z), "current_orn": (sr * cy, sr * sy, cr * sy, cr * cy)}
+    pose |= {"current_lin_vel": (speed, 0, 0), "current_ang_vel": (0, 0, 0)}
+
+    def thing(uid, touched):
+        return {"uid": uid, "contacts": [(0, 9, body, -1, link) for body, link in touched]}
+
+    blocks = {"block_red": (RED, red), "block_blue": (BLUE, blue), "block_pink": (PINK, ())}
+    scene = {"movable_objects": {name: thing(*x) | pose for name, x in blocks.items()}}
+    scene["fixed_objects"] = {"table": {"uid": TABLE, "links": LINKS}}
+    scene["doors"] = {name: {"current_state": door} for name in ("base__slide", "base__drawer")}
+    scene["lights"] = {name: {"logical_state": light} for name in ("lightbulb", "led")}
+    return {"robot_info": thing(ROBOT, robot), "scene_info": scene}
+
+
+TOP, SHELF, TRAY, HAND = (TABLE, -1), (TABLE, 6), (TABLE, 3), (ROBOT, 9)
+ON_TOP = made(red=[TOP])
+HELD = made(robot=[(RED, -1)], red=[HAND])
+STACK = {"red": [(BLUE, -1)], "blue": [(RED, -1), TOP]}
+TURNED = "rotate_red_block_left"
+CASES = [  # task, start, ends at which it is done, ends at which it is not
+    (TURNED, ON_TOP, [made(red=[TOP], yaw=61), made(red=[HAND, TOP], yaw=90)], [
+        made(red=[TOP], yaw=59), made(red=[TOP], yaw=90, roll=40), made(red=[TOP], yaw=90, x=0.11),
+        made(red=[HAND], yaw=90)]),  # still in the hand alone
+    (TURNED, made(yaw=150), [made(red=[TOP], yaw=-130)], []),  # 80° to the left
+    ("rotate_red_block_right", ON_TOP, [made(red=[TOP], yaw=-61)], [made(red=[TOP], yaw=61)]),
+    ("rotate_red_block_right", made(yaw=150), [], [made(red=[TOP], yaw=-130)]),
+    ("push_red_block_right", ON_TOP, [made(red=[TOP], x=0.11)], [
+        made(red=[TOP], x=0.09), made(red=[HAND], x=0.11, z=0.5)]),
+    ("push_red_block_right", made(red=[HAND]), [], [made(red=[TOP], x=0.11)]),
+    ("push_red_block_left", ON_TOP, [made(red=[TOP, HAND], x=-0.11)], [made(red=[TOP], x=0.11)]),
+    ("move_slider_left", made(door=0.0), [made(door=0.16)], [made(door=0.14)]),
+    ("move_slider_right", made(door=0.28), [made(door=0.12)], [made(door=0.14)]),
+    ("open_drawer", made(door=0.1), [made(door=0.23)], [made(door=0.2)]),
+    ("close_drawer", made(door=0.2), [made(door=0.05)], [made(door=0.3)]),
+    ("lift_red_block_table", ON_TOP, [made(red=[HAND], z=0.52)], [
+        made(red=[HAND], z=0.5), made(red=[HAND, TOP], z=0.52)]),
+    ("lift_red_block_slider", made(red=[SHELF]), [made(red=[HAND], z=0.495)], []),
+    ("lift_red_block_slider", ON_TOP, [], [made(red=[HAND], z=0.52)]),
+    ("lift_red_block_drawer", made(red=[TRAY], z=0.36), [made(red=[HAND])], []),
+    ("lift_blue_block_table", ON_TOP, [], [made(red=[HAND], z=0.52)]),
+    ("place_in_slider", HELD, [made(red=[SHELF])], [made(robot=[(RED, -1)], red=[SHELF, HAND])]),
+    ("place_in_drawer", HELD, [made(red=[TRAY])], []),
+    ("place_in_drawer", made(robot=[(RED, -1), TOP], red=[HAND]), [], [made(red=[TRAY])]),
+    ("place_in_drawer", made(robot=[(RED, -1)], red=[HAND, TOP]), [], [made(red=[TRAY])]),
+    ("place_in_drawer", made(robot=[(TABLE, 3)]), [], [made(red=[TRAY])]),
+    ("stack_block", HELD, [made(**STACK)], [
+        made(**STACK | {"red": [(BLUE, -1), HAND]}), made(**STACK, speed=1.1)]),
+    ("unstack_block", made(**STACK), [HELD], []),
+    ("unstack_block", made(**STACK | {"red": [(BLUE, -1), TOP]}), [], [HELD]),
+    *[(f"turn_on_{x}", made(), [made(light=1)], [made()]) for x in ("lightbulb", "led")],
+    *[(f"turn_off_{x}", made(light=1), [made()], [made(light=1)]) for x in ("lightbulb", "led")],
+    ("push_into_drawer", ON_TOP, [made(red=[TRAY])], [made(red=[TRAY, HAND])]),
+    ("push_into_drawer", made(red=[TOP, HAND]), [], [made(red=[TRAY])]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("task", "start", "done", "not_done"), CASES)
+def test_each_rule_of_the_34_tasks(task, start, done, not_done):
+    assert all(calvin.oracle(start, end, task) is True for end in done)
+    assert not any(calvin.oracle(start, end, task) for end in not_done)
+
+
+def test_a_light_or_a_door_says_nothing_about_the_other():
+    start, end = made(), made()
+    end["scene_info"]["lights"]["lightbulb"] = {"logical_state": 1}
+    end["scene_info"]["doors"]["base__slide"] = {"current_state": 0.2}
+    done = [task for task in calvin.TASKS if calvin.oracle(start, end, task)]
+    assert done == ["move_slider_left", "turn_on_lightbulb"]
+
+
+def test_an_unknown_task_is_an_error_that_names_the_nearest():
+    with pytest.raises(ValueError, match="open_drawer"):
+        calvin.oracle(ON_TOP, ON_TOP, "open_the_drawer")
+
+
+# ------------------------------------------------------------------ the benchmark's 1000 chains
+def test_tasks_chains_and_initial_states_are_the_benchmarks_own_and_can_be_begun():
+    """The digest pins the order of the tasks, the 192 states, and how the chains are drawn."""
+    digest, env = hashlib.sha256(), sim.PlayTable(render=False)
+    for number in range(1000):
+        state, tasks = calvin.chain(number)
+        robot_obs, scene_obs = calvin.start_pose(state)
+        poses = [np.round(x, 9).tolist() for x in (robot_obs, scene_obs)]
+        digest.update((json.dumps([list(state), list(tasks), *poses]) + "\n").encode())
+        if number < 100:
+            obs = env.reset(robot_obs, scene_obs)
+            np.testing.assert_allclose(obs["scene_obs"], scene_obs, atol=2e-5)
+            assert tasks[0] in teleop.Operator(env).feasible()
+    env.close()
+    assert digest.hexdigest() == BENCHMARK and len(calvin.TASKS) == 34
+
+
+# ------------------------------------------------------------------ CALVIN's own simulator
+def test_its_absence_says_what_to_install_and_how_to_say_where_it_is(tmp_path):
     command = ["--policy", "operator", "--env", "calvin", "--calvin-env", str(tmp_path)]
-    with pytest.raises(SystemExit, match="pip install --no-deps -e calvin_env"):
-        E.main(command)
+    with pytest.raises(SystemExit, match=r"not a clone of calvin_env(.|\n)*install --no-deps -e"):
+        E.main([*command, "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit, match="pip install --no-deps -e calvin_env"):
         teleop.main(["rates", *command[2:]])
 
@@ -41,10 +144,10 @@ def there():
         yield lambda f, *args: pool.submit(f, *args).result()
 
 
-def table(render=False):
+def table(scene=calvin.SCENE, render=False):
     for other in _kept:
         other.close()
-    _kept[:] = [calvin.Table(render=render, path=CLONE)]
+    _kept[:] = [calvin.Table(scene, render=render, path=CLONE)]
     return _kept[0], calvin.make_oracle(CLONE)
 
 
@@ -70,13 +173,13 @@ def test_a_reset_restores_the_state_and_repeats_bit_for_bit(there):
 
 
 def _solve(task):
-    """The operator does one task: (its verdict, calvin_env's, the twin's, another task's)."""
+    """The operator does one task: (its verdict, calvin_env's, ours, calvin_env's of another)."""
     env, oracle = table()
     env.reset(*calvin.start_pose(calvin.start_states()[0]))
     start = env.get_info()
     done, _ = teleop.Operator(env, oracle=oracle).attempt(task)
-    other = oracle(start, env.get_info(), "close_drawer")
-    return done, oracle(start, env.get_info(), task), sim.oracle(start, env.get_info(), task), other
+    ends = start, env.get_info()
+    return done, oracle(*ends, task), calvin.oracle(*ends, task), oracle(*ends, "close_drawer")
 
 
 @pytest.mark.parametrize("task", ["open_drawer", "turn_on_led"])
@@ -84,57 +187,58 @@ def test_the_operator_solves_a_task_and_both_oracles_agree(there, task):
     assert there(_solve, task) == (True, True, True, False)
 
 
-def _tasks():
-    env, oracle = table()
+def _tasks_and_images():
+    env, oracle = table(render=True)
     info = env.get_info()
-    answers = [oracle(info, info, task) for task in sim.TASKS]
+    answers = [oracle(info, info, task) for task in calvin.TASKS]
+    obs, *_ = env.step([0, 0, 0, 0, 0, 0, 1], render=False)
     try:
         calvin.Table(path=CLONE)
     except RuntimeError as error:
-        return answers, str(error)
+        return answers, str(error), list(obs), env.get_obs()["rgb_obs"]
 
 
-def test_it_knows_the_34_tasks_and_refuses_a_second_simulation_in_a_process(there):
-    answers, message = there(_tasks)
+def test_it_knows_the_34_tasks_renders_at_its_own_sizes_and_refuses_a_second_simulation(there):
+    answers, message, unseen, images = there(_tasks_and_images)
     assert answers == [False] * 34 and "use another" in message
-
-
-def _images():
-    env, _ = table(render=True)
-    obs, *_ = env.step([0, 0, 0, 0, 0, 0, 1], render=False)
-    return list(obs), env.get_obs()["rgb_obs"]
-
-
-def test_both_cameras_render_at_calvins_sizes_where_asked(there):
-    unseen, images = there(_images)
     assert unseen == ["robot_obs", "scene_obs"]
-    assert {k: (x.shape, x.dtype) for k, x in images.items()} == {
-        "rgb_static": ((200, 200, 3), np.uint8), "rgb_gripper": ((84, 84, 3), np.uint8),
-    }  # fmt: skip
-    assert all(x.std() > 10 for x in images.values())
+    for name, size in (("rgb_static", 200), ("rgb_gripper", 84)):
+        assert images[name].shape == (size, size, 3) and images[name].dtype == np.uint8
+        assert images[name].std() > 10
 
 
 def _configurations(folder):
-    """Of a dataset with a tactile camera: its cameras, and whether it makes a Table; an error."""
-    root = calvin.home(CLONE)
-    config = calvin.configuration(root, calvin.SCENE)
+    """Of a dataset with a tactile camera: the cameras of its Tables; an error."""
+    config = calvin.configuration(calvin.home(CLONE), calvin.SCENE)
     config.cameras.tactile = {"_target_": "tacto.Sensor", "name": "tactile"}
     (folder / "validation/.hydra").mkdir(parents=True)
-    (folder / "validation/.hydra/merged_config.yaml").write_text(
-        calvin.needed("omegaconf").OmegaConf.to_yaml(config)
-    )
-    for other in _kept:
-        other.close()
-    _kept[:] = [calvin.Table(folder, path=CLONE)]
+    text = calvin.needed("omegaconf").OmegaConf.to_yaml(config)
+    (folder / "validation/.hydra/merged_config.yaml").write_text(text)
+    scenes = (folder, folder / "validation", folder / "training")
+    (folder / "training").mkdir()
+    cameras = {tuple(sorted(table(x, render=True)[0].get_obs()["rgb_obs"])) for x in scenes}
     try:
-        calvin.configuration(root, "moon")
+        calvin.configuration(calvin.home(CLONE), "moon")
     except ValueError as error:
-        return sorted(_kept[0].get_obs()["rgb_obs"]), str(error)
+        return cameras, str(error)
 
 
 def test_a_datasets_configuration_is_read_without_the_tactile_camera(there, tmp_path):
-    names, message = there(_configurations, tmp_path)
-    assert names == ["rgb_gripper", "rgb_static"] and "calvin_scene_D" in message
+    cameras, message = there(_configurations, tmp_path)
+    assert cameras == {("rgb_gripper", "rgb_static")} and "calvin_scene_D" in message
+
+
+def _found(folder):
+    """calvin_env's root, where only a clone in the project's folder tells it."""
+    calvin.__file__ = str(folder / "calvin.py")
+    return calvin.home()
+
+
+def test_a_clone_in_the_projects_folder_is_found_although_it_hides_the_package(there, tmp_path):
+    root = there(calvin.home, CLONE)
+    (tmp_path / "calvin_env").symlink_to(root)
+    with ProcessPoolExecutor(1, get_context("spawn")) as alone:
+        assert alone.submit(_found, tmp_path).result() == Path(root).resolve()
 
 
 def test_a_recording_from_it_is_calvins_format_and_says_where_it_is_from(there, tmp_path):

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import write_packed
 
 ROOT = Path(__file__).resolve().parent.parent
 # Both stages with every random draw at one value, so that the share of rows does not matter.
@@ -20,7 +19,7 @@ import torch
 import agent, train
 torch.rand_like = lambda x: torch.full_like(x, 0.3)
 torch.randn_like = lambda x: torch.full_like(x, 0.0)  # zeros_like could not be compiled
-agent.P.sample_plan = lambda logits: logits.softmax(-1).flatten(-2)
+agent.P.sample_straight_through = lambda logits: logits.softmax(-1).flatten(-2)
 agent.Agent.train = lambda self, mode=True: torch.nn.Module.train(self, False)  # no dropout
 train.main(sys.argv[2:])
 print("compiled graphs:", torch._dynamo.utils.counters["stats"]["unique_graphs"])
@@ -38,13 +37,16 @@ NAMES = {
 }
 
 
-def run(n, packed, out, stage, *more):
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"] * (n > 1)
-    (out.parent / "script.py").write_text(SCRIPT)
-    command = [sys.executable, *launch, str(out.parent / "script.py"), str(ROOT), "--stage", stage]
-    command += [*SAME, "--data", str(packed), "--out", str(out), *more]
+def run(n, packed, out, stage, *more, fails=False):
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
+    script = out.parent / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, *(launch if n > 1 else []), str(script), str(ROOT)]
+    command += ["--stage", stage, *SAME, "--data", str(packed), "--out", str(out), *more]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert bool(done.returncode) == fails, done.stderr[-6000:]
+    return done
 
 
 def losses(out, stage, *names):
@@ -53,18 +55,10 @@ def losses(out, stage, *names):
 
 
 @pytest.fixture(scope="module")
-def packed(tmp_path_factory):
-    root = tmp_path_factory.mktemp("parallel") / "play"
-    write_packed(root)
-    return root
-
-
-@pytest.fixture(scope="module")
-def alone(packed):
-    out = packed.parent / "alone"
+def alone(packed, tmp_path_factory):
+    out = tmp_path_factory.mktemp("parallel") / "alone"
     for stage, more in ALIKE.items():
-        done = run(1, packed, out, stage, "--steps", "4", *more)
-        assert done.returncode == 0, done.stderr[-6000:]
+        run(1, packed, out, stage, "--steps", "4", *more)
     return out
 
 
@@ -73,32 +67,28 @@ def test_n_processes_share_a_batch_and_learn_the_same(n, packed, alone, tmp_path
     """Carried states, KL, both agent losses; Eq. 8's negatives come from all processes [D11]."""
     out = tmp_path / "out"
     for stage, more in ALIKE.items():
-        done = run(n, packed, out, stage, "--steps", "4", *more)
-        assert done.returncode == 0, done.stderr[-6000:]
-        names = NAMES[stage]
-        ours, theirs = losses(out, stage, *names), losses(alone, stage, *names)
+        run(n, packed, out, stage, "--steps", "4", *more)
+        ours, theirs = (losses(x, stage, *NAMES[stage]) for x in (out, alone))
         assert len(ours) == 4  # rank 0 alone writes
         assert torch.allclose(ours, theirs, rtol=2e-3, atol=1e-4), (stage, ours, theirs)
     assert theirs[:, 2].min() > 0  # there were pairs to tell apart
-    state = torch.load(out / "wm.pt", weights_only=True)["state"]
-    assert state[0].shape[0] == 8
+    assert torch.load(out / "wm.pt", weights_only=True)["state"][0].shape[0] == 8
 
 
-SHORT = "--reset_start 0 --sequence_length 4 --min_window 3 --max_window 4"  # less to compile
+COMPILED = {  # less to compile
+    "wm": "--sequence_length 4 --zeta 0 --sample_anneal 1",
+    "agent": "--sequence_length 4 --min_window 3 --max_window 4 --reset_start 0",
+}
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler here")
-@pytest.mark.parametrize("stage, more", [("wm", "--zeta 0 --harden 1"), ("agent", SHORT)])
-def test_compiled_losses_are_the_plain_ones(stage, more, packed, alone, tmp_path):
-    rows = []
+@pytest.mark.parametrize("stage", COMPILED)
+def test_compiled_losses_are_the_plain_ones(stage, packed, alone, tmp_path):
+    rows, more = [], [*COMPILED[stage].split(), "--wm", str(alone / "wm.pt"), "--steps", "3"]
     for how in ("false", "true"):
-        out = tmp_path / how
-        out.mkdir()
-        (out / "wm.pt").symlink_to(alone / "wm.pt") if stage == "agent" else None
-        done = run(1, packed, out, stage, *more.split(), "--steps", "3", "--compile", how)
-        assert done.returncode == 0, done.stderr[-6000:]
+        done = run(1, packed, tmp_path / how, stage, *more, "--compile", how)
         assert ("compiled graphs: 0" in done.stdout) == (how == "false")
-        rows.append(losses(out, stage, *NAMES[stage]))
+        rows.append(losses(tmp_path / how, stage, *NAMES[stage]))
     assert torch.allclose(*rows, rtol=2e-3, atol=1e-4), rows
 
 
@@ -106,20 +96,17 @@ def test_compiled_losses_are_the_plain_ones(stage, more, packed, alone, tmp_path
 def test_a_run_goes_on_with_another_number_of_processes(
     stage, first, then, packed, alone, tmp_path
 ):
-    out = tmp_path / "out"
-    out.mkdir()
-    if stage == "agent":
-        (out / "wm.pt").symlink_to(alone / "wm.pt")
     for n, steps in ((first, "2"), (then, "4")):
-        done = run(n, packed, out, stage, *ALIKE[stage], "--steps", steps)
-        assert done.returncode == 0, done.stderr[-6000:]
-    ours, theirs = (losses(x, stage, *NAMES[stage]) for x in (out, alone))
+        more = [*ALIKE[stage], "--steps", steps, "--wm", str(alone / "wm.pt")]
+        run(n, packed, tmp_path / "out", stage, *more)
+    ours, theirs = (losses(x, stage, *NAMES[stage]) for x in (tmp_path / "out", alone))
     assert torch.allclose(ours, theirs, rtol=2e-3, atol=1e-4)
 
 
 def test_a_batch_that_cannot_be_shared_evenly_is_refused(packed, tmp_path):
-    done = run(2, packed, tmp_path / "out", "wm", "--steps", "1", "--batch_size", "7")
-    assert done.returncode and "7 rows cannot be shared by 2 processes" in done.stderr
+    more = ["--steps", "1", "--batch_size", "7"]
+    said = run(2, packed, tmp_path / "out", "wm", *more, fails=True).stderr
+    assert "7 rows cannot be shared by 2 processes" in said
 
 
 def test_chains_are_shared_among_processes_and_reported_once(tmp_path):

@@ -1,0 +1,325 @@
+"""What a model knows: probe, tracking, predictions, dreams. LUMOS Fig. 3, Table II's last column.
+
+    probe      scene_obs, read from the latents of held-out play by a small network
+    tracking   how well the agent follows held-out windows in the world model
+    predict    Fig. 3: a few frames, then 195 steps from the recorded actions alone
+    dream      the policy acts in the world model, from one observation on
+
+    python diagnostics.py predict --checkpoint RUN/wm.pt --data data/play --out DIR
+    python diagnostics.py probe   --checkpoint RUN/wm.pt --data data/play --out DIR
+
+World model, agent and policy are arguments. Copy this file together with data.py. Needs: torch,
+numpy, imageio, tqdm; for the commands also tyro, scikit-image and train.py.
+"""
+
+import functools
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import imageio.v3 as imageio
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+import data as D
+
+# Of scene_obs: sliding door, drawer, both lights, and the blocks' xyz (not their angles).
+SCENE = [0, 1, 4, 5, *(6 + 6 * block + i for block in range(3) for i in range(3))]
+
+
+# ---------------------------------------------------------------------------- a run
+class Log:
+    """What a run says: a line and a JSONL record at a time, pictures, and TensorBoard if it is
+    installed. Nothing is written before the first record."""
+
+    def __init__(self, folder: Path, stage: str, writes: bool = True):
+        """writes: one of several processes does."""
+        self.folder, self.path, self.writes = folder, folder / f"{stage}.jsonl", writes
+        self.validated, self.board = set(), None  # steps; TensorBoard, an optional extra
+        if writes and importlib.util.find_spec("tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(folder / "tensorboard" / stage)
+
+    def cut(self, step: int) -> None:
+        """Removes records after a checkpoint's step, for those steps will be done again."""
+        if not self.writes or not self.path.exists():
+            return
+        lines = self.path.read_text().splitlines(keepends=True)
+        with D.naming(self.path, "Remove the damaged line"):
+            records = [json.loads(x) for x in lines if x.endswith("\n")]
+            records = [r for r in records if r["step"] <= step]
+            self.validated = {r["step"] for r in records if r["kind"] == "validate"}
+        text = "".join(json.dumps(r) + "\n" for r in records)
+        D.write(self.path, lambda file: file.write(text.encode()))
+
+    def write(self, kind: str, step: int, figures: dict[str, float], seconds: float) -> None:
+        """kind: train or validate. seconds: that the run has taken until now."""
+        if not self.writes:
+            return
+        record = {"step": step, "kind": kind, "hours": round(seconds / 3600, 4)}
+        record |= {k: float(f"{float(x):.5g}") for k, x in figures.items()}
+        with D.naming(self.path, D.MAKE_ROOM), self.path.open("a") as f:
+            f.write(json.dumps(record) + "\n")
+        tqdm.write("  ".join(f"{k} {x}" for k, x in record.items()), file=sys.stdout)
+        if self.board:
+            for k, x in figures.items():
+                self.board.add_scalar(f"{kind}/{k}", x, step)
+
+    def picture(self, name: str, step: int, image: np.ndarray) -> None:
+        """(H, W, 3) uint8, kept as pictures/name_step.png."""
+        png = imageio.imwrite("<bytes>", image, extension=".png")
+        D.write(self.folder / "pictures" / f"{name}_{step:07d}.png", lambda file: file.write(png))
+        if self.board:
+            self.board.add_image(name, image, step, dataformats="HWC")
+
+
+def mean(figures: list[dict]) -> dict[str, float]:
+    return {k: sum(float(f[k]) for f in figures) / len(figures) for k in figures[0]}
+
+
+def track(agent, world, batches: D.WindowBatches, count: int = 4) -> dict[str, float]:
+    """How well the agent follows held-out windows, as at run time from a state without history:
+    Agent.track's figures, and its reward as a share of the expert's, of which holding still is 0.
+    """
+    figures = mean([agent.track(world, *batches.batch(i, reset_start=1.0)) for i in range(count)])
+    span = figures["reward_expert"] - figures["reward_hold"]
+    for plan in ("proposed", "recognised"):
+        if f"reward_{plan}" in figures:
+            share = (figures[f"reward_{plan}"] - figures["reward_hold"]) / span
+            figures[f"tracking_{plan}"] = share
+    return figures
+
+
+# ---------------------------------------------------------------------------- probe
+def probe(world, train: tuple, held_out: tuple, steps: int = 3000) -> dict:
+    """What do the latents know? A small network reads scene_obs from s.
+
+    train, held_out: (Latents, PlayData) of the two splits; it learns from the first and is judged
+    on the second. Returns the medians of its errors, and those of the training split's median.
+    """
+
+    def pairs(latents, data) -> tuple[Tensor, Tensor]:
+        rows = np.linspace(0, len(data) - 1, min(len(data), 50_000)).astype(int)
+        h, classes, robot_obs, scene_obs = (
+            torch.from_numpy(x[rows]).to(world.device)
+            for x in (latents.h, latents.z, data.robot_obs, data.scene_obs)
+        )
+        s = torch.cat([h.float(), world.latent_z(classes, robot_obs)], -1)
+        return s, scene_obs[:, SCENE]
+
+    x, y = pairs(*train)
+    x_test, y_test = pairs(*held_out)
+    mean, std = y.mean(0), y.std(0).clamp_min(1e-3)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(
+            torch.nn.Linear(x.shape[-1], 256), torch.nn.ELU(), torch.nn.Linear(256, len(SCENE))
+        ).to(world.device)
+        optimizer = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=1e-2)
+        for _ in tqdm(range(steps), desc="probe", unit="step"):
+            i = torch.randint(len(x), (256,), device=world.device)
+            loss = F.smooth_l1_loss(net(x[i]), (y[i] - mean) / std, beta=0.1)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    with torch.no_grad():
+        figures = probe_figures(net(x_test) * std + mean, y_test)
+    # Of 0 and 1 the median is the majority.
+    return figures | {"chance": probe_figures(y.median(0).values, y_test)}
+
+
+def probe_figures(guess: Tensor, y: Tensor) -> dict:
+    """Medians of the errors of a guess (N, 13) or (13,) of scene_obs' columns SCENE, y (N, 13)."""
+    error = (guess - y).abs().cpu()
+
+    def cm(distance: Tensor) -> float:
+        return round(100 * float(distance.median()), 2)
+
+    blocks = {"red": error[:, 4:6], "blue": error[:, 7:9], "pink": error[:, 10:12]}
+    return {
+        "door_cm": cm(error[:, 0]),
+        "drawer_cm": cm(error[:, 1]),
+        "lights_right": round(float((error[:, 2:4] < 0.5).float().mean()), 4),
+        "block_xy_cm": {name: cm(xy.norm(dim=-1)) for name, xy in blocks.items()},
+    }
+
+
+# ---------------------------------------------------------------------------- predictions
+def eventful(data: D.PlayData, L: int, n: int = 3) -> dict[str, Tensor]:
+    """The n stretches of L frames in which doors and lights change most: worth a prediction."""
+    starts = data.stretches(L)
+    scene = data.scene_obs[:, SCENE[:4]] / [0.28, 0.22, 1, 1]
+    change = [np.ptp(scene[a : a + L], axis=0).sum() for a in starts]
+    first = np.sort(starts[np.argsort(change)[-n:]])
+    return data.frames(first + np.arange(L)[:, None], fresh=True)
+
+
+def prediction_picture(world, batch: dict[str, Tensor], context: int = 5) -> np.ndarray:
+    """Rows: for each sequence and both cameras, the truth, the reconstruction from the posterior,
+    the prediction from `context` frames on. Columns: moments, context first."""
+    seen, unseen = world.predict(batch, context)
+    T, B = batch["reset"].shape
+    moments = np.unique(np.linspace(context - 1, T - 1, 12).astype(int))
+    rows = []
+    for b in range(B):
+        for k in ("static", "gripper"):
+            for images in (batch[f"rgb_{k}"], seen[k], unseen[k]):
+                rows.append(torch.cat([images[t, b] for t in moments], 1))
+    return enlarged(torch.cat(rows).cpu().numpy())
+
+
+def enlarged(images: np.ndarray) -> np.ndarray:
+    """(..., H, W, 3) -> (..., 2 H, 2 W, 3)"""
+    return images.repeat(2, -3).repeat(2, -2)
+
+
+def predict(
+    checkpoint: str, data: str, out: Path, seed: int = 0, device: str = "cpu",
+    context: int = 5, frames: int = 200, clips: int = 8,
+) -> dict:  # fmt: skip
+    """Fig. 3: `context` frames of held-out play, then 195 steps from the recorded actions alone.
+
+    Writes prediction.png and .gif (truth above prediction), and prediction.json with PSNR (dB)
+    and SSIM of each step after the context, over all clips: of the prediction, of the
+    reconstruction from the posterior, which sees every frame, and of the last context frame, held;
+    with proprioception [D5] also how far the tcp is from the truth, in cm, median over clips.
+
+    Args:
+        checkpoint: RUN/wm.pt, or an agent's
+        data: folder made by data.py pack, of which validation/ is predicted
+        out: folder of what is written
+        seed: of the clips and of the samples
+        device: cpu, cuda, cuda:1, ...
+        context: frames that are seen
+        frames: of each clip, or as many as the longest episode has
+        clips: how many
+    """
+    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+    import train
+
+    loaded = train.load_checkpoint(Path(checkpoint), None, device)
+    world = train.load_world_model(loaded, device)
+    play = D.PlayData(data, "validation")
+    train.same_kind(loaded, play, data)
+    frames = min(frames, play.longest)
+    first = np.random.default_rng(seed).permutation(play.stretches(frames))[:clips]
+    batch = play.frames(first + np.arange(frames)[:, None], fresh=True)
+    with torch.no_grad():
+        torch.manual_seed(seed)
+        seen, unseen = world.predict(D.to_device(batch, device), context)
+    psnr = functools.partial(peak_signal_noise_ratio, data_range=255)
+    ssim = functools.partial(structural_similarity, data_range=255, channel_axis=-1)
+    result = {
+        "checkpoint": str(checkpoint), "step": loaded["step"], "hz": play.meta["hz"],
+        "context": context, "frames": frames, "clips": len(first), "seed": seed,
+    }  # fmt: skip
+    if "tcp" in unseen:  # [D5]
+        tcp = batch["robot_obs"][..., :3].numpy()  # (T, B, 3)
+        for name, x in (("prediction", unseen["tcp"].cpu().numpy()), ("copy", tcp[context - 1])):
+            error = 100 * np.median(np.linalg.norm(x - tcp, axis=-1), axis=-1)
+            result[f"tcp_cm_{name}"] = np.round(error[context:], 2).tolist()
+    strip, film = [], []
+    for k in tqdm(("static", "gripper"), desc="prediction", unit="camera"):
+        truth = batch[f"rgb_{k}"].numpy()  # (T, B, 64, 64, 3)
+        copied = torch.tensor(truth[context - 1]).expand(*truth.shape)
+        for name, x in {"prediction": unseen[k], "reconstruction": seen[k], "copy": copied}.items():
+            pairs = list(zip(truth[context:], x[context:].cpu().numpy(), strict=True))
+            curves = {"psnr": [psnr(*at_t) for at_t in pairs]}  # of the clips' mean error
+            curves["ssim"] = [np.mean(list(map(ssim, *at_t))) for at_t in pairs]
+            result |= {f"{m}_{k}_{name}": np.round(c, 3).tolist() for m, c in curves.items()}
+        both = np.concatenate([truth, unseen[k].cpu().numpy()], 2)  # (T, B, 128, 64, 3)
+        moments = np.linspace(context - 1, frames - 1, 14).astype(int)
+        strip += [np.concatenate(both[moments, b], 1) for b in range(min(2, len(first)))]
+        film.append(np.concatenate(both[:, :4].swapaxes(0, 1), 2))  # (T, 128, 4 * 64, 3)
+    out = Path(out)
+    picture = imageio.imwrite("<bytes>", enlarged(np.concatenate(strip)), extension=".png")
+    D.write(out / "prediction.png", lambda file: file.write(picture))
+    write_film(out / "prediction.gif", enlarged(np.concatenate(film, 1)), play.meta["hz"])
+    D.write_json(out / "prediction.json", result)
+    print_curves(result)
+    return result
+
+
+def print_curves(result: dict) -> None:
+    """Means over the first, the next and the last steps of each of prediction.json's curves."""
+    last = result["frames"] - result["context"]
+    print(f"{'PSNR (dB), SSIM in steps':<34}{'1-10':>14}{'11-50':>14}{f'51-{last}':>14}")
+    parts = (slice(0, 10), slice(10, 50), slice(50, last))
+    for key in [k.removeprefix("psnr_") for k in result if k.startswith("psnr_")]:
+        psnr, ssim = (np.array(result[f"{measure}_{key}"]) for measure in ("psnr", "ssim"))
+        print(
+            f"{key:<34}" + "".join(f"{psnr[p].mean():>9.1f}{ssim[p].mean():>5.2f}" for p in parts)
+        )
+    for key in [k for k in result if k.startswith("tcp_cm_")]:
+        means = [f"{np.mean(result[key][part]):>9.1f} cm  " for part in parts]
+        print(f"{key:<34}" + "".join(means))
+
+
+# ---------------------------------------------------------------------------- dreams
+@torch.no_grad()
+def dream(policy, obs: dict, embedding, limit: int = 360) -> tuple[np.ndarray, np.ndarray]:
+    """The policy in its own world model: it sees `obs`, then imagines what its actions lead to.
+
+    obs: an environment's observation with images (64, 64, 3). embedding: (384,) of the instruction.
+    limit: simulator steps. Returns what both cameras would see at each of the policy's steps, the
+    first included: static and gripper, each (n, 64, 64, 3) uint8. Table II's last column is people
+    who watch such films.
+    """
+    policy.reset()
+    static, gripper = [], []
+    for t in range(0, limit + 1, policy.skip):
+        policy.act(obs if t == 0 else None, embedding)
+        h, z = policy.state
+        images = policy.world.show(h[None], z[None])  # (1, 1, 64, 64, 3)
+        static.append(images["static"][0, 0].cpu().numpy())
+        gripper.append(images["gripper"][0, 0].cpu().numpy())
+    return np.stack(static), np.stack(gripper)
+
+
+def write_film(path: Path, frames: np.ndarray, hz: float) -> None:
+    """frames (n, H, W, 3) uint8 -> a GIF, or an MP4 if path says so."""
+    how = {"fps": hz} if path.suffix == ".mp4" else {"duration": 1000 / hz, "loop": 0}
+    film = imageio.imwrite("<bytes>", frames, extension=path.suffix, **how)
+    D.write(path, lambda file: file.write(film))
+
+
+# ---------------------------------------------------------------------------- command line
+def probe_checkpoint(checkpoint: str, data: str, out: Path, device: str = "cpu") -> None:
+    """Writes probe.json: what a world model's latents know of a scene that is known.
+
+    Args:
+        checkpoint: RUN/wm.pt, or an agent's
+        data: folder made by data.py pack
+        out: folder of what is written
+        device: cpu, cuda, cuda:1, ...
+    """
+    import train
+
+    loaded = train.load_checkpoint(Path(checkpoint), None, device)
+    world = train.load_world_model(loaded, device)
+    splits = [D.PlayData(data, split) for split in ("training", "validation")]
+    train.same_kind(loaded, splits[0], data)
+    latents = [D.cache_latents(world, x, train.identity(world.state_dict())) for x in splits]
+    figures = probe(world, *zip(latents, splits, strict=True))
+    D.write_json(Path(out) / "probe.json", {"step": loaded["step"]} | figures)
+    print(json.dumps(figures, indent=1))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    import tyro
+
+    commands = {"predict": predict, "probe": probe_checkpoint}
+    try:
+        tyro.extras.subcommand_cli_from_dict(commands, args=arguments, use_underscores=True)
+    except (ValueError, OSError, D.DataError) as error:
+        sys.exit(f"diagnostics.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
