@@ -14,7 +14,6 @@ command goes on from there), results.json, and a log, a film and the first pictu
 Needs: robot.py, data.py; train.py for rollouts, diagnostics.py for dreams.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -25,10 +24,14 @@ import termios
 import time
 import tty
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import torch
+import tyro
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from scipy.spatial.transform import Rotation
+from tyro.conf import Positional
 
 import data as D
 import robot as R
@@ -36,7 +39,6 @@ import robot as R
 TABLETOP = Path(__file__).resolve().parent / "assets/tabletop.json"  # the paper's tasks
 SHORTEST = 20  # frames of the shortest window (Table IV): shorter episodes are of no use
 FILM = 240  # pictures in a film, at most
-COLOURS = {None: "#404040", True: "#188038", False: "#c5221f"}  # of a film, by success
 FAULTS = (R.RobotError, R.Unsafe, R.Stopped, ValueError, RuntimeError, OSError)
 
 
@@ -91,9 +93,9 @@ def ask(env, text: str, choices: str) -> str:
 
 
 # ---------------------------------------------------------------------------- pictures
-def strip(label: str, images: list, success: bool | None = None) -> np.ndarray:
+def strip(label: str, images: list) -> np.ndarray:
     """Pictures (H, W, 3) uint8 side by side under a line of text: (286, 260 n, 3) uint8."""
-    out = Image.new("RGB", (260 * len(images), 286), COLOURS[success])
+    out = Image.new("RGB", (260 * len(images), 286), "#404040")
     for i, image in enumerate(images):
         large = ImageOps.pad(Image.fromarray(image), (256, 256), Image.Resampling.NEAREST)
         out.paste(large, (260 * i + 2, 28))
@@ -265,7 +267,30 @@ def record(env, folder, split: str, source=None, thin: int = 2) -> int:
 
 
 # ---------------------------------------------------------------------------- Table II
-def read_tasks(args) -> tuple[dict, dict, list[dict]]:
+@dataclasses.dataclass(frozen=True)
+class Rollouts:
+    """Table II: rollouts of each task, then chains of five, with a person as the judge."""
+
+    setup: Positional[Path]  # JSON of robot.RobotConfig's fields
+    checkpoint: str  # agent.pt of train.py --stage agent
+    tasks: Path = TABLETOP  # JSON of rows, tasks and chains
+    rollouts: int = 20  # of each task
+    chains: int = 20  # of the task file's chains
+    first: int = 0  # the first chain
+    limit: int = 360  # steps per instruction
+    seed: int = 0  # of sampled actions and plans
+    replan: int | None = None  # actions from plan to plan; None: the checkpoint's
+    reset_on_replan: bool | None = (
+        None  # at each plan, forget what was seen; None: the checkpoint's
+    )
+    device: str = "cpu"  # of the policy
+    text_encoder: str | None = None  # its folder, for sentences that are not in assets/
+    dry_run: bool = False  # everything but the motion
+    dream: bool = False  # instead: the tasks' rollouts once more, in the world model alone
+    out: Path | None = None  # default: evaluate_real beside the checkpoint
+
+
+def read_tasks(args: Rollouts) -> tuple[dict, dict, list[dict]]:
     """A task file's content, {task: {sentence, scene, held}}, and the rollouts that args ask for:
     each task's, then the chains. DataError: unusable."""
     with D.naming(args.tasks, "Give it rows, tasks and chains as assets/tabletop.json has them"):
@@ -275,11 +300,10 @@ def read_tasks(args) -> tuple[dict, dict, list[dict]]:
         "".join([*texts, *(chain["scene"] for chain in setup["chains"])])  # TypeError: no text
         if unknown := {t for chain in setup["chains"] for t in chain["tasks"]} - set(tasks):
             raise ValueError(f"chains have {sorted(unknown)}, which no row has")
-    jobs = [
-        {"name": f"{name}/{k:02}", "k": k, "scene": about["scene"], "tasks": [name]}
-        for name, about in tasks.items()
-        for k in range(args.rollouts)
-    ]
+    jobs = []
+    for task, about in tasks.items():
+        jobs += [{"name": f"{task}/{k:02}", "k": k, "scene": about["scene"], "tasks": [task]}
+                 for k in range(args.rollouts)]  # fmt: skip
     chains = setup["chains"][args.first : args.first + args.chains]
     jobs += [{"name": f"chain/{k:02}", "k": k} | x for k, x in enumerate(chains, args.first)]
     return setup, tasks, jobs
@@ -330,32 +354,23 @@ def table(result: dict) -> str:
 
 
 # ---------------------------------------------------------------------------- rollouts
-def load_policy(args, config: R.RobotConfig):
-    """The policy of --checkpoint and the checkpoint's other entries. ValueError: it was trained at
-    another rate, scale or frame, or not on a camera's pictures."""
-    import torch
-
+def load_policy(args: Rollouts, c: R.RobotConfig):
+    """The checkpoint's policy and its other entries. ValueError: it was trained at another rate,
+    scale or frame, or not on a camera's pictures."""
     import train
 
     torch.set_num_threads(1)  # cameras and arm need the other cores
-    options = {k: getattr(args, k, None) for k in ("replan", "reset_on_replan")}
-    options = {k: x for k, x in options.items() if x is not None}
-    policy, checkpoint = train.load_agent(args.checkpoint, args.device, not args.mean, **options)
+    given = {"replan": args.replan, "reset_on_replan": args.reset_on_replan}
+    given = {k: x for k, x in given.items() if x is not None}
+    policy, checkpoint = train.load_agent(args.checkpoint, args.device, **given)
     have = {"frame": "base"} | checkpoint["meta"]  # only other frames are named
     have["hz x skip"] = round(have["hz"] * policy.skip, 6)
-    want = {"hz x skip": config.hz, "action_scale": list(config.action_scale)}
-    for key, x in (want | {"frame": config.frame, "renderer": "camera"}).items():
+    want = {"hz x skip": c.hz, "action_scale": list(c.action_scale), "frame": c.frame}
+    for key, x in (want | {"renderer": "camera"}).items():
         if have[key] != x:
             what = f"{args.checkpoint} was trained on data with {key} {have[key]}, not {x}"
             raise ValueError(f"{what}: record data that agrees, and train on that.")
     return policy, checkpoint
-
-
-def seed(args, k: int):
-    """For the actions and plans of rollout k: neither order nor repetition matters."""
-    import torch
-
-    torch.manual_seed(int(np.random.default_rng((args.seed, k)).integers(2**63)))
 
 
 def instruct(env, policy, about: dict, label: str, limit: int, film: list) -> tuple[bool, int]:
@@ -375,7 +390,7 @@ def instruct(env, policy, about: dict, label: str, limit: int, film: list) -> tu
     return answer == "s", limit
 
 
-def rollout(env, policy, job: dict, tasks: dict, args) -> dict:
+def rollout(env, policy, job: dict, tasks: dict, args: Rollouts) -> dict:
     """One rollout with the operator. Its log, film and first picture are files of their own, also
     those of one that is invalid (outcome "repeat") or the last for now ("abort")."""
     folder, names, film, outcome = args.out / "rollouts", job["tasks"], [], "error"
@@ -394,12 +409,13 @@ def rollout(env, policy, job: dict, tasks: dict, args) -> dict:
             for _ in range(env.config.hz):
                 obs = env.follow(-1.0)
         np.savez(folder / f"{stem}_start.npz", robot_obs=obs["robot_obs"], **obs["rgb_obs"])
-        seed(args, job["k"])
+        torch.manual_seed(1000 * args.seed + job["k"])
         for i, name in enumerate(names, 1):
             label = f"{i}/{len(names)}  {tasks[name]['sentence']}"
             print(f"{label}   keys: s success, f failed, r repeat, a abort", flush=True)
             ok, steps = instruct(env, policy, tasks[name], label, args.limit, film)
-            film += [(*film[-1], ok)] * (env.config.hz // 2)  # half a second
+            end = f"{label}: {'solved' if ok else 'failed'}"
+            film += [(end, film[-1][1])] * (env.config.hz // 2)  # half a second
             record["steps"].append(steps)
             record["solved"] += ok
             if not ok:
@@ -453,7 +469,7 @@ def all_dreams(todo: list[dict], policy, tasks: dict, config: R.RobotConfig, arg
         about, stem = tasks[r["tasks"][0]], args.out / "rollouts" / r["log"]
         start = dict(np.load(f"{stem}_start.npz"))
         obs = {"robot_obs": start.pop("robot_obs"), "rgb_obs": start}
-        seed(args, int(r["chain"].split("/")[-1]))
+        torch.manual_seed(1000 * args.seed + int(r["chain"].split("/")[-1]))
         seen = diagnostics.dream(policy, obs, about["embedding"], args.limit)  # one per camera
         film = [(f"dream  {about['sentence']}", [*images]) for images in zip(*seen, strict=True)]
         save_film(Path(f"{stem}_dream.gif"), film, config.hz / policy.skip)
@@ -479,15 +495,12 @@ def read_log(path: Path, identity: dict) -> dict[str, dict]:
         return {r["chain"]: r for r in records}
 
 
-@one_line_errors()
-def rollouts(args) -> dict:
-    """Table II: --rollouts of each task and the chains of five, with a person as the judge; with
-    --dream each single task's rollout again, in the world model. evaluate.py --env real calls this.
-
-    args: robot (SETUP.json), checkpoint, tasks, rollouts, chains, first, limit, seed, mean, device,
-    text_encoder, dry_run, dream, out; replan and reset_on_replan if there are such.
-    """
-    config, (setup, tasks, jobs) = R.load_config(args.robot), read_tasks(args)
+def rollouts(args: Rollouts) -> dict:
+    """Makes the rollouts, or dreams, that are not on record yet; the figures of Table II."""
+    if not args.out:
+        name = "evaluate_real_dry_run" if args.dry_run else "evaluate_real"
+        args = dataclasses.replace(args, out=Path(args.checkpoint).parent / name)
+    config, (setup, tasks, jobs) = R.load_config(args.setup), read_tasks(args)
     policy, checkpoint = load_policy(args, config)
     encoder = args.text_encoder or checkpoint["text_encoder"]
     D.same_text_encoder(encoder, checkpoint["text_encoder"], args.checkpoint)
@@ -495,8 +508,8 @@ def rollouts(args) -> dict:
     for about, embedding in zip(tasks.values(), embeddings, strict=True):
         about["embedding"] = embedding
     identity = {"env": "real", "method": checkpoint["config"]["method"], "step": checkpoint["step"]}
-    identity |= {k: getattr(args, k) for k in ("checkpoint", "mean", "limit", "seed", "dry_run")}
-    identity |= {"task_file": str(args.tasks)}
+    identity |= {k: getattr(args, k) for k in ("checkpoint", "limit", "seed", "dry_run", "replan")}
+    identity |= {"reset_on_replan": args.reset_on_replan, "task_file": str(args.tasks)}
     identity |= {f"robot.{k}": x for k, x in dataclasses.asdict(config).items()}
     identity = json.loads(json.dumps(identity))  # as it is read back
     log = args.out / "rollouts.jsonl"
@@ -527,50 +540,33 @@ def rollouts(args) -> dict:
 
 
 # ---------------------------------------------------------------------------- command line
-def parse(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    commands, add = parser.add_subparsers(dest="command", required=True), {}
-    for name in ("check", "record", "rollouts"):
-        command = commands.add_parser(name, allow_abbrev=False)
-        command.add_argument("robot", type=Path, metavar="SETUP.json")
-        add[name] = command.add_argument
-    add["record"]("folder", type=Path)
-    add["record"]("split", choices=("training", "validation"))
-    option = add["rollouts"]
-    option("--checkpoint", required=True, help="the agent's, by train.py --stage agent")
-    option("--tasks", type=Path, default=TABLETOP, help="rows, tasks and chains")
-    option("--rollouts", type=int, default=20, help="of each task, before the chains")
-    option("--chains", type=int, default=20, help="how many of the task file's chains")
-    option("--first", type=int, default=0, help="number of the first chain")
-    option("--limit", type=int, default=360, help="steps per instruction")
-    option("--seed", type=int, default=0, help="of sampled actions and plans")
-    option("--mean", action="store_true", help="act with tanh of the mean [D17]")
-    option("--device", default="cpu", help="where the policy runs")
-    option("--text-encoder", help="its local folder, for sentences that are not in assets/")
-    option("--dry-run", action="store_true", help="everything but the motion")
-    option("--dream", action="store_true", help="the rollouts again, in the world model")
-    option("--out", type=Path, help="folder of the record, results.json and films")
-    args = parser.parse_args(argv)
-    if args.command == "rollouts" and not args.out:
-        name = "evaluate_real_dry_run" if args.dry_run else "evaluate_real"
-        args.out = Path(args.checkpoint).parent / name
-    return args
+def check_command(setup: Positional[Path]):
+    """Looks at everything, moves nothing; writes check.png."""
+    with connected(R.load_config(setup), dry_run=True) as env:
+        check(env, Path("check.png"))
 
 
-def main(argv=None):
-    args = parse(argv)
-    if args.command == "rollouts":
-        return rollouts(args)
+def record_command(
+    setup: Positional[Path],
+    folder: Positional[Path],
+    split: Positional[Literal["training", "validation"]],
+):
+    """Play by hand guiding, in CALVIN's format."""
+    with connected(R.recording(R.load_config(setup)), dry_run=False) as env:
+        check(env, Path("check.png"), moves="you move the arm, g moves the hand")
+        while ask(env, "n: a new episode, q: enough", "nq") == "n":
+            print("recording; n ends the episode, g opens and closes the hand", flush=True)
+            try:
+                record(env, folder, split)
+            except R.Stopped as stop:
+                print(f"stopped: {stop}", flush=True)
+
+
+def main(argv: list[str] | None = None):
+    commands = {"check": check_command, "record": record_command, "rollouts": rollouts}
     with one_line_errors():
-        config, looks = R.load_config(args.robot), args.command == "check"
-        with connected(config if looks else R.recording(config), looks) as env:
-            check(env, Path("check.png"), moves="you move the arm, g moves the hand")
-            while not looks and ask(env, "n: a new episode, q: enough", "nq") == "n":
-                print("recording; n ends the episode, g opens and closes the hand", flush=True)
-                try:
-                    record(env, args.folder, args.split)
-                except R.Stopped as stop:
-                    print(f"stopped: {stop}", flush=True)
+        how = (tyro.conf.OmitArgPrefixes,)
+        return tyro.extras.subcommand_cli_from_dict(commands, args=argv, config=how)
 
 
 if __name__ == "__main__":

@@ -314,9 +314,10 @@ def session(tmp_path, monkeypatch):
         run.answers[:], run.during[:] = list(answers), list(keys)
         (tmp_path / "tasks.json").write_text(json.dumps(run.tasks))
         (tmp_path / "setup.json").write_text(json.dumps(run.setup))
-        files = ["--tasks", str(tmp_path / "tasks.json"), "--out", str(run.out)]
-        command = ["rollouts", str(tmp_path / "setup.json"), "--checkpoint", "agent.pt", *files]
-        return P.main([*command, "--limit", "8", "--rollouts", str(rollouts), *more])
+        options = {"--tasks": tmp_path / "tasks.json", "--limit": 8, "--rollouts": rollouts}
+        options |= {"--out": run.out, "--checkpoint": "agent.pt"} if run.out else {}
+        options = [str(x) for pair in options.items() for x in pair]
+        return P.main(["rollouts", str(tmp_path / "setup.json"), *options, *more])
 
     real_ask, run.rollouts = P.ask, rollouts
     policy = Drifting(run.during, lambda key: run.made[-1].keys.append(key))
@@ -431,13 +432,15 @@ def test_what_fails_before_the_first_motion_leaves_no_record_behind(session, mon
         session.rollouts("")
 
 
-def test_a_dry_run_sends_nothing_and_has_a_folder_and_a_column_of_its_own(session):
-    command = "rollouts x.json --checkpoint runs/robot/agent.pt".split()
-    outs = [P.parse([*command, *more]).out.name for more in ((), ("--dry-run",))]
-    assert outs == ["evaluate_real", "evaluate_real_dry_run"]
-    result = session.rollouts("ygq", ["s"], more=["--dry-run"])
+def test_a_dry_run_sends_nothing_and_has_a_folder_and_a_column_of_its_own(session, tmp_path):
+    session.out, checkpoint = None, str(tmp_path / "agent.pt")
+    heads = []
+    for more, name in (["--dry-run"], "evaluate_real_dry_run"), ([], "evaluate_real"):
+        result = session.rollouts("ygq", ["s"], more=[*more, "--checkpoint", checkpoint])
+        assert (tmp_path / name / "results.json").exists()
+        heads.append(P.table(result).splitlines()[1])
     assert set(session.made[0].arm.calls) == {"stop"} and session.made[0].T is not None
-    heads = [P.table(result | {"dry_run": dry}).splitlines()[1] for dry in (True, False)]
+    assert "send" in session.made[1].arm.calls
     assert "dry run" in heads[0] and "real" not in heads[0] and "real" in heads[1]
 
 
