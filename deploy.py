@@ -37,9 +37,8 @@ import data as D
 import robot as R
 
 TABLETOP = Path(__file__).resolve().parent / "assets/tabletop.json"  # the paper's tasks
-SHORTEST = 20  # frames of the shortest window (Table IV): shorter episodes are of no use
 FILM = 240  # pictures in a film, at most
-FAULTS = (R.RobotError, R.Unsafe, R.Stopped, ValueError, RuntimeError, OSError)
+FAULTS = (R.RobotError, R.Stopped, ValueError, RuntimeError, OSError)
 
 
 # ---------------------------------------------------------------------------- the operator
@@ -144,13 +143,9 @@ def check(env, picture: Path, moves: str = "THE ARM WILL MOVE"):
     wrong = np.linalg.norm((R.flange(s.q) @ s.F_T_EE)[:3, 3] - s.M[:3, 3])
     if wrong > 0.01:
         raise R.RobotError(f"the arm's pose is {wrong:.3f} m from its joints': another arm?")
-    where = "where it is now"
-    try:
-        R.check_state(c, s.M, s.q)
-        for where in c.neutral:
-            R.check_homing(c, s.q, where, s.F_T_EE)
-    except R.Unsafe as error:
-        raise R.RobotError(f"pose {where}: {error}. Guide it away, or correct it.") from error
+    R.check_state(c, s.M, s.q)
+    for q in c.neutral:
+        R.check_homing(c, s.q, q, s.F_T_EE)
     print(f"arm: mode {s.mode}, tool at {s.M[:3, 3].round(3)} m, hand {env.arm.width:.3f} m open")
     for name, x in dataclasses.asdict(c).items():
         print(f"  {name}: {x}")
@@ -227,7 +222,7 @@ class Recorder:
     def end(self) -> int:
         """Closes the episode; its number of frames, 0 if it was too short to keep."""
         n = self.next - self.first
-        if n < SHORTEST:
+        if n < D.MIN_LEN:  # no window of Table IV fits in
             for i in range(self.first, self.next):
                 (self.place / f"episode_{i:07d}.npz").unlink(missing_ok=True)
             return 0
@@ -261,7 +256,7 @@ def record(env, folder, split: str, source=None, thin: int = 2) -> int:
     finally:  # whatever ended it, what was recorded stays
         n = recorder.end()
         env.note("episode", frames=n, clipped=recorder.clipped)
-        print(f"{n} frames are kept, from {recorder.first} on (none if fewer than {SHORTEST}); "
+        print(f"{n} frames are kept, from {recorder.first} on (none if fewer than {D.MIN_LEN}); "
               f"{recorder.clipped} of the actions were clipped", flush=True)  # fmt: skip
     return n
 
@@ -280,9 +275,7 @@ class Rollouts:
     limit: int = 360  # steps per instruction
     seed: int = 0  # of sampled actions and plans
     replan: int | None = None  # actions from plan to plan; None: the checkpoint's
-    reset_on_replan: bool | None = (
-        None  # at each plan, forget what was seen; None: the checkpoint's
-    )
+    reset_on_replan: bool | None = None  # at each plan, forget what was seen
     device: str = "cpu"  # of the policy
     text_encoder: str | None = None  # its folder, for sentences that are not in assets/
     dry_run: bool = False  # everything but the motion

@@ -192,17 +192,19 @@ def pose(what: str, x) -> tuple[np.ndarray, Rotation]:
     return T[:3, 3], Rotation.from_matrix(R)
 
 
-def check_state(c: RobotConfig, M, q, boxed: bool = True) -> None:
-    """Unsafe: a state that no motion may start from or go on in. boxed: also outside the box."""
+def check_state(c: RobotConfig, M, q, boxed: bool = True) -> tuple[np.ndarray, Rotation]:
+    """The measured position and rotation. Unsafe: a state that no motion may start from or go on
+    in. boxed: a tool outside the box is unsafe, too."""
     (m, R), q = pose("the measured pose", M), numbers("the joints' state", q, (7,))
     margin = np.minimum(q - Q_LOW, Q_HIGH - q)
-    if margin.min() < c.joint_margin:
-        j = int(margin.argmin())
+    j = int(margin.argmin())
+    if margin[j] < c.joint_margin:
         raise Unsafe(f"joint {j + 1} at {q[j]:.2f} rad is {margin[j]:.2f} rad from its limit")
     if boxed and np.linalg.norm(np.clip(m, c.box_low, c.box_high) - m) > c.box_slack:
         raise Unsafe(f"the tool at {m.round(3)} m is outside the box {c.box_low} to {c.box_high}")
     if tilt(R) > c.max_tilt + c.leash[1]:
         raise Unsafe(f"the tool is tilted by {tilt(R):.2f} rad")
+    return m, R
 
 
 def safe_target(c: RobotConfig, T, action, M, q) -> tuple[np.ndarray, list[str]]:
@@ -215,8 +217,7 @@ def safe_target(c: RobotConfig, T, action, M, q) -> tuple[np.ndarray, list[str]]
     Raises Unsafe where there is no such pose, and for whatever is no action, pose or joint state.
     """
     a, (p, R) = numbers("the action", action, (7,)), pose("the commanded pose", T)
-    check_state(c, M, q)
-    m, R_m = pose("the measured pose", M)
+    m, R_m = check_state(c, M, q)
     notes = ["clamped"] if np.abs(a[:6]).max() > 1 else []
     a = np.clip(a, -1, 1)
 
@@ -376,11 +377,10 @@ class Camera:
         n = min(H, W)
         y, x = (H - n) // 2, (W - n) // 2
         self.box = top, bottom, left, right = self.crop or (y, y + n, x, x + n)
-        cut = frame[top:bottom, left:right]
-        if min(cut.shape[:2]) < self.size or cut.shape[:2] != (bottom - top, right - left):
+        if bottom > H or right > W or min(bottom - top, right - left) < self.size:
             what = f"the crop {self.crop} must lie inside {W} x {H} pixels"
             raise RobotError(f"{what} and have {self.size} or more each way")
-        return resize_area(cut, self.size)
+        return resize_area(frame[top:bottom, left:right], self.size)
 
     def read(self) -> tuple[np.ndarray, float]:
         """The newest frame, uint8 (size, size, 3), and when it came (time.monotonic, s)."""
@@ -428,11 +428,9 @@ class Arm:
             self.robot, self.hand = f.Robot(c.host, realtime_config=want), f.Gripper(c.host)
             self.width = float(self.hand.width)
         except self.errors as error:
-            raise RobotError(
-                f"no arm at {c.host}: {error} Is it unlocked, FCI active, nobody else connected? A "
-                "Panda needs another wheel than an FR3, a simulated arm the set-up "
-                '"realtime": false (docs/robot.md).'
-            ) from error
+            why = "Is it unlocked, FCI active, nobody else connected? A Panda needs another wheel "
+            why += 'than an FR3, a simulated arm the set-up "realtime": false (docs/robot.md).'
+            raise RobotError(f"no arm at {c.host}: {error} {why}") from error
 
     def _watch_hand(self):  # reading the width blocks until the hand reports, so not in the loop
         while self.running:
@@ -772,12 +770,12 @@ class RealEnv:
         if sum(self.misses) >= c.max_misses:
             count = f"{sum(self.misses)} of {len(self.misses)} ticks were late"
             self.stop(f"{count}, the last by {late:.3f} s: a faster policy or computer is needed")
-        still = time.monotonic() + 1 / c.hz + 2 * c.max_state_age  # is the arm's clock standing?
-        now = self.clock()
-        while now < self.next_tick and time.monotonic() < still:
+        now, moved = self.clock(), time.monotonic()
+        while now < self.next_tick and time.monotonic() - moved < c.max_state_age:
             self._watch()
             time.sleep(min(self.next_tick - now, 0.002))
-            now = self.clock()
+            before, now = now, self.clock()
+            moved = moved if now == before else time.monotonic()  # an arm's clock may stand still
         self.next_tick = max(self.next_tick + 1 / c.hz, now)  # after an overrun no burst
         obs, s = self._observe(), self.state
         tick = {"t": now, "late": late, "action": np.asarray(action), "target": self.T}
