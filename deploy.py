@@ -379,7 +379,7 @@ def instruct(env, policy, about: dict, label: str, limit: int, film: list) -> tu
             return True, t + 1
     answer = ask(env, "The time is over: s success, f failed, r repeat, a abort", "sfra")
     if answer in "ra":
-        raise R.Stopped({"r": "repeat", "a": "abort"}[answer])
+        raise R.Stopped(R.ENDS[answer])
     return answer == "s", limit
 
 
@@ -416,10 +416,10 @@ def rollout(env, policy, job: dict, tasks: dict, args: Rollouts) -> dict:
         outcome = "solved" if ok else "failed"
     except R.Stopped as stop:
         outcome = str(stop)
-        if outcome not in ("failed", "repeat", "abort"):
+        if outcome not in R.ENDS.values():
             text = f"Stopped: {outcome}. f counts as a failure, r repeats it, a aborts"
             answer = ask(env, text, "fra")
-            outcome = {"f": f"failed: {outcome}", "r": "repeat", "a": "abort"}[answer]
+            outcome = f"failed: {outcome}" if answer == "f" else R.ENDS[answer]
     except KeyboardInterrupt:
         outcome = "interrupted"
         raise

@@ -43,6 +43,8 @@ Q_HIGH = np.array([2.7437, 1.7628, 2.8973, -0.1518, 2.8065, 3.7525, 2.8973])
 DH = ((0, 0.333, 0), (0, 0, -np.pi / 2), (0, 0.316, np.pi / 2), (0.0825, 0, np.pi / 2))
 DH += ((-0.0825, 0.384, -np.pi / 2), (0, 0, np.pi / 2), (0.088, 0, np.pi / 2), (0, 0.107, 0))
 
+ENDS = {"f": "failed", "a": "abort", "r": "repeat"}  # the operator's keys that end a rollout
+
 
 class RobotError(Exception):
     """A set-up that cannot be used, or a device that fails: what is wrong and what to do."""
@@ -289,17 +291,15 @@ def driver(module: str, package: str):
         raise RobotError(f"{error}: pip install {package} (docs/robot.md)") from error
 
 
-def resize_area(images: np.ndarray, size: int) -> np.ndarray:
+def resize_area(image: np.ndarray, size: int) -> np.ndarray:
     """uint8 (H, W, 3) -> (size, size, 3) by area averaging; a copy of data.py's."""
-    H, W, _ = images.shape
-
-    def weights(n: int) -> np.ndarray:  # (size, n): pixel i averages [i n/size, (i+1) n/size)
+    weights = []
+    for n in image.shape[:2]:  # (size, n): pixel i averages [i n/size, (i+1) n/size)
         edge, pixel = np.arange(size + 1)[:, None] * n / size, np.arange(n)
         overlap = np.minimum(edge[1:], pixel + 1) - np.maximum(edge[:-1], pixel)
-        return (np.maximum(overlap, 0) * size / n).astype(np.float32)
-
-    x = weights(H) @ images.reshape(H, W * 3).astype(np.float32)
-    return np.rint(weights(W) @ x.reshape(size, W, 3)).astype(np.uint8)
+        weights.append((np.maximum(overlap, 0) * size / n).astype(np.float32))
+    x = weights[0] @ image.reshape(len(image), -1).astype(np.float32)
+    return np.rint(weights[1] @ x.reshape(size, -1, 3)).astype(np.uint8)
 
 
 def open_opencv(name: str):
@@ -654,10 +654,10 @@ class RealEnv:
                 self.stop("Ctrl-C")
             raise KeyboardInterrupt
         key = self.key() if self.key else ""
-        if key == "s":
+        if key in ENDS:
+            self.stop(ENDS[key])
+        elif key == "s":
             self.verdict = "success"
-        elif key in (ends := {"f": "failed", "a": "abort", "r": "repeat"}):
-            self.stop(ends[key])
         elif key:
             self.pressed.append(key)
 
