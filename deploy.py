@@ -167,6 +167,10 @@ def relative_action(c: R.RobotConfig, T, T_next, gripper: float) -> np.ndarray:
     return np.r_[dp / c.action_scale[0], dR.as_euler("xyz") / c.action_scale[1], gripper]
 
 
+def hand_only(gripper: float) -> np.ndarray:
+    return np.r_[np.zeros(6), gripper]
+
+
 def frame_ids(place: Path) -> list[int]:
     return sorted(int(path.stem[8:]) for path in place.glob("episode_*.npz"))
 
@@ -246,13 +250,13 @@ def record(env, folder, split: str, source=None, thin: int = 2) -> int:
     try:
         while "n" not in env.pressed:
             recorder.add(env.T, env.gripper, env.images, obs["robot_obs"])
-            action = source(obs) if source else None
-            if source and action is None:
-                break
             if "g" in env.pressed:
                 env.pressed.remove("g")
                 gripper = -gripper
-            obs = env.step(action)[0] if source else env.follow(gripper)
+            action = source(obs) if source else hand_only(gripper)
+            if action is None:
+                break
+            obs = env.step(action, guided=source is None)[0]
     finally:  # whatever ended it, what was recorded stays
         n = recorder.end()
         env.note("episode", frames=n, clipped=recorder.clipped)
@@ -291,7 +295,8 @@ def read_tasks(args: Rollouts) -> tuple[dict, dict, list[dict]]:
         tasks = {t: about for row in setup["rows"] for t, about in row["tasks"].items()}
         texts = [x[k] for x in tasks.values() for k in ("scene", "sentence")]
         "".join([*texts, *(chain["scene"] for chain in setup["chains"])])  # TypeError: no text
-        if unknown := {t for chain in setup["chains"] for t in chain["tasks"]} - set(tasks):
+        unknown = {t for chain in setup["chains"] for t in chain["tasks"]} - set(tasks)
+        if unknown:
             raise ValueError(f"chains have {sorted(unknown)}, which no row has")
     jobs = []
     for task, about in tasks.items():
@@ -400,7 +405,7 @@ def rollout(env, policy, job: dict, tasks: dict, args: Rollouts) -> dict:
             if ask(env, "Hold it between the fingers: c closes them, a abort", "ca") == "a":
                 raise R.Stopped("abort")
             for _ in range(env.config.hz):
-                obs = env.follow(-1.0)
+                obs = env.step(hand_only(-1.0), guided=True)[0]
         np.savez(folder / f"{stem}_start.npz", robot_obs=obs["robot_obs"], **obs["rgb_obs"])
         torch.manual_seed(1000 * args.seed + job["k"])
         for i, name in enumerate(names, 1):
@@ -482,7 +487,8 @@ def read_log(path: Path, identity: dict) -> dict[str, dict]:
         return {}
     with D.naming(path, "Give another --out"):
         was, *records = map(json.loads, path.read_text().splitlines())
-        if changed := [k for k in was | identity if was.get(k) != identity.get(k)]:
+        changed = [k for k in was | identity if was.get(k) != identity.get(k)]
+        if changed:
             what = [f"{k} was {was.get(k)!r} and is {identity.get(k)!r}" for k in changed]
             raise ValueError(f"it holds another evaluation: {', '.join(what)}")
         return {r["chain"]: r for r in records}

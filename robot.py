@@ -185,11 +185,8 @@ def pose(what: str, x) -> tuple[np.ndarray, Rotation]:
     """x (4, 4) -> position (3,) and rotation. Unsafe: it is no pose."""
     T = numbers(what, x, (4, 4))
     R = np.clip(T[:3, :3], -2, 2)
-    if (
-        np.abs(R.T @ R - np.eye(3)).max() > 1e-3
-        or np.linalg.det(R) < 0
-        or any(T[3] != [0, 0, 0, 1])
-    ):
+    skew = np.abs(R.T @ R - np.eye(3)).max()
+    if skew > 1e-3 or np.linalg.det(R) < 0 or any(T[3] != [0, 0, 0, 1]):
         raise Unsafe(f"{what} is no pose: {T.tolist()}")
     return T[:3, 3], Rotation.from_matrix(R)
 
@@ -478,15 +475,11 @@ class Arm:
             self.robot.move(motion, asynchronous=True)
             return
         if self.tracker is None:
-            self.tracker = f.CartesianImpedanceTracker(
-                self.robot,
-                translational_stiffness=c.stiffness[0],
-                rotational_stiffness=c.stiffness[1],
-                translational_error_clip=[c.leash[0]] * 3,  # bounds the spring's force
-                posture_task=f.PostureTask(list(c.neutral[0]), stiffness=10.0),
-                lower_joint_limits=Q_LOW,
-                upper_joint_limits=Q_HIGH,
-            )
+            how = {"lower_joint_limits": Q_LOW, "upper_joint_limits": Q_HIGH}
+            how["translational_stiffness"], how["rotational_stiffness"] = c.stiffness
+            how["translational_error_clip"] = [c.leash[0]] * 3  # bounds the spring's force
+            how["posture_task"] = f.PostureTask(list(c.neutral[0]), stiffness=10.0)
+            self.tracker = f.CartesianImpedanceTracker(self.robot, **how)
         self.robot.poll_motion()  # raises what went wrong meanwhile; set_target never does
         self.tracker.set_target(target)
 
@@ -618,15 +611,12 @@ class RealEnv:
         self._pace()
         return obs
 
-    def step(self, action, render=True):
+    def step(self, action, render=True, guided=False):
         """One action (7,) and the wait for the next tick: observation, 0.0, False, info.
-        Raises Stopped, with the arm at rest, or KeyboardInterrupt. render: for the simulators."""
-        return self._guard(self._step, action), 0.0, False, self.get_info()
-
-    def follow(self, gripper: float):
-        """Instead of a step while a person guides the arm: the commanded pose is the measured one,
-        only the hand is commanded. Returns the observation."""
-        return self._guard(self._step, [0.0] * 6 + [gripper], True)
+        Raises Stopped, with the arm at rest, or KeyboardInterrupt. render: for the simulators.
+        guided: a person moves the arm; the commanded pose is the measured one, and only the hand
+        is commanded."""
+        return self._guard(self._step, action, guided), 0.0, False, self.get_info()
 
     def get_obs(self):
         """What the cameras see and the arm feels now."""
@@ -751,7 +741,7 @@ class RealEnv:
         rgb = {k: resize_area(x, c.policy_size) for k, x in self.images.items()}
         return {"rgb_obs": rgb, "robot_obs": robot_obs}
 
-    def _step(self, action, guided=False):
+    def _step(self, action, guided):
         c, s = self.config, self.arm.state()
         if guided:
             check_state(c, s.M, s.q, boxed=False)

@@ -397,7 +397,8 @@ def test_homing_that_is_refused_is_judged_by_the_operator(session, monkeypatch):
 def test_ctrl_c_keeps_everything_and_says_how_to_go_on(session, capsys):
     with pytest.raises(SystemExit, match=r"Ctrl-C.*same command"):
         session.rollouts("ygg", ["s", "ctrl-c"])
-    assert "33.3%" not in (text := capsys.readouterr().out) and "100.0%" in text
+    text = capsys.readouterr().out
+    assert "33.3%" not in text and "100.0%" in text
     assert outcomes(session, "a_01") == ["interrupted"]
     assert session.rollouts("ygq", ["s"])["tasks"]["a"] == [2, 2]
 
