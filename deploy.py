@@ -82,7 +82,7 @@ def ask(env, text: str, choices: str) -> str:
     key = ""
     while not key or key not in choices:
         time.sleep(0.01)
-        key = env.key()
+        key = env.key() if env.key else None
         if env.interrupted:
             raise KeyboardInterrupt
         if key is None:
