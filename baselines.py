@@ -71,7 +71,7 @@ class BaselineConfig:
     transformer_features: int = 4096
     # ------------------------------------------------------------------ as in AgentConfig
     anneal: float = 0.0  # last part of the steps, over which the learning rate falls to 0
-    rephrase: bool = False  # a window's sentence: of any span of its task, not just its own [D30]
+    rephrase: bool = False  # a window's sentence: of any span of its task, not just its own [D11]
 
 
 METHODS = {  # replace(PRESETS[preset], **METHODS[stage])
@@ -265,7 +265,7 @@ class Baseline(nn.Module):
         """What recognition or proposal say, (B, C, K) or (B, 2, n) -> a plan (B, C*K) or (B, n),
         with a straight-through or a reparameterised gradient."""
         if self.config.plan == "categorical":
-            return P.sample_plan(statistics)
+            return P.sample_straight_through(statistics)
         return gaussian(statistics).rsample()
 
     def plan_kl(self, q: Tensor, p: Tensor) -> Tensor:
@@ -302,7 +302,8 @@ class Baseline(nn.Module):
             p = self.proposal(V[0], g)
             plan, kl = self.sample_plan(q), self.plan_kl(q, p).mean()
         if c.alignment:
-            contrast, accuracy = self.alignment(features[-B:], g[-B:], language["align"])
+            gather = P.all_gather if self.training else None  # negatives of all processes
+            contrast, accuracy = self.alignment(features[-B:], g[-B:], language["align"], gather)
 
         arm, gripper = self.action_nll(V, g, plan, a)
         loss = arm + gripper + c.alpha_1 * kl + c.alpha_2 * contrast
