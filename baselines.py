@@ -127,7 +127,7 @@ def sample_mixture(logits: Tensor, mean: Tensor, log_s: Tensor) -> Tensor:
 
 def gaussian(statistics: Tensor) -> Normal:
     """(..., 2, n), means and standard deviations before their softplus -> n Gaussians."""
-    mean, std = statistics.float().unbind(-2)
+    mean, std = statistics.unbind(-2)
     return Normal(mean, F.softplus(std) + 1e-4, validate_args=False)
 
 
@@ -180,12 +180,12 @@ class BiRNNRecognition(nn.Module):
         super().__init__()
         self.plan = plan
         self.rnn = nn.RNN(d, hidden, 2, bidirectional=True)
-        self.statistics = nn.Linear(2 * hidden, plan[0] * plan[1])
+        self.statistics = P.Float32Linear(2 * hidden, plan[0] * plan[1])
 
     def forward(self, V: Tensor) -> tuple[Tensor, Tensor]:
         _, state = in_fp32(self.rnn, V)
         features = torch.cat([state[-2], state[-1]], -1)  # the last layer, forwards and backwards
-        return self.statistics(features).float().unflatten(-1, self.plan), features
+        return self.statistics(features).unflatten(-1, self.plan), features
 
 
 class ActionDecoder(nn.Module):
@@ -195,21 +195,21 @@ class ActionDecoder(nn.Module):
     def __init__(self, n_in: int, hidden: int, mixtures: int):
         super().__init__()
         self.rnn = nn.RNN(n_in, hidden, 2, nonlinearity="relu")
-        self.arm = nn.Linear(hidden, 3 * 6 * mixtures)
-        self.gripper = nn.Linear(hidden, 2)
+        self.arm = P.Float32Linear(hidden, 3 * 6 * mixtures)
+        self.gripper = P.Float32Linear(hidden, 2)
 
     def forward(self, V: Tensor, g: Tensor, plan: Tensor, state: Tensor | None = None):
         """Returns the mixture (logits, mean, log_s), each (T, B, 6, M), the gripper's logits
         (T, B, 2), close first, and the recurrent state to go on from."""
         context = torch.cat([g, plan], -1).expand(len(V), -1, -1)
         x, state = in_fp32(self.rnn, torch.cat([V, context], -1), state)
-        logits, mean, log_s = self.arm(x).float().unflatten(-1, (3, 6, -1)).unbind(-3)
-        return (logits, mean, log_s.clamp_min(-7)), self.gripper(x).float(), state
+        logits, mean, log_s = self.arm(x).unflatten(-1, (3, 6, -1)).unbind(-3)
+        return (logits, mean, log_s.clamp_min(-7)), self.gripper(x), state
 
 
 def in_fp32(rnn: nn.RNN, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Without autocast, whose recurrent layers on a GPU are float16 and would need a loss scale."""
-    with torch.autocast(x.device.type, enabled=False):
+    with P.without_autocast(x):
         return rnn(x.float(), state)
 
 
