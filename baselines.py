@@ -17,7 +17,7 @@
     run time:  x_0 -> v_0, goal -> g -> proposal -> plan   (the KL teaches it to agree)
     both:      decoder(v_0..v_t, g, plan) -> p(a_t)        (regresses the actions of the play)
 
-[B1] to [B9] mark what differs from the paper or from HULC's code (github lukashermann/hulc).
+[B1] to [B10] mark what differs from the paper or from HULC's code (github lukashermann/hulc).
 Copy this file together with plan.py. Needs: torch.
 """
 
@@ -60,7 +60,7 @@ class BaselineConfig:
     plan_hidden: int = 2048
     decoder_hidden: int = 2048
     mixtures: int = 10
-    classes: int = 10  # per arm dimension
+    classes: int = 10  # per arm dimension, of MCIL too [B3]
     shift: int = 3  # pixels
     # ------------------------------------------------------------------ HULC's code
     encoder_depth: int = 32  # channels of the first convolution
@@ -302,7 +302,7 @@ class Baseline(nn.Module):
             p = self.proposal(V[0], g)
             plan, kl = self.sample_plan(q), self.plan_kl(q, p).mean()
         if c.alignment:
-            gather = P.all_gather if self.training else None  # negatives of all processes
+            gather = P.all_gather if self.training else None  # all processes' negatives [B10]
             contrast, accuracy = self.alignment(features[-B:], g[-B:], language["align"], gather)
 
         arm, gripper = self.action_nll(V, g, plan, a)
