@@ -29,7 +29,7 @@ robot: .venv/ready
 
 # The real robot's tests, against a simulated arm.
 robot-test: robot
-	$(BIN)/python -m pytest -q -s -rs tests/test_robot.py
+	$(BIN)/python -m pytest -q -s -rs tests/test_robot.py tests/test_deploy.py
 
 # Every step resumes or is skipped when it was done, so an interrupted demo can be started again.
 demo: .venv/ready

@@ -340,7 +340,7 @@ class Worker:
         env, rng = Filmed(self.env, film), np.random.default_rng((self.args.seed, number))
         env.reset(*calvin.start_pose(calvin.chain(number)[0]))
         if self.policy is None:
-            return env, teleop.Operator(env, rng, oracle=self.oracle).attempt
+            return env, partial(teleop.attempt, env, oracle or self.oracle)
         torch.manual_seed(int(rng.integers(2**63)))  # neither order nor process matters
         push = pushes(self.args.disturb, rng) if self.args.disturb else None
         return env, partial(attempt, env, oracle or self.oracle, self.policy, self.words, push=push)

@@ -87,9 +87,7 @@ class Clone(torch.nn.Module):
         self.register_buffer("mean", torch.tensor(x.mean(0)))
         self.register_buffer("std", torch.tensor(x.std(0)) + 1e-3)
         sizes = [x.shape[1] + len(sim.TASKS), 512, 512, 512]
-        layers = [
-            m for i, o in pairwise(sizes) for m in (torch.nn.Linear(i, o), torch.nn.ELU())
-        ]
+        layers = [m for i, o in pairwise(sizes) for m in (torch.nn.Linear(i, o), torch.nn.ELU())]
         self.net = torch.nn.Sequential(*layers, torch.nn.Linear(512, 7))
 
     def forward(self, x, task):
@@ -162,7 +160,10 @@ def summary(rows):
     for number, _, _, solved, _ in rows:
         lengths[number] = lengths.get(number, 0) + solved
     lengths = np.array(list(lengths.values()))
-    share = lambda some: f"{sum(r[3] for r in some)} of {len(some)}"
+
+    def share(some):
+        return f"{sum(row[3] for row in some)} of {len(some)}"
+
     table = {"avg_len": lengths.mean(), "se": lengths.std() / len(lengths) ** 0.5}
     table |= {
         "first": share([r for r in rows if r[1] == 0]),

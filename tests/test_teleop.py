@@ -164,8 +164,11 @@ def test_a_hand_that_is_pushed_aside_comes_back(env, task):
     for _ in range(8):
         obs, _, _, info = env.step(np.array([0.6, -0.6, 0.2, 0, 0, 0.5, a[6]]), render=False)
     assert not sim.oracle(start, info, task)
-    back = lambda _, info, task: sim.oracle(start, info, task)
-    assert teleop.attempt(env, back, task, 90)[0]
+
+    def from_the_start(_, info, task):
+        return sim.oracle(start, info, task)
+
+    assert teleop.attempt(env, from_the_start, task, 90)[0]
 
 
 def test_an_unknown_task_is_an_error_that_names_the_choices(env):
