@@ -27,7 +27,7 @@ import os
 import signal
 import sys
 import threading
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -432,9 +432,10 @@ def law(task, seen, free):
     kind, *_, last = words = task.split("_")
     block = next((b for b in BLOCKS if b[6:] in words), None)
     in_hand = held(seen)
-    if kind in ("place", "stack", "unstack"):
-        laws = {"place": partial(place, seen, last), "stack": partial(stack, seen)}
-        return laws.get(kind, partial(unstack, seen))()
+    if kind == "place":
+        return place(seen, last)
+    if kind in ("stack", "unstack"):
+        return stack(seen) if kind == "stack" else unstack(seen)
     if in_hand and (in_hand != block or kind == "push"):
         return set_down(seen, in_hand)
     if kind == "lift":
@@ -609,7 +610,7 @@ def prepare(env, oracle, task, rng, kind):
 
 
 # -------------------------------------------------------------------------------- in many processes
-_worker = {}  # of a worker process: its environment, its oracle and the counter of frames
+_worker = {}  # of a worker process: its environment and its oracle
 
 
 def make_sim(render):
@@ -617,11 +618,10 @@ def make_sim(render):
     return sim.PlayTable(render=render), sim.oracle
 
 
-def _start_worker(make, render, counter):
+def _start_worker(make, render):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    env, oracle = make(render)
-    _worker.update(env=env, oracle=oracle, counter=counter)
+    _worker["env"], _worker["oracle"] = make(render)
 
 
 def _end_with_parent():
@@ -630,50 +630,41 @@ def _end_with_parent():
     os._exit(1)
 
 
-def _parallel(function, jobs, procs, make, render, total, done=0, what=""):
-    """function(*job) for every job in `procs` processes, each with what make(render) gives it: an
-    environment and its oracle; the workers' counter moves the bar."""
-    context = multiprocessing.get_context("spawn")
-    counter = context.Value("q", 0)
+def _work(function, job):
+    return function(_worker["env"], _worker["oracle"], *job)
+
+
+def _parallel(function, jobs, sizes, procs, make, render, done=0, what=""):
+    """function(env, oracle, *job) for every job, in `procs` processes, each with an environment of
+    its own from make(render). Returns the results, in any order; the bar counts `sizes`."""
+    context, out = multiprocessing.get_context("spawn"), []
     with (
-        tqdm(total=total, initial=done, desc=what, smoothing=0.05) as bar,
-        ProcessPoolExecutor(procs, context, _start_worker, (make, render, counter)) as pool,
+        tqdm(total=done + sum(sizes), initial=done, desc=what) as bar,
+        ProcessPoolExecutor(procs, context, _start_worker, (make, render)) as pool,
     ):
-        futures = [pool.submit(function, *job) for job in jobs]
+        futures = {pool.submit(_work, function, job): n for job, n in zip(jobs, sizes, strict=True)}
         try:
-            while not all(f.done() for f in futures):
-                wait(futures, timeout=0.5, return_when=FIRST_EXCEPTION)
-                bar.update(done + counter.value - bar.n)
-                for f in futures:
-                    if f.done() and f.exception():
-                        raise f.exception()
+            for future in as_completed(futures):
+                out.append(future.result())
+                bar.update(futures[future])
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-        bar.update(total - bar.n)
-        return [f.result() for f in futures]
-
-
-def _count():
-    with _worker["counter"].get_lock():
-        _worker["counter"].value += 1
+            pool.shutdown(cancel_futures=True)
+    return out
 
 
 # -------------------------------------------------------------------------------------------- rates
-def _one_rate(task, n, seed):
-    env, oracle = _worker["env"], _worker["oracle"]
+def _one_rate(env, oracle, task, n, seed):
     for again in range(30):
         rng = np.random.default_rng([seed, sim.TASKS.index(task), n, again])
         if prepare(env, oracle, task, rng, n % 4):
-            solved, steps = attempt(env, oracle, task)
-            _count()
-            return task, n, solved, steps
+            return task, n, *attempt(env, oracle, task)
     raise RuntimeError(f"{task}: no feasible start in 30 random scenes (seed {seed}, trial {n})")
 
 
 def rates(n=20, procs=2, seed=0, out=None, make=make_sim):
     """Attempts every task n times: prints, returns and writes to `out` (JSON) {task: figures}."""
     jobs = [(task, k, seed) for task in sim.TASKS for k in range(n)]
-    rows = _parallel(_one_rate, jobs, procs, make, False, len(jobs), what="rates")
+    rows = _parallel(_one_rate, jobs, [1] * len(jobs), procs, make, False, what="rates")
     table = {}
     print(f"{'task':26s} {'n':>5s} {'success':>8s} {'median':>7s} {'95 %':>6s} {'<= 64':>7s}")
     for task in [*sim.TASKS, "all"]:
@@ -684,8 +675,7 @@ def rates(n=20, procs=2, seed=0, out=None, make=make_sim):
         names = ("success", "median", "p95", "within64")
         table[task] = dict(zip(names, map(float, figures), strict=True))
         line = f"{task:26s} {len(some):5d} {figures[0]:8.3f} {figures[1]:7.0f} {figures[2]:6.0f}"
-        failed = [row[1] for row in some if not row[2]] if task != "all" else ""
-        print(f"{line} {figures[3]:7.2f} {failed or ''}")
+        print(f"{line} {figures[3]:7.2f}")
     if out:
         text = json.dumps({"seed": seed, "n": n, "tasks": table}, indent=1)
         write(Path(out), lambda file: file.write(text.encode()))
@@ -752,7 +742,6 @@ class Recorder:
         self.obs, self.t = obs, self.t + 1
         self.infos[self.t] = info
         self.infos.pop(self.t - SPAN - 1, None)
-        _count()
         if self.t == self.end:
             raise _Full
         return solved
@@ -914,10 +903,9 @@ class Recorder:
         return solved
 
 
-def _block(folder, split, index, first, length, seed, skip, pictures):
+def _block(env, oracle, folder, split, index, first, length, seed, skip, pictures):
     """Records one block of frames, then its part file, which says that it is finished."""
     rng = np.random.default_rng([seed, ("training", "validation").index(split), index])
-    env, oracle = _worker["env"], _worker["oracle"]
     part, states = Recorder(env, oracle, folder, first, length, rng, skip, pictures).play()
     name = folder / "parts" / f"{index:05d}"
     if not pictures:
@@ -949,7 +937,8 @@ def record(
             else:
                 jobs.append((place, split, k, first, end - first, seed, skip, pictures))
     if jobs:
-        _parallel(_block, jobs, procs, make, pictures, frames + val_frames, done, "recording")
+        sizes = [job[4] for job in jobs]
+        _parallel(_block, jobs, sizes, procs, make, pictures, done, "recording")
     print(f"recorded in {folder} (seed {seed}):")
     for split in ("training", "validation"):
         _finish(folder / split, split, seed, skip, pictures)

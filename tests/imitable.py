@@ -4,7 +4,7 @@
 
 PLAY is a packed folder of data.py, or a recording of `teleop.py record --no-pictures`. A network of
 3 x 512 units sees arm, table and task and clones the annotated spans; nothing is rendered. A policy
-that learns from pictures can lose by its world model, but hardly gain. Ten minutes on one core.
+that learns from pictures loses by its world model, it hardly gains. Ten minutes on one core.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import calvin
 import evaluate
 import sim
 
-FAMILIES = {
+FAMILIES = {  # name: first words of its tasks, end of their last word
     "lift, table": ("lift", "table"), "lift, cabinet": ("lift", "slider"),
     "lift, drawer": ("lift", "drawer"), "turn": ("rotate", ""), "push": ("push", "t"),
     "into drawer": ("push", "drawer"), "place": ("place", ""), "stack": ("stack", ""),
@@ -46,107 +46,90 @@ def load(folder, split, frames=None):
     return play | {"spans": play["spans"][inside], "tasks": play["tasks"][inside]}
 
 
-def features(robot_obs, scene_obs):
-    """True state (N, 15), (N, 24) -> (N, 68): places, angles as sine and cosine, blocks from tcp."""
-    tcp, euler = robot_obs[:, :3], robot_obs[:, 3:6]
-    parts = [
-        tcp,
-        np.sin(euler),
-        np.cos(euler),
-        robot_obs[:, 6:7],
-        robot_obs[:, 14:],
-        scene_obs[:, :6],
-    ]
+def features(robot, scene):
+    """True state (N, 15), (N, 24) -> (N, 71): places, waves of angles, blocks from tcp."""
+    tcp, waves = robot[:, :3], [np.sin(robot[:, 3:6]), np.cos(robot[:, 3:6])]
+    parts = [tcp, *waves, robot[:, 6:7], robot[:, 14:], scene[:, :6]]
     for i in (6, 12, 18):
-        at, angles = scene_obs[:, i : i + 3], scene_obs[:, i + 3 : i + 6]
-        parts += [
-            at,
-            at - tcp,
-            np.sin(angles),
-            np.cos(angles),
-            np.sin(2 * angles),
-            np.cos(2 * angles),
-        ]
+        at, angles = scene[:, i : i + 3], scene[:, i + 3 : i + 6]
+        parts += [at, at - tcp, np.sin(angles), np.cos(angles)]
+        parts += [np.sin(2 * angles), np.cos(2 * angles)]
     return np.concatenate(parts, 1).astype(np.float32)
 
 
 def examples(play):
-    """Frames of all spans -> inputs (n, 68 + 34), actions (n, 7)."""
+    """Frames of all spans -> states (n, 71), tasks (n, 34), actions (n, 7)."""
+    # A span's last frame shows its success; the action there is another task's.
     rows = np.concatenate([np.arange(a, b - 1) for a, b in play["spans"]])
     tasks = np.repeat(play["tasks"], np.diff(play["spans"])[:, 0] - 1)
     one_hot = np.eye(len(sim.TASKS), dtype=np.float32)[[sim.TASKS.index(t) for t in tasks]]
     x = features(play["robot_obs"][rows], play["scene_obs"][rows])
-    return x, one_hot, np.asarray(play["actions"][rows], np.float32)
+    return [torch.tensor(part) for part in (x, one_hot, np.float32(play["actions"][rows]))]
 
 
 class Clone(torch.nn.Module):
-    """State and task -> arm (6,) in [-1, 1] and the gripper's logit."""
+    """State and task -> arm (6,) before tanh, and the gripper's logit. As a policy, it is told the
+    task by its one-hot in the place of a sentence's embedding."""
 
-    def __init__(self, x):
+    def __init__(self, x, skip):
         super().__init__()
-        self.register_buffer("mean", torch.tensor(x.mean(0)))
-        self.register_buffer("std", torch.tensor(x.std(0)) + 1e-3)
-        sizes = [x.shape[1] + len(sim.TASKS), 512, 512, 512]
-        layers = [m for i, o in pairwise(sizes) for m in (torch.nn.Linear(i, o), torch.nn.ELU())]
+        self.skip, self.mean, self.std = skip, x.mean(0), x.std(0) + 1e-3
+        layers = []
+        for i, o in pairwise([x.shape[1] + len(sim.TASKS), 512, 512, 512]):
+            layers += [torch.nn.Linear(i, o), torch.nn.ELU()]
         self.net = torch.nn.Sequential(*layers, torch.nn.Linear(512, 7))
 
     def forward(self, x, task):
         x = ((x - self.mean) / self.std).clamp(-5, 5)
         return self.net(torch.cat([x, task], -1))
 
-
-def train(play, held_out, steps, seed):
-    """Cloned from the spans: squared error of the arm, cross-entropy of the gripper."""
-    torch.manual_seed(seed)
-    data = [torch.tensor(x) for x in examples(play)]
-    clone = Clone(data[0].numpy())
-    optimizer = torch.optim.AdamW(clone.parameters(), 1e-3, weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
-        x, task, a = (part[i] for i in [torch.randint(len(data[0]), (512,))] for part in data)
-        out = clone(x, task)
-        loss = F.mse_loss(out[:, :6].tanh(), a[:, :6])
-        loss = loss + 0.1 * F.binary_cross_entropy_with_logits(out[:, 6], (a[:, 6] > 0).float())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    with torch.no_grad():
-        error = {}
-        for name, part in (("train", play), ("held_out", held_out)):
-            x, task, a = (torch.tensor(x[:50_000]) for x in examples(part))
-            out = clone(x, task)
-            error[f"arm_rms_{name}"] = float((out[:, :6].tanh() - a[:, :6]).square().mean().sqrt())
-            error[f"gripper_{name}"] = float(((out[:, 6] > 0) == (a[:, 6] > 0)).float().mean())
-    return clone.eval(), error | {"frames_in_spans": len(data[0])}
-
-
-class Policy:
-    """The clone as evaluate.attempt drives it; the embedding is the task's one-hot."""
-
-    def __init__(self, clone, skip):
-        self.clone, self.skip = clone, skip
-
     def reset(self):
-        pass
+        """Nothing is remembered."""
 
     @torch.no_grad()
     def act(self, obs, task):
         x = torch.tensor(features(obs["robot_obs"][None], obs["scene_obs"][None]))
-        out = self.clone(x, task[None])[0]
-        return np.append(out[:6].tanh().double().numpy(), 1.0 if out[6] > 0 else -1.0)
+        out = self(x, task[None])[0].double()
+        return np.append(out[:6].tanh().numpy(), 1.0 if out[6] > 0 else -1.0)
+
+
+def train(play, held_out, skip, steps, seed):
+    """The clone, and its errors on training and held-out spans."""
+    torch.manual_seed(seed)
+    data = examples(play)
+    clone = Clone(data[0], skip)
+    optimizer = torch.optim.AdamW(clone.parameters(), 1e-3, weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        rows = torch.randint(len(data[0]), (512,))
+        x, task, a = (part[rows] for part in data)
+        out = clone(x, task)
+        grip = F.binary_cross_entropy_with_logits(out[:, 6], (a[:, 6] > 0).float())
+        loss = F.mse_loss(out[:, :6].tanh(), a[:, :6]) + 0.1 * grip
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    figures = {"frames_in_spans": len(data[0])}
+    for name, part in (("train", play), ("held_out", held_out)):
+        x, task, a = (tensor[:50_000] for tensor in examples(part))
+        with torch.no_grad():
+            out = clone(x, task)
+        figures[f"arm_rms_{name}"] = float((out[:, :6].tanh() - a[:, :6]).square().mean().sqrt())
+        figures[f"gripper_{name}"] = float(((out[:, 6] > 0) == (a[:, 6] > 0)).float().mean())
+    return clone, figures
 
 
 def run_chains(policy, numbers):
-    """Attempts of the benchmark's chains: [(chain, place in it, task, solved, block in hand)]."""
+    """The benchmark's chains: [(chain, place in it, task, solved, block in the hand before)]."""
     env, rows = sim.PlayTable(render=False), []
     one_hots = dict(zip(sim.TASKS, torch.eye(len(sim.TASKS)), strict=True))
     for number in numbers:
         state, tasks = calvin.chain(number)
         env.reset(*calvin.start_pose(state))
         for place, task in enumerate(tasks):
-            blocks, robot = env.get_info()["scene_info"]["movable_objects"], env.panda
-            in_hand = any({c[2] for c in b["contacts"]} >= {robot} for b in blocks.values())
+            blocks = env.get_info()["scene_info"]["movable_objects"].values()
+            in_hand = any(env.panda in {c[2] for c in block["contacts"]} for block in blocks)
             solved, _ = evaluate.attempt(env, sim.oracle, policy, one_hots, task)
             rows.append((number, place, task, solved, in_hand))
             if not solved:
@@ -155,25 +138,22 @@ def run_chains(policy, numbers):
     return rows
 
 
+def share(rows):
+    return f"{sum(row[3] for row in rows)} of {len(rows)}"
+
+
 def summary(rows):
-    lengths = {}
-    for number, _, _, solved, _ in rows:
-        lengths[number] = lengths.get(number, 0) + solved
-    lengths = np.array(list(lengths.values()))
-
-    def share(some):
-        return f"{sum(row[3] for row in some)} of {len(some)}"
-
+    """Avg. Len. with its standard error, then who succeeded where."""
+    lengths = np.array([sum(r[3] for r in rows if r[0] == n) for n in sorted({r[0] for r in rows})])
     table = {"avg_len": lengths.mean(), "se": lengths.std() / len(lengths) ** 0.5}
+    table |= {"first": share([r for r in rows if r[1] == 0])}
     table |= {
-        "first": share([r for r in rows if r[1] == 0]),
         "later": share([r for r in rows if r[1]]),
+        "in hand": share([r for r in rows if r[4]]),
     }
-    table["block in hand"] = share([r for r in rows if r[4]])
-    for name, (kinds, last) in FAMILIES.items():
+    for name, (kinds, end) in FAMILIES.items():
         words = [(r, r[2].split("_")) for r in rows]
-        hit = [r for r, w in words if w[0] in kinds.split() and w[-1].endswith(last)]
-        table[name] = share(hit)
+        table[name] = share([r for r, w in words if w[0] in kinds.split() and w[-1].endswith(end)])
     return table
 
 
@@ -181,20 +161,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("play")
     parser.add_argument("--frames", type=int, help="use only the first so many; default: all")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--seed", type=int, default=0, help="of weights and batches")
+    parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--chains", type=int, default=100)
     parser.add_argument("--skip", type=int, default=2, help="simulator steps per frame")
     parser.add_argument("--out", help="JSON file to write")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    began = time.time()
-    play, held_out = load(args.play, "training", args.frames), load(args.play, "validation")
-    clone, error = train(play, held_out, args.steps, args.seed)
-    took = time.time() - began
-    table = summary(run_chains(Policy(clone, args.skip), range(args.chains)))
-    result = vars(args) | {"spans": len(play["spans"])} | error | table
-    result |= {"train_seconds": round(took), "seconds": round(time.time() - began)}
+    began, play = time.time(), load(args.play, "training", args.frames)
+    clone, figures = train(play, load(args.play, "validation"), args.skip, args.steps, args.seed)
+    result = vars(args) | {"spans": len(play["spans"])} | figures
+    result |= summary(run_chains(clone, range(args.chains)))
+    result["seconds"] = round(time.time() - began)
     print(json.dumps(result, indent=1))
     if args.out:
         Path(args.out).write_text(json.dumps(result, indent=1) + "\n")

@@ -390,9 +390,8 @@ def test_play_is_cut_into_episodes_each_of_a_scene_of_its_own(recording):
 
 
 @pytest.fixture
-def recorder(env, monkeypatch):
+def recorder(env):
     """A recorder whose oracle is a function of two frame numbers, at 15 Hz."""
-    monkeypatch.setattr(teleop, "_count", lambda: None)
 
     def make(oracle):
         rng = np.random.default_rng(0)
