@@ -54,9 +54,9 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of matrix products; auto: the faster
     compile: bool = False  # torch.compile the losses: a minute or more, again for every new shape
-    log_every: int = 50  # steps
-    validate_every: int = 500  # steps
-    checkpoint_every: int = 250  # steps
+    log_every: int = 50  # steps between two records of the log
+    validate_every: int = 500  # steps between two looks at held-out play
+    checkpoint_every: int = 250  # steps between two checkpoints
 
 
 # Steps of each stage; the paper does not say [D7].
@@ -242,7 +242,7 @@ class Run:
         self.figures, self.interrupted = [], False
         self.rank, self.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-        kind = self.device = "cuda" if cuda else "cpu"
+        self.device = kind = "cuda" if cuda else "cpu"
         bf16 = [config.precision == "bf16" or (config.precision == "auto" and bf16_is_faster(kind))]
         if self.ranks > 1:  # torchrun started several of these
             self.device = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu"
@@ -350,11 +350,12 @@ class Run:
         logs = self.due(done, self.config.log_every)
         if logs or self.saves(done) or done == self.start + 10:
             table = torch.stack(self.figures)  # (steps, figures)
-            for row, column in (~table.isfinite()).nonzero().tolist()[:1]:
-                what = f"{[*figures][column]} is {float(table[row, column])} at step"
-                remedy = "try a lower learning rate, or --precision fp32"
-                step = done - len(table) + row
-                raise ValueError(f"{what} {step}. The last checkpoint is kept; {remedy}.")
+            bad = (~table.isfinite()).nonzero().tolist()
+            if bad:
+                row, column = bad[0]
+                what = f"{[*figures][column]} is {float(table[row, column])}"
+                what += f" at step {done - len(table) + row}. The last checkpoint is kept"
+                raise ValueError(f"{what}; try a lower learning rate, or --precision fp32.")
         if logs:
             mean = self.all_gather(table.mean(0)[None]).mean(0)
             means = dict(zip(figures, mean.tolist(), strict=True))
@@ -392,7 +393,9 @@ class Run:
         """Loads the last checkpoint if there is one. Returns the step to go on from, and it."""
         c = self.last_checkpoint()
         self.began = time.monotonic() - c.get("seconds", 0.0)
-        self.log.cut(c.get("step", 0))
+        if c:
+            self.refuse_another(c)
+        self.log.cut(c.get("step", 0))  # of what comes after, for those steps are done again
         if not c:
             return 0, {}
         with fitting(c["path"], "its model, or in another world model"):
@@ -411,19 +414,20 @@ class Run:
         return c["step"], c
 
     def last_checkpoint(self) -> dict:
-        """The last one; the one before it where that is damaged; or nothing. ValueError where it
-        cannot go on with this configuration or this data."""
+        """The last one; the one before it where that is damaged; or nothing."""
         paths = [p for p in (self.checkpoint_path, previous(self.checkpoint_path)) if p.exists()]
         for path in paths:
             try:
-                c = load_checkpoint(path, self.config.stage, "cpu")
-                break
+                return load_checkpoint(path, self.config.stage, "cpu")
             except ValueError as error:
                 if path == paths[-1]:
                     raise
                 print(f"note: {error}; going back to {paths[-1]}")
-        else:
-            return {}
+        return {}
+
+    def refuse_another(self, c: dict) -> None:
+        """ValueError where a checkpoint cannot go on with this configuration or this data."""
+        path = c["path"]
         if {"optimizer", "random"} - c.keys():
             what = f"{path} was published, without its optimiser, or is damaged"
             raise ValueError(f"{what}: it cannot be trained on. Give another --out.")
@@ -439,7 +443,6 @@ class Run:
         if there != here:
             what = f"{path} was trained on other data, {there}; {self.config.data} is {here}"
             raise ValueError(f"{what}. Give that data, or another --out.")
-        return c
 
 
 def forecast(per_step: float, steps: int) -> str:
