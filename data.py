@@ -199,12 +199,12 @@ def embedding_table() -> dict[str, np.ndarray]:
         return dict(zip(map(_key, z["sentences"].tolist()), z["embeddings"], strict=True))
 
 
-def encode(sentences: list[str], encoder: str = TEXT_ENCODER, table: bool = True) -> np.ndarray:
+def encode(sentences: list[str], encoder: str = TEXT_ENCODER) -> np.ndarray:
     """Sentences -> (S, 384) float32: from the committed table, else by sentence-transformers.
 
     encoder: a model of the hub, or a local folder whose last part is the model's name.
     """
-    known = dict(embedding_table()) if table and Path(encoder).name == TEXT_ENCODER else {}
+    known = dict(embedding_table()) if Path(encoder).name == TEXT_ENCODER else {}
     new = [s for s in dict.fromkeys(sentences) if _key(s) not in known]
     if new:
         remedy = f"pip install sentence-transformers; without a hub, a folder .../{TEXT_ENCODER}"
@@ -442,11 +442,11 @@ def pack(
             arrays, n = {}, len(plan["ids"])
             for k, shape in SHAPES.items():
                 path = part / split / f"{k}.npy"
-                if resumes:
-                    arrays[k] = np.load(path, mmap_mode="r+")
-                else:
-                    arrays[k] = create_array(path, (n, *shape), DTYPES[k])
+                new = None if resumes else create_array(path, (n, *shape), DTYPES[k])
+                arrays[k] = np.load(path, mmap_mode="r+") if resumes else new
             jobs += [(plan, arrays, r, blocks / f"{split}_{r}") for r in range(0, n, BLOCK)]
+        if not resumes:
+            shutil.rmtree(blocks, ignore_errors=True)
         write_json(key_file, key)
         blocks.mkdir(exist_ok=True)
         with ThreadPoolExecutor(procs) as pool:  # the work is in numpy, which lets others run

@@ -665,7 +665,11 @@ STAGES = {"wm": (W.PRESETS, train_world_model), "agent": (A.PRESETS, train_agent
 def parse(arguments: list[str] | None = None) -> tuple[RunConfig, object]:
     """The command line, made from the dataclasses' fields. A typo is an error."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    words = [x.capitalize() if x in ("true", "false") else x for x in arguments]
+    words = []
+    for word in arguments:
+        option, equals, value = word.rpartition("=")
+        value = value.capitalize() if value in ("true", "false") else value
+        words.append(option + equals + value)
     # Stage and preset come first: they say which model's fields are options, and their defaults.
     plain = [x for x in words if x not in ("-h", "--help")]
     example = {} if plain == words else {"default": RunConfig("wm")}  # --help needs no --stage
