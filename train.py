@@ -4,7 +4,9 @@ The only file where data, models, losses and optimisers meet. Phase one (Sec. IV
 over sequences of play, then caches the latents of every frame and probes what they know. Phase two
 (Sec. IV-B) minimises Eqs. 5 and 6 over imagined windows while the world model stays frozen.
 Every field of the configuration is an option (`--batch_size 16`); a run that was stopped at any
-moment goes on from its last checkpoint when the same command is given again.
+moment goes on from its last checkpoint when the same command is given again. OUT gets wm.pt and
+agent.pt, each one's predecessor (*_previous.pt) and log (*.jsonl), pictures/, what the latents know
+(probe.json) and how well the agent follows play (tracking.json).
 
 examples:
     python train.py --stage wm    --preset sim --data data/play --out runs/sim
@@ -17,6 +19,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -120,9 +123,8 @@ def load_checkpoint(path: Path, stage: str | None, device: str) -> dict:
     if got not in ([stage] if stage else STEPS["paper"]):
         need = f"this needs one of --stage {stage or 'wm or agent'}"
         raise ValueError(f"{path} holds stage {got!r}; {need}")
-    needs = "config model meta run step seconds text_encoder".split()
-    needs += ["world_model"] if got == "agent" else []
-    missing = [k for k in needs if k not in c]
+    needs = {"config", "model", "meta", "run", "step", "seconds", "text_encoder"}
+    missing = (needs | {"world_model"} if got == "agent" else needs) - c.keys()
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}; {remedy}")
     for name, x in (c["model"] | c.get("world_model", {}).get("model", {})).items():
@@ -547,6 +549,7 @@ def train_world_model(run: Run) -> None:
             share = max(1.0, c.sample_anneal * run.steps)
             schedules["softness"].fill_(max(0.0, 1 - (step + 1) / share))
 
+        # Eq. 2, over B sequences of L frames, and its gradient
         (batch,) = next(batches)
         if not c.carry_state:
             state = world.initial(batch["reset"].shape[1])
@@ -633,6 +636,7 @@ def train_agent(run: Run) -> None:
         for optimizer, rate in ((actor_optimizer, c.actor_lr), (critic_optimizer, c.critic_lr)):
             optimizer.param_groups[0]["lr"] = rate * left(step, run.steps, c.anneal)  # [D25]
 
+        # Eqs. 3 to 6, over play windows and windows with a sentence, and their gradients
         with run.precision:
             play, language = (windows.states(x) for x in next(batches))
             loss_actor, loss_critic, figures = losses(dynamics, play, language)
@@ -665,11 +669,7 @@ STAGES = {"wm": (W.PRESETS, train_world_model), "agent": (A.PRESETS, train_agent
 def parse(arguments: list[str] | None = None) -> tuple[RunConfig, object]:
     """The command line, made from the dataclasses' fields. A typo is an error."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    words = []
-    for word in arguments:
-        option, equals, value = word.rpartition("=")
-        value = value.capitalize() if value in ("true", "false") else value
-        words.append(option + equals + value)
+    words = [re.sub("(^|=)(true|false)$", lambda found: found[0].title(), x) for x in arguments]
     # Stage and preset come first: they say which model's fields are options, and their defaults.
     plain = [x for x in words if x not in ("-h", "--help")]
     example = {} if plain == words else {"default": RunConfig("wm")}  # --help needs no --stage
