@@ -42,6 +42,7 @@ from torch import Tensor
 
 ASSETS = Path(__file__).parent / "assets"
 SIZE = 64  # pixels, App. C
+LARGEST = 2**26  # bytes of a recorded frame, all cameras and depths
 BLOCK = 256  # packed frames that a thread makes at a time
 MIN_LEN, MAX_LEN = 20, 32  # Table IV: shortest and longest window
 CAMERAS, VECTORS = ("rgb_static", "rgb_gripper"), {"actions": 7, "robot_obs": 15, "scene_obs": 24}
@@ -56,6 +57,7 @@ ALL = slice(None)
 NO_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)  # before the first step: the gripper is open
 # What recording.json says of our recordings. CALVIN's have no such file, and are like this:
 CALVIN = {"source": "calvin", "renderer": "egl", "hz": 30, "action_scale": [0.02, 0.05]}
+META = {k: type(x) for k, x in CALVIN.items()} | {"hz": float | int, "skip": int}  # once packed
 MAKE_ROOM = "Make room, or correct the permissions, and repeat the command"
 
 
@@ -104,12 +106,16 @@ def write_json(path: Path, content) -> None:
     write(path, lambda file: file.write(text.encode()))
 
 
-def read_json(path, remedy: str, needs: tuple = ()) -> dict:
-    """The object in a JSON file, which has the keys `needs`; else DataError with the remedy."""
+def read_json(path, remedy: str, kinds: dict | None = None) -> dict:
+    """The object in a JSON file, with at least the keys of `kinds`, which are of those types; else
+    DataError with the remedy."""
     with naming(path, remedy):
         content = json.loads(Path(path).read_text())
-        if not isinstance(content, dict) or not content.keys() >= set(needs):
-            raise ValueError(f"expected an object with {', '.join(needs) or 'keys'}")
+        if not isinstance(content, dict):
+            raise TypeError(f"it holds a {type(content).__name__}, expected an object")
+        for key, kind in (kinds or {}).items():
+            if not isinstance(content.get(key), kind):
+                raise TypeError(f"{key} is {content.get(key)!r}, expected {kind}")
     return content
 
 
@@ -193,12 +199,12 @@ def embedding_table() -> dict[str, np.ndarray]:
         return dict(zip(map(_key, z["sentences"].tolist()), z["embeddings"], strict=True))
 
 
-def encode(sentences: list[str], encoder: str = TEXT_ENCODER, table: bool = True) -> np.ndarray:
+def encode(sentences: list[str], encoder: str = TEXT_ENCODER) -> np.ndarray:
     """Sentences -> (S, 384) float32: from the committed table, else by sentence-transformers.
 
     encoder: a model of the hub, or a local folder whose last part is the model's name.
     """
-    known = dict(embedding_table()) if table and Path(encoder).name == TEXT_ENCODER else {}
+    known = dict(embedding_table()) if Path(encoder).name == TEXT_ENCODER else {}
     new = [s for s in dict.fromkeys(sentences) if _key(s) not in known]
     if new:
         remedy = f"pip install sentence-transformers; without a hub, a folder .../{TEXT_ENCODER}"
@@ -286,6 +292,8 @@ def read_frame(folder: Path, i: int, scene: bool, sizes: dict[str, tuple]) -> di
     """Frame i, checked. scene: it has a scene_obs. sizes: (H, W, 3) of the cameras, where known."""
     path, frame = folder / f"episode_{i:07d}.npz", {}
     with naming(path, "Copy or record it again"), np.load(path, allow_pickle=False) as z:
+        if sum(member.file_size for member in z.zip.infolist()) > LARGEST:
+            raise ValueError(f"it would inflate to more than {LARGEST} bytes")
         for k in [*SHAPES][: None if scene else -1]:
             name = "rel_actions" if k == "actions" else k
             x = frame[k] = z[name]
@@ -434,11 +442,11 @@ def pack(
             arrays, n = {}, len(plan["ids"])
             for k, shape in SHAPES.items():
                 path = part / split / f"{k}.npy"
-                if resumes:
-                    arrays[k] = np.load(path, mmap_mode="r+")
-                else:
-                    arrays[k] = create_array(path, (n, *shape), DTYPES[k])
+                new = None if resumes else create_array(path, (n, *shape), DTYPES[k])
+                arrays[k] = np.load(path, mmap_mode="r+") if resumes else new
             jobs += [(plan, arrays, r, blocks / f"{split}_{r}") for r in range(0, n, BLOCK)]
+        if not resumes:
+            shutil.rmtree(blocks, ignore_errors=True)
         write_json(key_file, key)
         blocks.mkdir(exist_ok=True)
         with ThreadPoolExecutor(procs) as pool:  # the work is in numpy, which lets others run
@@ -468,9 +476,9 @@ class PlayData:
     def __init__(self, root, split: str):
         self.path, self.split = Path(root) / split, split
         remedy = f"It is not packed, or not yet: python data.py pack SRC {root}"
-        self.meta = read_json(Path(root) / "meta.json", remedy, (*CALVIN, "skip", "text_encoder"))
+        self.meta = read_json(Path(root) / "meta.json", remedy, META)
         again = f"Copy it anew, or pack {root} again"
-        lang = read_json(self.path / "lang.json", again, ("sentences", "tasks"))
+        lang = read_json(self.path / "lang.json", again, {"sentences": list, "tasks": list})
         self.sentences, self.tasks = lang["sentences"], lang["tasks"]
         for k, shape in (SHAPES | OTHERS).items():
             with naming(self.path / f"{k}.npy", again) as path:

@@ -4,7 +4,9 @@ The only file where data, models, losses and optimisers meet. Phase one (Sec. IV
 over sequences of play, then caches the latents of every frame and probes what they know. Phase two
 (Sec. IV-B) minimises Eqs. 5 and 6 over imagined windows while the world model stays frozen.
 Every field of the configuration is an option (`--batch_size 16`); a run that was stopped at any
-moment goes on from its last checkpoint when the same command is given again.
+moment goes on from its last checkpoint when the same command is given again. OUT gets wm.pt and
+agent.pt, each one's predecessor (*_previous.pt) and log (*.jsonl), pictures/, what the latents know
+(probe.json) and how well the agent follows play (tracking.json).
 
 examples:
     python train.py --stage wm    --preset sim --data data/play --out runs/sim
@@ -17,6 +19,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -55,9 +58,9 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of matrix products; auto: the faster
     compile: bool = False  # torch.compile the losses: a minute or more, again for every new shape
-    log_every: int = 50  # steps
-    validate_every: int = 500  # steps
-    checkpoint_every: int = 250  # steps
+    log_every: int = 50  # steps between two records of the log
+    validate_every: int = 500  # steps between two looks at held-out play
+    checkpoint_every: int = 250  # steps between two checkpoints
 
 
 # Steps of each stage; the paper does not say [D7].
@@ -121,9 +124,8 @@ def load_checkpoint(path: Path, stage: str | None, device: str) -> dict:
     if got not in ([stage] if stage else STAGES):
         need = f"this needs one of --stage {stage or ', '.join(STAGES)}"
         raise ValueError(f"{path} holds stage {got!r}; {need}")
-    needs = "config model meta run step seconds text_encoder".split()
-    needs += ["world_model"] if got == "agent" else []
-    missing = [k for k in needs if k not in c]
+    needs = {"config", "model", "meta", "run", "step", "seconds", "text_encoder"}
+    missing = (needs | {"world_model"} if got == "agent" else needs) - c.keys()
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}; {remedy}")
     for name, x in (c["model"] | c.get("world_model", {}).get("model", {})).items():
@@ -257,7 +259,7 @@ class Run:
         self.figures, self.interrupted = [], False
         self.rank, self.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-        kind = self.device = "cuda" if cuda else "cpu"
+        self.device = kind = "cuda" if cuda else "cpu"
         bf16 = [config.precision == "bf16" or (config.precision == "auto" and bf16_is_faster(kind))]
         if self.ranks > 1:  # torchrun started several of these
             self.device = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu"
@@ -365,11 +367,12 @@ class Run:
         logs = self.due(done, self.config.log_every)
         if logs or self.saves(done) or done == self.start + 10:
             table = torch.stack(self.figures)  # (steps, figures)
-            for row, column in (~table.isfinite()).nonzero().tolist()[:1]:
-                what = f"{[*figures][column]} is {float(table[row, column])} at step"
-                remedy = "try a lower learning rate, or --precision fp32"
-                step = done - len(table) + row
-                raise ValueError(f"{what} {step}. The last checkpoint is kept; {remedy}.")
+            bad = (~table.isfinite()).nonzero().tolist()
+            if bad:
+                row, column = bad[0]
+                what = f"{[*figures][column]} is {float(table[row, column])}"
+                what += f" at step {done - len(table) + row}. The last checkpoint is kept"
+                raise ValueError(f"{what}; try a lower learning rate, or --precision fp32.")
         if logs:
             mean = self.all_gather(table.mean(0)[None]).mean(0)
             means = dict(zip(figures, mean.tolist(), strict=True))
@@ -407,7 +410,9 @@ class Run:
         """Loads the last checkpoint if there is one. Returns the step to go on from, and it."""
         c = self.last_checkpoint()
         self.began = time.monotonic() - c.get("seconds", 0.0)
-        self.log.cut(c.get("step", 0))
+        if c:
+            self.refuse_another(c)
+        self.log.cut(c.get("step", 0))  # of what comes after, for those steps are done again
         if not c:
             return 0, {}
         with fitting(c["path"], "its model, or in another world model"):
@@ -426,19 +431,20 @@ class Run:
         return c["step"], c
 
     def last_checkpoint(self) -> dict:
-        """The last one; the one before it where that is damaged; or nothing. ValueError where it
-        cannot go on with this configuration or this data."""
+        """The last one; the one before it where that is damaged; or nothing."""
         paths = [p for p in (self.checkpoint_path, previous(self.checkpoint_path)) if p.exists()]
         for path in paths:
             try:
-                c = load_checkpoint(path, self.config.stage, "cpu")
-                break
+                return load_checkpoint(path, self.config.stage, "cpu")
             except ValueError as error:
                 if path == paths[-1]:
                     raise
                 print(f"note: {error}; going back to {paths[-1]}")
-        else:
-            return {}
+        return {}
+
+    def refuse_another(self, c: dict) -> None:
+        """ValueError where a checkpoint cannot go on with this configuration or this data."""
+        path = c["path"]
         if {"optimizer", "random"} - c.keys():
             what = f"{path} was published, without its optimiser, or is damaged"
             raise ValueError(f"{what}: it cannot be trained on. Give another --out.")
@@ -454,7 +460,6 @@ class Run:
         if there != here:
             what = f"{path} was trained on other data, {there}; {self.config.data} is {here}"
             raise ValueError(f"{what}. Give that data, or another --out.")
-        return c
 
 
 def forecast(per_step: float, steps: int) -> str:
@@ -559,6 +564,7 @@ def train_world_model(run: Run) -> None:
             share = max(1.0, c.sample_anneal * run.steps)
             schedules["softness"].fill_(max(0.0, 1 - (step + 1) / share))
 
+        # Eq. 2, over B sequences of L frames, and its gradient
         (batch,) = next(batches)
         if not c.carry_state:
             state = world.initial(batch["reset"].shape[1])
@@ -645,6 +651,7 @@ def train_agent(run: Run) -> None:
         for optimizer, rate in ((actor_optimizer, c.actor_lr), (critic_optimizer, c.critic_lr)):
             optimizer.param_groups[0]["lr"] = rate * left(step, run.steps, c.anneal)  # [D25]
 
+        # Eqs. 3 to 6, over play windows and windows with a sentence, and their gradients
         with run.precision:
             play, language = (windows.states(x) for x in next(batches))
             loss_actor, loss_critic, figures = losses(dynamics, play, language)
@@ -722,7 +729,7 @@ for name, switches in B.METHODS.items():
 def parse(arguments: list[str] | None = None) -> tuple[RunConfig, object]:
     """The command line, made from the dataclasses' fields. A typo is an error."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    words = [x.capitalize() if x in ("true", "false") else x for x in arguments]
+    words = [re.sub("(^|=)(true|false)$", lambda found: found[0].title(), x) for x in arguments]
     # Stage and preset come first: they say which model's fields are options, and their defaults.
     plain = [x for x in words if x not in ("-h", "--help")]
     example = {} if plain == words else {"default": RunConfig("wm")}  # --help needs no --stage

@@ -234,6 +234,7 @@ DAMAGE = {
     "shape": (E7, lambda p: replace(p, rel_actions=np.ones(6)), r"rel_actions is float64 \(6,\)"),
     "dtype": (E7, lambda p: replace(p, rgb_static=np.zeros((200, 200, 3))), "expected uint8"),
     "size": (E7, lambda p: replace(p, rgb_static=np.zeros((99, 99, 3), "u1")), r"\(200, 200, 3\)"),
+    "bomb": (E7, lambda p: replace(p, rgb_tactile=np.zeros(2**26, "u1")), "would inflate"),
     "nan": (E7, lambda p: replace(p, robot_obs=NAN), "robot_obs .* expected finite"),
     "range": (E7, lambda p: replace(p, rel_actions=np.full(7, 2.0)), r"not in \[-1, 1\]"),
     "gripper": (E7, lambda p: replace(p, rel_actions=np.zeros(7)), "gripper"),
@@ -339,8 +340,8 @@ def numbers(path: Path, change) -> None:
         ("episodes.npy", lambda p: numbers(p, lambda x: x[:1]), "episodes do not cover"),
         ("spans.npy", lambda p: numbers(p, lambda x: x + 10), "outside of its 265 frames"),
         ("span_emb.npy", lambda p: numbers(p, lambda x: x[:2]), r"\[3, 2, 3, 3\]"),
-        ("lang.json", lambda p: p.write_text("[]"), r"lang\.json: expected.*Copy it anew"),
-        ("../meta.json", lambda p: p.write_text('{"hz": 3}'), r"meta\.json: expected.*renderer"),
+        ("lang.json", lambda p: p.write_text("[]"), r"lang\.json: it holds a list.*Copy it anew"),
+        ("../meta.json", lambda p: p.write_text('{"hz": "3"}'), r"meta\.json: source is None"),
     ],
 )
 def test_packed_arrays_that_are_damaged_or_do_not_belong_together_are_named(

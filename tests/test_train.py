@@ -275,7 +275,8 @@ def test_a_run_says_how_long_it_will_take_and_what_it_found(run, trained, capsys
 def test_every_field_of_the_configuration_is_an_option_with_its_meaning(capsys):
     run, model = train.parse([*WM, "--batch_size", "3", "--carry_state", "false", "--seed", "7"])
     assert (run.seed, model.batch_size, model.carry_state) == (7, 3, False)
-    _, model = train.parse([*AGENT, "--alpha_2", "0.5", "--method", "no_ditto"])
+    _, model = train.parse([*AGENT, "--alpha_2=0.5", "--method", "no_ditto", "--rephrase=false"])
+    assert not model.rephrase and train.parse(AGENT)[1].rephrase
     assert (model.alpha_2, model.method) == (0.5, "no_ditto")
     assert train.parse(["--stage", "wm"])[1] == W.WorldModelConfig()  # the paper's
     with pytest.raises(SystemExit, match="0"):
