@@ -638,6 +638,21 @@ class Windows:
         return {k: torch.from_numpy(x) for k, x in batch.items()}
 
 
+def play_and_language(data: PlayData, c, seed: int, shards=(ALL, ALL)) -> tuple[Windows, Windows]:
+    """Half and half of a batch [D6]. c: AgentConfig or BaselineConfig. shards: which of the windows
+    of either kind this process reads."""
+    lengths, n = (c.sequence_length, c.min_window, c.max_window), c.batch_size // 2
+    play = Windows(data, c.batch_size - n, *lengths, "play", seed, shards[0])
+    return play, Windows(data, n, *lengths, "lang", seed, shards[1], c.rephrase)
+
+
+def with_images(windows: Windows, step: int) -> dict[str, Tensor]:
+    """A batch with what the cameras saw, rgb_static, rgb_gripper (T, B, 64, 64, 3) uint8."""
+    batch = windows.batch(step)
+    images = {k: windows.data.rows(k, batch["index"].numpy()) for k in CAMERAS}
+    return {k: batch[k] for k in ("a", "emb", "align") if k in batch} | images
+
+
 # ---------------------------------------------------------------------------- latents
 def to_device(batch: dict[str, Tensor], device) -> dict[str, Tensor]:
     return {k: x.to(device, non_blocking=True) for k, x in batch.items()}
@@ -712,12 +727,9 @@ class WindowBatches:
     its command before the window; those with a sentence also emb (B, 384), align (B,)."""
 
     def __init__(self, data: PlayData, latents: Latents, world, c, seed: int, shards=(ALL, ALL)):
-        """c: AgentConfig. shards: which of the windows of either kind this process reads."""
+        """c, shards: as in play_and_language."""
         self.data, self.latents, self.world, self.reset_start = data, latents, world, c.reset_start
-        lengths = (c.sequence_length, c.min_window, c.max_window)
-        n = c.batch_size // 2
-        self.play = Windows(data, c.batch_size - n, *lengths, "play", seed, shards[0])
-        self.language = Windows(data, n, *lengths, "lang", seed, shards[1], c.rephrase)
+        self.play, self.language = play_and_language(data, c, seed, shards)
         with torch.no_grad():  # after a reset h is one constant vector [D8]
             no_action = torch.tensor([NO_ACTION], device=world.device)
             self.h_reset = world.recurrent(*world.initial(1), no_action)

@@ -38,6 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import agent as A
+import baselines as B
 import data as D
 import diagnostics
 import world_model as W
@@ -47,7 +48,7 @@ import world_model as W
 class RunConfig:
     """How a stage is run. The model's own numbers are Table III (wm) and Table IV (agent)."""
 
-    stage: Literal["wm", "agent"]  # the world model comes first, then the agent inside it
+    stage: Literal["wm", "agent", "gcbc", "mcil", "hulc"]  # wm first, then agent; or a baseline
     preset: Literal["paper", "sim", "tiny"] = "paper"  # sizes; sim: the play table, tiny: tests
     data: str = "data/play"  # folder made by data.py pack
     out: str = "runs/lumos"  # folder of checkpoints, log and pictures
@@ -64,9 +65,9 @@ class RunConfig:
 
 # Steps of each stage; the paper does not say [D7].
 STEPS = {
-    "paper": {"wm": 2_000_000, "agent": 100_000},
-    "sim": {"wm": 12_000, "agent": 20_000},
-    "tiny": {"wm": 300, "agent": 200},
+    "paper": {"wm": 2_000_000, "agent": 100_000, "baseline": 100_000},
+    "sim": {"wm": 12_000, "agent": 20_000, "baseline": 20_000},
+    "tiny": {"wm": 300, "agent": 200, "baseline": 200},
 }
 # What may change when a run goes on. Its schedules are shares of its steps [D7, D25].
 RESUMABLE = "steps log_every validate_every checkpoint_every device precision compile out data wm"
@@ -107,7 +108,7 @@ def check_device(device: str) -> None:
 def load_checkpoint(path: Path, stage: str | None, device: str) -> dict:
     """A plain dict of a stage (None: of any), and its path. Raises ValueError naming the file and
     the remedy."""
-    command = f"python train.py --stage {stage or 'wm'}"
+    command = f"python train.py --stage {stage or '|'.join(STAGES)}"
     if not Path(path).exists():
         raise ValueError(f"{path} does not exist; make it with: {command}")
     check_device(device)
@@ -120,8 +121,8 @@ def load_checkpoint(path: Path, stage: str | None, device: str) -> dict:
         what = f"{path} is no checkpoint of train.py, or damaged"
         raise ValueError(f"{what}; {remedy} ({error})") from error
     got = c.get("stage") if isinstance(c, dict) else type(c).__name__
-    if got not in ([stage] if stage else STEPS["paper"]):
-        need = f"this needs one of --stage {stage or 'wm or agent'}"
+    if got not in ([stage] if stage else STAGES):
+        need = f"this needs one of --stage {stage or ', '.join(STAGES)}"
         raise ValueError(f"{path} holds stage {got!r}; {need}")
     needs = {"config", "model", "meta", "run", "step", "seconds", "text_encoder"}
     missing = (needs | {"world_model"} if got == "agent" else needs) - c.keys()
@@ -177,11 +178,15 @@ def load_world_model(checkpoint: dict, device: str) -> W.WorldModel:
 
 
 def load_agent(path, device: str = "cpu", sample: bool = True, **policy) -> tuple[A.Policy, dict]:
-    """runs/.../agent.pt -> the policy that acts, and the checkpoint's other entries.
+    """An agent's or a baseline's file -> the policy that acts, and the checkpoint's other entries.
 
     policy: `replan` and `reset_on_replan` where they should not be the checkpoint's.
     """
-    checkpoint = load_checkpoint(Path(path), "agent", device)
+    checkpoint = load_checkpoint(Path(path), None, device)
+    if checkpoint["stage"] in B.METHODS:
+        return load_baseline(checkpoint, device, **policy)
+    if checkpoint["stage"] != "agent":
+        raise ValueError(f"{path} holds stage 'wm', which does not act; give it --stage agent's")
     world = load_world_model(checkpoint, device)
     with fitting(path, "agent.py"):
         config = checkpoint["config"]
@@ -195,6 +200,15 @@ def load_agent(path, device: str = "cpu", sample: bool = True, **policy) -> tupl
         how = checkpoint.get("policy", old) | policy
         policy = A.Policy(world, agent, checkpoint["meta"]["skip"], sample, **how)
     return policy, {k: x for k, x in checkpoint.items() if k not in ("world_model", "optimizer")}
+
+
+def load_baseline(checkpoint: dict, device: str, **policy) -> tuple[B.BaselinePolicy, dict]:
+    with fitting(checkpoint["path"], "baselines.py"):
+        model = B.Baseline(B.BaselineConfig(**checkpoint["config"])).to(device)
+        model.load_state_dict(checkpoint.pop("model"))
+        how = checkpoint["policy"] | policy
+        policy = B.BaselinePolicy(model, checkpoint["meta"]["skip"], **how)
+    return policy, {k: x for k, x in checkpoint.items() if k != "optimizer"}
 
 
 def is_critic(name: str) -> bool:
@@ -240,7 +254,8 @@ class Run:
         self.data = D.PlayData(config.data, "training")
         self.held_out = D.PlayData(config.data, "validation")
         self.checkpoint_path = self.out / f"{config.stage}.pt"
-        self.steps = config.steps or STEPS[config.preset][config.stage]
+        steps = STEPS[config.preset]
+        self.steps = config.steps or steps.get(config.stage, steps["baseline"])
         self.figures, self.interrupted = [], False
         self.rank, self.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
@@ -661,9 +676,54 @@ def train_agent(run: Run) -> None:
               f"--checkpoint {run.checkpoint_path}")  # fmt: skip
 
 
+# ---------------------------------------------------------------------------- the baselines
+def train_baseline(run: Run) -> None:
+    """GCBC, MCIL and HULC (Sec. V-A, App. C) by Adam, from images: no world model, no reward."""
+    c, device = run.model_config, run.device
+    model = B.Baseline(c).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), c.lr, fused=True)
+    start, _ = run.resume({"model": model}, {"model": optimizer})
+    n = c.batch_size // 2
+    shards = run.shard(c.batch_size - n), run.shard(n)
+    windows = D.play_and_language(run.data, c, run.config.seed, shards)
+    held_out = D.play_and_language(run.held_out, c, 0)
+    steps = range(start, run.steps)
+    batches = prefetched((tuple(D.with_images(w, i) for w in windows) for i in steps), device)
+    loss_of = run.parallel(model, model.loss)
+    model.train()
+    for step in run.progress(start):
+        if run.validates(step):
+            figures = []
+            with run.aside(model), run.precision:
+                for i in range(4):
+                    both = (D.to_device(D.with_images(w, i), device) for w in held_out)
+                    figures.append(model.loss(*both)[1])
+            run.log.write("validate", step, diagnostics.mean(figures), run.seconds())
+        if step == run.steps:
+            break
+
+        optimizer.param_groups[0]["lr"] = c.lr * left(step, run.steps, c.anneal)
+        play, language = next(batches)
+        with run.precision:
+            loss, figures = loss_of(play, language)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+        run.record(step + 1, figures)
+        if run.saves(step + 1):
+            policy = B.POLICY_PRESETS[run.config.preset]
+            run.save(step + 1, {"model": model}, {"model": optimizer}, policy=policy)
+    if run.rank == 0:
+        print(f"\n{run.config.stage}: {run.checkpoint_path}")
+
+
 # ---------------------------------------------------------------------------- command line
 # Of each stage: the presets of its model, and its loop.
 STAGES = {"wm": (W.PRESETS, train_world_model), "agent": (A.PRESETS, train_agent)}
+for name, switches in B.METHODS.items():
+    presets = {k: dataclasses.replace(c, **switches) for k, c in B.PRESETS.items()}
+    STAGES[name] = presets, train_baseline
 
 
 def parse(arguments: list[str] | None = None) -> tuple[RunConfig, object]:

@@ -17,6 +17,7 @@ import torch
 from conftest import AGENT, OFTEN, WM, write_packed
 
 import agent as A
+import baselines as B
 import data
 import diagnostics
 import evaluate
@@ -73,6 +74,19 @@ def test_resume_equals_the_uninterrupted_run(name, run, trained, out):
         rows = [r for r in records(folder / f"{name}.jsonl") if r["kind"] == "train"]
         losses.append({r["step"]: r["loss" if name == "wm" else "loss_actor"] for r in rows})
     assert losses[0] == losses[1] and len(losses[0]) == 2
+
+
+@pytest.mark.parametrize("stage", B.METHODS)
+def test_a_baseline_goes_on_as_the_uninterrupted_run_and_acts(stage, run, packed, out):
+    options = [f"--stage={stage}", "--preset", "tiny", "--precision", "fp32"]
+    run(options, "--steps", "2")
+    run(options, "--steps", "4")
+    run(options, "--steps", "4", out=out / "once")
+    assert equal(weights(out / "once" / f"{stage}.pt"), weights(out / f"{stage}.pt"))
+    policy, checkpoint = train.load_agent(out / f"{stage}.pt", replan=3)
+    play = data.PlayData(packed, "training")
+    action = policy.act({"rgb_obs": {k: getattr(play, k)[0] for k in data.CAMERAS}}, np.zeros(384))
+    assert action.shape == (7,) and policy.replan == 3 and checkpoint["stage"] == stage
 
 
 def test_records_after_the_checkpoint_are_dropped_on_resume(run, out):
@@ -341,7 +355,7 @@ BIAS = "actor.mean.bias"
 DAMAGE = {
     "half": (lambda p: p.write_bytes(p.read_bytes()[:9999]), "is no checkpoint.*train again"),
     "a bit": (flip_a_bit, "is no checkpoint.*checksum"),
-    "none": (Path.unlink, "does not exist; make it with.*--stage agent"),
+    "none": (Path.unlink, r"does not exist; make it with.*--stage wm\|agent"),
     "no meta": (edited(lambda c: c.pop("meta")), "lacks meta; .*train again"),
     "no world": (edited(lambda c: c.pop("world_model")), "lacks world_model"),
     "stage": (edited(lambda c: c.update(stage="wm")), "holds stage 'wm'"),
