@@ -50,9 +50,9 @@ TEXT_ENCODER, EMBEDDING = "paraphrase-MiniLM-L3-v2", 384  # App. B
 LANGUAGE = f"lang_{TEXT_ENCODER}"  # CALVIN's name for the folder of its annotations
 # A row of each packed array: of a frame; then of an episode or an annotated span.
 SHAPES = {c: (SIZE, SIZE, 3) for c in CAMERAS} | {k: (n,) for k, n in VECTORS.items()}
-OTHERS = {"episodes": (2,), "spans": (2,), "span_emb": (EMBEDDING,)}
+OTHERS = {"episodes": (2,), "spans": (2,), "span_emb": (EMBEDDING,), "disturbed": ()}
 DTYPES = {c: np.uint8 for c in CAMERAS} | {k: np.float32 for k in (*VECTORS, "span_emb")}
-DTYPES |= {"episodes": np.int64, "spans": np.int64}
+DTYPES |= {"episodes": np.int64, "spans": np.int64, "disturbed": np.bool_}
 ALL = slice(None)
 NO_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)  # before the first step: the gripper is open
 # What recording.json says of our recordings. CALVIN's have no such file, and are like this:
@@ -376,10 +376,20 @@ def plan_split(folder: Path, skip: int, lang_folder: str) -> dict:
                 raise ValueError(f"{bad.sum()} spans are empty or in no episode: {frames[bad][0]}")
     ends = np.cumsum(rows)
     small = {"episodes": np.stack([ends - rows, ends], 1), "spans": spans, "span_emb": emb}
+    small["disturbed"] = read_disturbed(folder, kept)
     return {
         "meta": meta | {"text_encoder": encoder}, "digest": digest, "small": small, "lang": lang,
         "folder": folder, "ids": kept, "frame": (scene, sizes),
     }  # fmt: skip
+
+
+def read_disturbed(folder: Path, kept: np.ndarray) -> np.ndarray:
+    """(N,) bool: the rows in which teleop.py disturbed itself; of kept frames (N, skip)."""
+    path = folder / "disturbed.npy"
+    if not path.exists():  # people's play
+        return np.zeros(len(kept), bool)
+    with naming(path, "Record it again, or remove that file"):
+        return np.load(path, allow_pickle=False)[kept].any(1)
 
 
 def pack_block(plan: dict, arrays: dict[str, np.memmap], row: int, done: Path) -> None:
@@ -470,7 +480,8 @@ def pack(
 class PlayData:
     """A packed split. Memory-mapped: rgb_static, rgb_gripper (N, 64, 64, 3) uint8; actions (N, 7),
     robot_obs (N, 15), scene_obs (N, 24) float32. episodes (E, 2), spans (M, 2): rows [start, end);
-    span_emb (M, 384); sentences, tasks [M]; is_start (N,): first row of an episode; meta: a dict.
+    span_emb (M, 384); sentences, tasks [M]; is_start (N,): first row of an episode; disturbed (N,):
+    rows in which the operator disturbed itself; meta: a dict.
     """
 
     def __init__(self, root, split: str):
@@ -496,7 +507,7 @@ class PlayData:
 
     def check(self) -> None:
         """ValueError unless the arrays belong together."""
-        rows = {k: len(getattr(self, k)) for k in SHAPES}
+        rows = {k: len(getattr(self, k)) for k in (*SHAPES, "disturbed")}
         if set(rows.values()) != {len(self)}:
             raise ValueError(f"frames of its arrays: {rows}")
         texts = [len(x) for x in (self.spans, self.span_emb, self.sentences, self.tasks)]
@@ -512,6 +523,16 @@ class PlayData:
 
     def __len__(self) -> int:
         return len(self.actions)
+
+    def undisturbed(self, least: int) -> np.ndarray:
+        """Rows [start, end) (n, 2) of stretches of at least so many undisturbed frames."""
+        edge = np.zeros(len(self) + 1, bool)  # a stretch ends in front of this row
+        edge[self.episodes.flatten()] = True
+        edge[:-1] |= self.disturbed
+        edge[1:] |= self.disturbed
+        bounds = np.flatnonzero(edge)
+        pairs = np.stack([bounds[:-1], bounds[1:]], 1)
+        return pairs[(np.diff(pairs)[:, 0] >= least) & ~self.disturbed[pairs[:, 0]]]
 
     def stretches(self, L: int) -> np.ndarray:
         """First rows (n,) of stretches of L frames that lie in one episode and share no frame."""
@@ -586,9 +607,10 @@ class Sequences:
 class Windows:
     """Windows of min_len to max_len frames for the agent, padded to T [D14]; batch(step) is pure.
 
-    play: any start in an episode; goal: the window's last frame. lang: any annotated span, then any
-    start in it; it ends in it; goal: its sentence, or one of any span of its task, each as often
-    as the others [D30]. A span shorter than min_len is a window, whole [D23].
+    play: any start in an episode, away from bursts of disturbance; goal: the window's last frame.
+    lang: any annotated span, then any start in it; it ends in it; goal: its sentence, or one of any
+    span of its task, each as often as the others [D11]. A span shorter than min_len is a window,
+    whole [D23].
     """
 
     def __init__(
@@ -597,12 +619,15 @@ class Windows:
     ):  # fmt: skip
         """shard: which of a batch's B windows this process reads, a slice."""
         self.data, self.B, self.T, self.kind, self.seed, self.shard = data, B, T, kind, seed, shard
-        bounds = {"play": data.episodes, "lang": data.spans}[kind]
+        bounds = data.spans if kind == "lang" else data.undisturbed(min_len)
         if not 1 <= min_len <= max_len <= T:
             raise DataError(f"no windows of {min_len} to {max_len} frames fit in {T}.")
         if not len(bounds):
-            what = f"{data.path} has no language, which the agent needs"
-            raise DataError(f"{what}: annotate the recording, pack without --lang-folder none.")
+            what = f"{data.path} has no {min_len} undisturbed frames in a row: record more."
+            if kind == "lang":
+                what = f"{data.path} has no language, which the agent needs: annotate the"
+                what += " recording, pack without --lang-folder none."
+            raise DataError(what)
         places = np.maximum(np.diff(bounds)[:, 0] - min_len + 1, 1)  # admissible starts in each
         self.span = np.repeat(np.arange(len(bounds)), places)
         place = np.arange(len(self.span)) - np.repeat(np.cumsum(places) - places, places)
@@ -612,7 +637,7 @@ class Windows:
         self.most = np.minimum(max_len, bounds[self.span, 1] - self.start)  # the longest window
         self.least = np.minimum(min_len, self.most)
         self.rephrase = rephrase
-        if rephrase:  # [D30]: spans in the order of their tasks; of each from `first` on so many
+        if rephrase:  # [D11]: spans in the order of their tasks; of each from `first` on so many
             _, self.task, self.many = np.unique(data.tasks, return_inverse=True, return_counts=True)
             self.by_task = np.argsort(self.task, stable=True)
             self.first = np.cumsum(self.many) - self.many

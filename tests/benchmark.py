@@ -96,6 +96,7 @@ def random_play(root: Path, frames: int) -> str:
         np.save(root / split / "spans.npy", spans)
         np.save(root / split / "episodes.npy", np.array([[0, n]]))
         np.save(root / split / "span_emb.npy", rng.normal(size=(len(spans), 384)).astype("f4"))
+        np.save(root / split / "disturbed.npy", np.zeros(n, bool))
         lang = {"sentences": ["x"] * len(spans), "tasks": ["x"] * len(spans)}
         (root / split / "lang.json").write_text(json.dumps(lang))
     meta = {"format": 1, "source": "noise", "renderer": "none", "hz": 15, "skip": 2}

@@ -44,6 +44,7 @@ def write_packed(root: Path, frames: int = 160, seed: int = 0) -> None:
             "robot_obs": robot, "scene_obs": scene,
             "episodes": np.array([[0, frames // 2], [frames // 2, frames]]),
             "spans": np.array([[10, 42], [90, 122], [30, 62]]),
+            "disturbed": np.zeros(frames, bool),
             "span_emb": rng.normal(size=(3, 384)).astype(np.float32),
         }  # fmt: skip
         for name, x in arrays.items():

@@ -20,6 +20,7 @@ def play(tmp_path_factory) -> D.PlayData:
     arrays["actions"] = rng.uniform(-1, 1, (N, 7)).astype(np.float32)
     arrays["robot_obs"] = np.arange(N * 15, dtype=np.float32).reshape(N, 15) / 15
     arrays["scene_obs"] = np.zeros((N, 24), np.float32)
+    arrays["disturbed"] = np.zeros(N, bool)
     arrays["span_emb"] = rng.normal(size=(3, 384)).astype(np.float32)
     for k, x in (arrays | {"episodes": np.array(EPISODES), "spans": np.array(SPANS)}).items():
         np.save(root / "training" / f"{k}.npy", x)
@@ -141,6 +142,17 @@ def test_windows_have_20_to_32_frames_inside_their_episode_or_span(play, kind):
     # Every start that leaves room for the shortest window, the last one included.
     assert starts == {s for a, b in bounds for s in range(a, b - 20 + 1)}
     assert set(lengths) == set(range(20, 33))
+
+
+def test_windows_of_play_keep_away_from_bursts_and_reach_up_to_them(play, monkeypatch):
+    disturbed = np.zeros(N, bool)
+    disturbed[[40, 41, 50, 120, 230]] = True  # rows 42 to 50 are too short for a window
+    monkeypatch.setattr(play, "disturbed", disturbed)
+    index = np.concatenate([D.Windows(play, 500).batch(i)["index"].numpy() for i in range(6)], 1)
+    assert not disturbed[index].any()
+    clean = [(0, 40), (51, 120), (121, 201), (201, 230), (231, 265)]
+    assert set(index[0]) == {s for a, b in clean for s in range(a, b - 20 + 1)}
+    assert {39, 119, 229} <= set(index[-1])
 
 
 def test_padding_holds_the_last_frame_and_its_gripper_and_moves_no_arm(play):
