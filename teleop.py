@@ -771,7 +771,7 @@ class Recorder:
                     min(self.t - start, self.end - self.t) < shortest
                 ):
                     stuck = 0 if self.segment() else stuck + 1
-                    stuck += 4 * any(place_of(self.seen, b) == "lost" for b in BLOCKS)
+                    stuck += 4 * bool(lying(self.seen, "lost"))
                 self.episodes.append((start, self.t - 1))
         except _Full:
             self.episodes.append((start, self.t - 1))
