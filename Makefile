@@ -42,7 +42,7 @@ demo: .venv/ready
 
 # Agents of all methods and seeds share one world model and its data. This, too, goes on where it was.
 ablations: .venv/ready
-	test -f runs/sim/wm.pt && test -d data/play || { echo "First a world model in runs/sim and its data in data/play: README, Results."; exit 1; }
+	test -f runs/sim/wm.pt && test -d data/play || { echo "First a world model in runs/sim and its data in data/play: README, Install and run."; exit 1; }
 	mkdir -p results/ablations
 	set -e; for seed in 0 1 2; do for method in lumos no_ditto no_latent_plan no_alignment; do \
 		run=runs/$${method}_$$seed; mkdir -p $$run; ln -sf ../sim/wm.pt $$run/wm.pt; \

@@ -46,7 +46,7 @@ SHELF_PLACES = {  # m, the two slots in the cabinet, behind the sliding door
     "slider_right": (0.0703416330, 0.0924044687, 0.460990009),
 }
 State = namedtuple("State", ("led", "lightbulb", "slider", "drawer", *BLOCKS))
-INSTALL = """To install it (README: CALVIN's own simulator):
+INSTALL = """To install it (docs/calvin.md):
   pip install pybullet gym==0.26.2 hydra-core scipy
   pip install opencv-python-headless numpy-quaternion gitpython
   git clone https://github.com/mees/calvin_env

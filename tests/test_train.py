@@ -461,7 +461,7 @@ def test_windows_bring_their_sentence_and_a_reset_start_its_own_latents(frozen):
     play, world, latents = frozen
     config = A.PRESETS["tiny"]
     batches = data.WindowBatches(play, latents, world, config, 0)
-    assert batches.language.rephrase == config.rephrase == True  # noqa: E712  [D30]
+    assert batches.language.rephrase == config.rephrase == True  # noqa: E712  [D11]
     T, B, H = config.sequence_length, config.batch_size // 2, world.config.deterministic
     sources = batches.play.batch(3), batches.language.batch(3)
     kept, reset = (batches.batch(3, reset_start=chance) for chance in (0.0, 1.0))
