@@ -499,8 +499,12 @@ def attempt(env, oracle, task, max_steps=360, skip=2):
     return False, max_steps
 
 
-def feasible(seen):
-    """The tasks that make sense now, by CALVIN's conditions; a held block can be put down first."""
+def feasible(seen, alone):
+    """The tasks that make sense now, by CALVIN's conditions; a held block can be put down first.
+
+    alone: `free_blocks` now: what the robot or another block touches cannot be pushed into the
+    drawer, by CALVIN's rule.
+    """
     in_hand, table, top = held(seen), lying(seen, "table"), lying(seen, "top")
     free = [b for b in table if all(gap(seen, b, seen.at[t]) > 0.02 for t in top)]
     ajar = {"left": seen.door < 0.06, "right": seen.door > 0.22}  # the halves that stand open
@@ -511,7 +515,7 @@ def feasible(seen):
         f"turn_{'off' if seen.led else 'on'}_led": True, "unstack_block": bool(top),
         "place_in_slider": in_hand and (ajar["left"] or ajar["right"]),
         "place_in_drawer": in_hand and seen.drawer > 0.17, "stack_block": in_hand and free,
-        "push_into_drawer": seen.drawer > 0.17 and any(0.04 < seen.at[b][0] < 0.32 for b in free),
+        "push_into_drawer": seen.drawer > 0.17 and any(0.04 < seen.at[b][0] < 0.32 for b in alone),
     }  # fmt: skip
     for b in BLOCKS:
         name, where, x = b[6:], place_of(seen, b), seen.at[b][0]
@@ -596,17 +600,19 @@ def prepare(env, oracle, task, rng, kind):
     """
     obs = env.reset(sim.ROBOT_OBS0, random_scene(rng, task))
     for _ in range(4):
-        obs, *_ = env.step(np.array([0, 0, 0, 0, 0, 0, 1.0]), render=False)
-    others = [t for t in feasible(see(env, obs)) if t != task]
+        obs, _, _, info = env.step(np.array([0, 0, 0, 0, 0, 0, 1.0]), render=False)
+    now = feasible(see(env, obs), free_blocks(info))
+    others = [t for t in now if t != task]
     lifts = [t for t in others if t.startswith("lift")]
     if task.startswith("place") or task == "stack_block" or kind == 3:
         others = [t for t in lifts if t.split("_")[1] not in task]
     elif kind != 1:
-        return task in feasible(see(env, obs))
+        return task in now
     else:
         others = [t for t in others if t not in lifts]
     done = bool(others) and attempt(env, oracle, str(rng.choice(others)))[0]
-    return done and task in feasible(see(env, env.get_obs(render=False)))
+    seen = see(env, env.get_obs(render=False))
+    return done and task in feasible(seen, free_blocks(env.get_info()))
 
 
 # -------------------------------------------------------------------------------- in many processes
@@ -838,15 +844,16 @@ class Recorder:
     def skill(self):
         """Does one task, disturbed in bursts or not; annotates it if the oracle agrees."""
         rng, seen = self.rng, self.seen
-        tasks = feasible(seen)
+        start = self.infos[self.t]
+        free = free_blocks(start)
+        tasks = feasible(seen, free)
         if held(seen) and rng.random() < 0.7:  # mostly it is put somewhere
             tasks = [t for t in tasks if t.startswith(("place", "stack"))] or tasks
         task = self.choose(tasks)
         self.count[task] += 1  # whatever comes of it: what fails is not tried again and again
         self.pairs[self.last, task] = self.pairs.get((self.last, task), 0) + 1
         self.last = task.rsplit("_", 1)[0]
-        begin, start = self.t, self.infos[self.t]
-        free, bursts = free_blocks(start), self.bursts()
+        begin, bursts = self.t, self.bursts()
         for frame in range(PATIENCE // self.skip):
             if frame in bursts:
                 a, begin = self.disturbed(task, free, *bursts[frame]), self.t + 1

@@ -118,7 +118,7 @@ def test_tasks_chains_and_initial_states_are_the_benchmarks_own_and_can_be_begun
         if number < 100:
             obs = env.reset(robot_obs, scene_obs)
             np.testing.assert_allclose(obs["scene_obs"], scene_obs, atol=2e-5)
-            assert tasks[0] in teleop.feasible(teleop.see(env, env.get_obs()))
+            assert tasks[0] in teleop.feasible(teleop.see(env, env.get_obs()), teleop.BLOCKS)
     env.close()
     assert digest.hexdigest() == BENCHMARK and len(calvin.TASKS) == 34
 
