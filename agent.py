@@ -187,12 +187,13 @@ class Actor(nn.Module):
 class Critic(nn.Module):
     """Eq. 4's second line: v_ψ(s_t, g) ≈ E[ Σ_t γ^t r^int_t ]. x (..., k + g) -> (...,).
 
-    A return is some 160, the mean reward's r̄ / (1-γ), and a few tenths of it are the state's. A
-    network that regresses it as it is bootstraps the mean for 10,000 steps and learns nothing of
-    the state. So the network's output is (V - mean) / deviation, which `forward` undoes [D18]. The
-    deviation is the returns', as in PopArt [van Hasselt 2016]; it moves too slowly to need PopArt's
-    correction of the last layer. The mean is r̄ / (1-γ), as in reward centring [Naik 2024]: the
-    returns' own running mean, as in PopArt, would still have to bootstrap itself.
+    A return is about 160, which is r̄ / (1-γ) for the mean reward r̄; the state decides only a few
+    tenths of it. A network that regresses it as it is bootstraps the mean for 10,000 steps and
+    learns nothing of the state. So the network's output is (V - mean) / deviation, which `forward`
+    undoes [D18]. The deviation is the returns', as in PopArt [van Hasselt 2016]; it moves too
+    slowly to need PopArt's correction of the last layer. The mean is r̄ / (1-γ), as in reward
+    centring [Naik 2024]: the returns' own running mean, as in PopArt, would still have to bootstrap
+    itself.
     """
 
     def __init__(self, n_in: int, hidden: int, count: int):
@@ -250,7 +251,7 @@ class Agent(nn.Module):
         if c.method not in METHODS:
             raise ValueError(f"method must be one of {METHODS}, got {c.method!r}")
         if not 2 <= c.min_window <= c.max_window <= c.sequence_length:
-            raise ValueError("2 <= min_window <= max_window <= sequence_length, please")
+            raise ValueError("need 2 <= min_window <= max_window <= sequence_length")
         if c.batch_size < 2:
             raise ValueError("batch_size must be 2 or more: a play and a language window [D6]")
         if c.features % 8:
@@ -294,10 +295,10 @@ class Agent(nn.Module):
         g = torch.cat([self.goal_latent(V[-1, :n]), self.goal_language(language["emb"])])
         # Recognition sees the whole window; the KL teaches proposal, from its start, to agree.
         q, features = self.recognition(V)
-        p = self.proposal(V[0], g)
         zero = q.new_zeros(())
         plan, kl = V[0, :, :0], zero
         if self.with_plan:
+            p = self.proposal(V[0], g)
             plan, kl = P.sample_straight_through(q), P.kl_balanced(q, p, c.delta).mean()
         # For windows without a sentence the contrastive loss is omitted.
         contrast = accuracy = zero
@@ -341,7 +342,7 @@ class Agent(nn.Module):
             return self.clone_loss(play, language)
         batch = join(play, language)
         s_E, weight = batch["s_E"], self.weights(batch)
-        weight = weight / P.all_gather(weight.sum()[None]).mean()  # shares of the mean [D9]
+        weight = weight / P.all_gather(weight.sum()[None]).mean()  # each step's share [D9]
 
         # Goals and plans in hindsight, the plan networks' KL, and Eq. 8.
         g, plan, figures = self.encode(play, language, P.all_gather)
@@ -363,13 +364,14 @@ class Agent(nn.Module):
         kl, contrast = figures["plan_kl"], figures["contrast"]
         loss_actor = actor_loss(v_lambda, kl, contrast, c.alpha_1, c.alpha_2, weight)
 
-        figures = {"reward": r.mean(), "v_lambda": v_lambda.mean()} | figures
+        figures = {"reward": (weight * r).sum(), "v_lambda": (weight * v_lambda).sum()} | figures
         figures |= critic_figures(self.critic, v.detach(), v_lambda.detach(), weight)
-        figures["action_mse"] = (a - batch["a"][:-1]).square().mean()
+        error = (a - batch["a"][:-1]).square().mean(-1)
+        figures["action_mse"] = (weight * error).sum()
         figures |= {"loss_actor": loss_actor, "loss_critic": loss_critic}
         if self.training:
             self.critic.follow(r, v_lambda, weight, c.gamma)
-            self.slow_critic.mean.copy_(self.critic.mean)  # one mean: it cancels in Eq. 5
+            self.slow_critic.mean.copy_(self.critic.mean)  # so that it cancels in Eq. 5
         return loss_actor, loss_critic, {k: x.detach() for k, x in figures.items()}
 
     def clone_loss(self, play: Batch, language: Batch) -> tuple[Tensor, Tensor, Batch]:
@@ -383,8 +385,9 @@ class Agent(nn.Module):
         a = self.actor(torch.cat([s_E[:-1], context], -1))
         error = (a - batch["a"][:-1]).square().mean(-1)  # (H, B)
         kl, contrast = figures["plan_kl"], figures["contrast"]
+        # Eq. 6 with the negative error in the place of V_λ.
         loss = actor_loss(-error, kl, contrast, c.alpha_1, c.alpha_2, weight)
-        figures |= {"action_mse": error.mean(), "loss_actor": loss}
+        figures |= {"action_mse": (weight * error).sum(), "loss_actor": loss}
         return loss, loss.new_zeros(()), {k: x.detach() for k, x in figures.items()}
 
     def track(self, world, play: Batch, language: Batch) -> Batch:

@@ -307,7 +307,7 @@ class Run:
 
     @contextmanager
     def rank_zero_first(self):
-        """Rank 0 does what stands in the block; then the others do it, and find it done."""
+        """Rank 0 runs the block first; then the others run it, and find it done."""
         if self.rank > 0:
             dist.barrier()
         yield
@@ -363,7 +363,7 @@ class Run:
     def record(self, done: int, figures: dict[str, Tensor]) -> None:
         """Keeps a step's figures where they are, for reading them would wait for the device; now
         and then checks them, and logs their means since the last time."""
-        self.figures.append(torch.stack([x.float() for x in figures.values()]))
+        self.figures.append(torch.stack([x.float().to(self.device) for x in figures.values()]))
         logs = self.due(done, self.config.log_every)
         if logs or self.saves(done) or done == self.start + 10:
             table = torch.stack(self.figures)  # (steps, figures)
@@ -420,7 +420,7 @@ class Run:
                 module.load_state_dict(c[name])
             for name, optimizer in optimizers.items():
                 optimizer.load_state_dict(c["optimizer"][name])
-                for p, state in optimizer.state.items():  # fused: paired as they lie in memory
+                for p, state in optimizer.state.items():  # moments in the parameters' layout
                     moments = {k: x for k, x in state.items() if x.shape == p.shape}
                     state.update({k: torch.empty_like(p).copy_(x) for k, x in moments.items()})
         torch.set_rng_state(c["random"]["cpu"])

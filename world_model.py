@@ -220,7 +220,7 @@ class WorldModel(nn.Module):
                 nn.init.orthogonal_(p)
             elif p.dim() > 1:
                 nn.init.xavier_uniform_(p)
-            elif name.endswith("bias") or "bias_" in name:
+            elif "bias" in name:
                 nn.init.zeros_(p)
         self.to(memory_format=torch.channels_last)
         for decoder in self.decoders.values():  # but what `one_pixel` uses as a matrix
@@ -307,7 +307,7 @@ class WorldModel(nn.Module):
         c, x, reset = self.config, self.see(batch), self.reset_some(batch["reset"])
         # The expectation over q in Eq. 2 is one sample of z_1:T, drawn step by step.
         h, z, q = self.observe(self.encode(x), batch["a_prev"], reset, state)
-        # Each latent state has to show its images; each prior, to foresee its posterior.
+        # Each latent state must reconstruct its images; each prior must predict its posterior.
         loss, terms = elbo_loss(x, self.decode(h, z), q, self.prior(h), c.beta, c.delta)
         return loss, terms, (h[-1].detach(), z[-1].detach())
 
@@ -484,7 +484,8 @@ class SimWorldModel(WorldModel):
             some = some + torch.randint(decode_every, (), device=h.device)
         x = {k: x[k].index_select(0, some) for k in CAMERAS}
         decoded = self.decode(h.index_select(0, some), z.index_select(0, some))
-        # How far the arm moves, in σ, is a Gaussian of unit variance, too; not known after a reset.
+        # How far the arm moves, in σ, is a Gaussian of unit variance, too. After a reset h does not
+        # know where the arm was: those frames are left out.
         p, known = z[..., -len(POSE) :], ~reset[1:, :, None]
         x["robot"] = (p[1:] - p[:-1]) * known / POSE_SIGMA
         decoded["robot"] = self.motion(torch.cat([h, a_prev], -1)[1:]) * known / POSE_SIGMA
