@@ -525,7 +525,7 @@ def feasible(seen, alone):
         ok[f"lift_{name}_block_slider"] = ajar.get(where, False) and b != in_hand
         for side, sign in (("right", 1), ("left", -1)):
             room = [gap(seen, o, beside(seen, b, sign)) for o in BLOCKS if o != b]
-            free_way = x < 0.24 if sign > 0 else x > 0.06
+            free_way = x < 0.27 if sign > 0 else x > 0.03
             ok[f"push_{name}_block_{side}"] = loose and free_way and min(room) > 0.015
         for side in ("left", "right"):
             ok[f"rotate_{name}_block_{side}"] = loose and x > -0.05 and far < 0.76
