@@ -45,8 +45,9 @@ ablations: .venv/ready
 	test -f runs/sim/wm.pt && test -d data/play || { echo "First a world model in runs/sim and its data in data/play: README, Install and run."; exit 1; }
 	mkdir -p results/ablations
 	set -e; for seed in 0 1 2; do for method in lumos no_ditto no_latent_plan no_alignment; do \
-		run=runs/$${method}_$$seed; mkdir -p $$run; ln -sf ../sim/wm.pt $$run/wm.pt; \
-		$(BIN)/python train.py --stage agent --preset sim --method $$method --seed $$seed --data data/play --out $$run; \
+		run=runs/$${method}_$$seed; \
+		$(BIN)/python train.py --stage agent --preset sim --method $$method --seed $$seed \
+			--data data/play --wm runs/sim/wm.pt --out $$run; \
 		$(BIN)/python evaluate.py --checkpoint $$run/agent.pt --chains 200 --procs $(PROCS) --out $$run/evaluation; \
 		cp $$run/evaluation/results.json results/ablations/$${method}_sim_seed$$seed.json; \
 	done; done
