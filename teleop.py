@@ -719,7 +719,7 @@ class Recorder:
 
     def __init__(self, env, oracle, folder, first, length, rng, skip=1, pictures=True):
         self.env, self.oracle, self.folder, self.rng, self.skip = env, oracle, folder, rng, skip
-        self.first, self.t, self.end, self.pictures = first, first, first + length, pictures
+        self.t, self.end, self.pictures = first, first + length, pictures
         self.episodes, self.spans, self.bursts_at, self.rows = [], [], [], []
         self.infos = {}  # frame: what the oracle wants to know of it
         self.count = dict.fromkeys(sim.TASKS, 0)
