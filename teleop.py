@@ -799,28 +799,18 @@ class Recorder:
     def wander(self, home=False):
         """Reaches about in free space, or goes to where the benchmark starts."""
         seen, rng = self.seen, self.rng
-        pos, turn = (
-            rng.uniform([-0.28, -0.36, clear(seen)], [0.26, -0.10, 0.66]),
-            rng.normal(size=3),
-        )
+        pos = rng.uniform([-0.28, -0.36, clear(seen)], [0.26, -0.10, 0.66])
+        euler = DOWN + rng.normal(size=3) * [0.05, 0.2, 0.5]
         grip = CLOSE if held(seen) else int(rng.choice([OPEN, CLOSE]))
-        euler, speed, frames = (
-            DOWN + turn * [0.05, 0.2, 0.5],
-            rng.uniform(0.012, SPEED),
-            rng.integers(4, 20),
-        )
+        speed, frames = rng.uniform(0.012, SPEED), rng.integers(4, 20)
         if home:
-            pos, euler, grip, speed, frames = (
-                NEUTRAL,
-                DOWN,
-                CLOSE if held(seen) else OPEN,
-                SPEED,
-                25,
-            )
+            pos, euler, speed, frames = NEUTRAL, DOWN, SPEED, 25
+            grip = CLOSE if held(seen) else OPEN
         for _ in range(frames):
-            way = travel(self.seen, pos, 1.0 * home, euler, grip)
-            self.tick(towards(self.seen, *way, self.skip, speed))
-            if np.linalg.norm(self.seen.tcp - pos) < 0.01:
+            way = travel(seen, pos, 1.0 * home, euler, grip)
+            self.tick(towards(seen, *way, self.skip, speed))
+            seen = self.seen
+            if np.linalg.norm(seen.tcp - pos) < 0.01:
                 break
 
     def choose(self, tasks):
