@@ -108,7 +108,7 @@ def held(seen):
     """The block between the closed fingers, or None."""
     if seen.grip == OPEN or not 0.03 < seen.width < 0.062:
         return None
-    level = [b for b in BLOCKS if abs(seen.at[b][2] - seen.tcp[2]) < 0.035]
+    level = [b for b in BLOCKS if abs(seen.at[b][2] - seen.tcp[2]) < 0.048]
     return nearest(seen, [b for b in level if gap(seen, b, seen.tcp) < 0.008])
 
 
@@ -186,7 +186,7 @@ def travel(seen, pos, off, euler, grip):
     low = far * np.clip((high - tcp[2]) / 0.04, 0, 1)
     across = pos[:2] + low * (tcp[:2] - pos[:2])
     pos = np.array([*across, pos[2] + far * max(0, high + 0.005 - pos[2])])
-    inside = far * np.clip((tcp[1] + 0.03) / 0.03, 0, 1) * (tcp[2] < 0.70)
+    inside = far * np.clip((tcp[1] + 0.04) / 0.03, 0, 1) * (tcp[2] < 0.70)
     back = np.array([tcp[0], -0.12, max(tcp[2] + 0.02, 0.5)])
     pos = pos + inside * (back - pos)
     euler = euler + inside * wrap(upright(seen) - euler)
@@ -403,7 +403,7 @@ def place(seen, where):
         return fetch(seen, "table", "top")
     pitch, yaw = level(seen, block), np.clip(seen.euler[2], 0.9, 2.1)
     if where == "drawer":
-        xy = spot(seen, block, (0.07, 0.29), (-0.10 - seen.drawer, -0.235))
+        xy = spot(seen, block, (0.07, 0.29), (-0.10 - seen.drawer, -0.245))
         return put(seen, block, xy, 0.367, pitch, far=0.12, gate=0.025)
     xy = spot(seen, block, (0.0, 0.08) if seen.door > 0.14 else (-0.27, -0.20), (0.07, 0.085))
     how = {"far": 0.2, "axis": unit(0, -0.117, 0.08), "gate": 0.02, "slope": 4.0}
@@ -415,7 +415,7 @@ def stack(seen):
     base = nearest(seen, lying(seen, "table"))
     if not block or not base:
         return fetch(seen, "table")
-    return put(seen, block, seen.at[base][:2], 0.502, level(seen, block), far=0.05, gate=0.011)
+    return put(seen, block, seen.at[base][:2], 0.502, level(seen, block), far=0.05, gate=0.014)
 
 
 def unstack(seen):
@@ -525,7 +525,7 @@ def feasible(seen, alone):
         ok[f"lift_{name}_block_slider"] = ajar.get(where, False) and b != in_hand
         for side, sign in (("right", 1), ("left", -1)):
             room = [gap(seen, o, beside(seen, b, sign)) for o in BLOCKS if o != b]
-            free_way = x < 0.27 if sign > 0 else x > 0.03
+            free_way = x < 0.27 if sign > 0 else x > 0.045
             ok[f"push_{name}_block_{side}"] = loose and free_way and min(room) > 0.015
         for side in ("left", "right"):
             ok[f"rotate_{name}_block_{side}"] = loose and x > -0.05 and far < 0.76
