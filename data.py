@@ -43,16 +43,17 @@ from torch import Tensor
 ASSETS = Path(__file__).parent / "assets"
 SIZE = 64  # pixels, App. C
 LARGEST = 2**26  # bytes of a recorded frame, all cameras and depths
-BLOCK = 256  # packed frames that a thread makes at a time
+BLOCK = 256  # rows that are packed between two notes of how far it got
 MIN_LEN, MAX_LEN = 20, 32  # Table IV: shortest and longest window
-CAMERAS, VECTORS = ("rgb_static", "rgb_gripper"), {"actions": 7, "robot_obs": 15, "scene_obs": 24}
+CAMERAS = ("rgb_static", "rgb_gripper")
 TEXT_ENCODER, EMBEDDING = "paraphrase-MiniLM-L3-v2", 384  # App. B
 LANGUAGE = f"lang_{TEXT_ENCODER}"  # CALVIN's name for the folder of its annotations
 # A row of each packed array: of a frame; then of an episode or an annotated span.
-SHAPES = {c: (SIZE, SIZE, 3) for c in CAMERAS} | {k: (n,) for k, n in VECTORS.items()}
+SHAPES = dict.fromkeys(CAMERAS, (SIZE, SIZE, 3))
+SHAPES |= {"actions": (7,), "robot_obs": (15,), "scene_obs": (24,)}
 OTHERS = {"episodes": (2,), "spans": (2,), "span_emb": (EMBEDDING,), "disturbed": ()}
-DTYPES = {c: np.uint8 for c in CAMERAS} | {k: np.float32 for k in (*VECTORS, "span_emb")}
-DTYPES |= {"episodes": np.int64, "spans": np.int64, "disturbed": np.bool_}
+DTYPES = dict.fromkeys(SHAPES, np.float32) | dict.fromkeys(CAMERAS, np.uint8)
+DTYPES |= {"span_emb": np.float32, "episodes": np.int64, "spans": np.int64, "disturbed": np.bool_}
 ALL = slice(None)
 NO_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)  # before the first step: the gripper is open
 # What recording.json says of our recordings. CALVIN's have no such file, and are like this:
@@ -82,14 +83,13 @@ def write(path: Path, fill) -> None:
     disk has its content before its name changes, so this holds for a power cut, too."""
     part = path.with_name(f"part_{path.name}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
-            fill(file)
-        sync(part)
-        os.replace(part, path)
-        sync(path.parent)
-    except (OSError, RuntimeError) as error:  # torch.save raises the latter
-        raise DataError(f"could not write {path}: {error}. {MAKE_ROOM}.") from error
+        with naming(f"could not write {path}", MAKE_ROOM):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(part, "wb") as file:
+                fill(file)
+            sync(part)
+            os.replace(part, path)
+            sync(path.parent)
     finally:
         part.unlink(missing_ok=True)
 
@@ -216,19 +216,25 @@ def encode(sentences: list[str], encoder: str = TEXT_ENCODER) -> np.ndarray:
     return np.stack([known[_key(s)] for s in sentences]).astype(np.float32)
 
 
-def read_language(folder: Path, encoder: str) -> tuple[np.ndarray, np.ndarray, dict]:
-    """Annotations: spans of frame ids (M, 2), embeddings (M, 384), {"sentences", "tasks"}: [M]."""
+def read_language(folder: Path, encoder: str, ids: np.ndarray, kept: np.ndarray) -> tuple:
+    """Annotations: spans of packed rows [start, end) (M, 2), embeddings (M, 384), {"sentences",
+    "tasks"}: [M]. ids, kept: as read_episodes returns them."""
     path, there = folder / "auto_lang_ann.npy", sorted(p.name for p in folder.parent.glob("lang*"))
     with naming(path, f"Annotate again; or --lang-folder: one of {there}, or none (no language)"):
         d = load_pickled_npy(path)
         lang = {"sentences": list(d["language"]["ann"]), "tasks": list(d["language"]["task"])}
-        spans = np.array(d["info"]["indx"], np.int64).reshape(len(lang["tasks"]), 2)
-        emb = np.array(d["language"]["emb"], np.float32).reshape(len(spans), EMBEDDING)
+        frames = np.array(d["info"]["indx"], np.int64).reshape(len(lang["tasks"]), 2)
+        emb = np.array(d["language"]["emb"], np.float32).reshape(len(frames), EMBEDDING)
         known = embedding_table() if encoder == TEXT_ENCODER else {}
         rows = zip(lang["sentences"], emb, strict=True)
         good = [np.abs(e - known.get(_key(s), e)).max() < 0.01 for s, e in rows]
         if not good or not all(good):  # also where not finite
             raise ValueError(f"{len(good)} annotations, of which {encoder} embedded {sum(good)}")
+        e = np.searchsorted(ids[:, 0], frames[:, 0], "right") - 1  # the episode of each span
+        spans = np.searchsorted(kept[:, 0], frames)  # the kept frames with ids in [start, end)
+        bad = (e < 0) | (frames[:, 1] > ids[e, 1]) | (spans[:, 0] >= spans[:, 1])
+        if bad.any():
+            raise ValueError(f"{bad.sum()} spans are empty or in no episode: {frames[bad][0]}")
     return spans, emb, lang
 
 
@@ -255,32 +261,30 @@ def annotate(folder: Path, spans: Path, encoder: str = TEXT_ENCODER) -> None:
     folder, lang = Path(folder), f"lang_{Path(encoder).name}"
     found, asked, files = {"validation": [], "training": []}, {}, {}
     with naming(spans, "Columns: start,end,sentence,task; `end` is the first frame after the span"):
+        table = {s: folder / s / "ep_start_end_ids.npy" for s in found}
+        episodes = {s: np.load(x, allow_pickle=False).reshape(-1, 2) for s, x in table.items()}
         for row in csv.DictReader(Path(spans).read_text().splitlines()):
             start, end, sentence = int(row["start"]), int(row["end"]), row["sentence"].strip()
             span = (start, end, sentence, (row.get("task") or "").strip() or sentence)
-            placed = False
-            for split in found:
-                ids = np.load(folder / split / "ep_start_end_ids.npy", allow_pickle=False)
-                first, last = ids.reshape(-1, 2).T
-                if ((first <= start) & (end <= last + 1)).any():
-                    found[split].append(span)
-                    placed = True
-            if not sentence or start >= end or not placed:
+            splits = [s for s in found if any(a <= start < end <= b + 1 for a, b in episodes[s])]
+            if not sentence or not splits:
                 raise ValueError(f"a span is empty, mute or in no episode: {span}")
+            for split in splits:
+                found[split].append(span)
         for split, rows in found.items():
             if not rows:
                 raise ValueError(f"no span is in an episode of {split}/")
             for *_, sentence, task in rows:
                 asked.setdefault(task, sentence)  # task: its sentence at run time
+    every = [sentence for rows in found.values() for *_, sentence, _ in rows]
+    emb = dict(zip(every, encode(every, encoder)[:, None], strict=True))  # sentence: (1, 384)
     for split, rows in found.items():
-        ann, task = [r[2] for r in rows], [r[3] for r in rows]
-        language = {"ann": ann, "task": task, "emb": encode(ann, encoder)[:, None]}  # (N, 1, 384)
-        info = {"episodes": [], "indx": [r[:2] for r in rows]}
+        *_, ann, task = zip(*rows, strict=True)
+        language = {"ann": [*ann], "task": [*task], "emb": np.stack([emb[s] for s in ann])}
+        info = {"episodes": [], "indx": [row[:2] for row in rows]}
         files[folder / split / lang / "auto_lang_ann.npy"] = {"language": language, "info": info}
-    told = zip(asked.items(), encode([*asked.values()], encoder), strict=True)
-    files[folder / "validation" / lang / "embeddings.npy"] = {
-        task: {"emb": e[None, None], "ann": [sentence]} for (task, sentence), e in told
-    }
+    told = {task: {"emb": emb[s][None], "ann": [s]} for task, s in asked.items()}
+    files[folder / "validation" / lang / "embeddings.npy"] = told
     for path, content in files.items():
         array = np.array(content, dtype=object)
         write(path, lambda file, x=array: np.save(file, x, allow_pickle=True))
@@ -288,21 +292,20 @@ def annotate(folder: Path, spans: Path, encoder: str = TEXT_ENCODER) -> None:
 
 
 # ---------------------------------------------------------------------------- packing
-def read_frame(folder: Path, i: int, scene: bool, sizes: dict[str, tuple]) -> dict:
-    """Frame i, checked. scene: it has a scene_obs. sizes: (H, W, 3) of the cameras, where known."""
+def read_frame(folder: Path, i: int, shapes: dict[str, tuple | None]) -> dict:
+    """Frame i, checked: arrays of these names and shapes; an image of None may have any size."""
     path, frame = folder / f"episode_{i:07d}.npz", {}
     with naming(path, "Copy or record it again"), np.load(path, allow_pickle=False) as z:
         if sum(member.file_size for member in z.zip.infolist()) > LARGEST:
             raise ValueError(f"it would inflate to more than {LARGEST} bytes")
-        for k in [*SHAPES][: None if scene else -1]:
+        for k, want in shapes.items():
             name = "rel_actions" if k == "actions" else k
             x = frame[k] = z[name]
-            if k in CAMERAS:  # of any size, but images are never enlarged
-                want = sizes.get(k, (*(max(n, SIZE) for n in x.shape[:2]), 3))
+            if k in CAMERAS:
                 kind, ok = "uint8", x.dtype == np.uint8
+                want = want or (*(max(n, SIZE) for n in x.shape[:2]), 3)  # it is never enlarged
             else:
-                want, kind = SHAPES[k], "finite floats"
-                ok = x.dtype.kind == "f" and np.isfinite(x).all()
+                kind, ok = "finite floats", x.dtype.kind == "f" and np.isfinite(x).all()
             if not ok or x.shape != want:
                 raise ValueError(f"{name} is {x.dtype} {x.shape}, expected {kind} {want}")
         a = frame["actions"]
@@ -311,9 +314,9 @@ def read_frame(folder: Path, i: int, scene: bool, sizes: dict[str, tuple]) -> di
     return frame
 
 
-def read_episodes(folder: Path, skip: int) -> tuple[np.ndarray, np.ndarray, str]:
-    """Episodes as frame ids [start, end) (E, 2), the rows that each gets (E,), and a digest of all
-    frames' sizes and times: another recording has another one."""
+def read_episodes(folder: Path, skip: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
+    """Episodes as frame ids [start, end) (E, 2) and as packed rows [start, end) (E, 2), the `skip`
+    frames of each row (N, skip), and a digest of the sizes and times of all frames' files."""
     remedy = "It holds an episode's first and last frame per row: correct it, or record again"
     with naming(folder / "ep_start_end_ids.npy", remedy) as path:
         ids = np.load(path, allow_pickle=False).astype(np.int64, casting="same_kind").reshape(-1, 2)
@@ -327,84 +330,90 @@ def read_episodes(folder: Path, skip: int) -> tuple[np.ndarray, np.ndarray, str]
         files = {entry.name: entry for entry in os.scandir(folder)}
         if np.diff(ids).sum() > len(files):
             raise ValueError(f"{np.diff(ids).sum()} frames, but the folder has {len(files)} files")
-    names, digest = [f"episode_{i:07d}.npz" for e in ids for i in range(*e)], hashlib.sha256()
-    for name in names:
+    digest = hashlib.sha256()
+    for name in (f"episode_{i:07d}.npz" for bounds in ids for i in range(*bounds)):
         with naming(folder / name, f"Copy or record it again, or take it out of {path.name}"):
             if name not in files:
                 raise FileNotFoundError("it is missing")
             stat = files[name].stat()
-            digest.update(f"{name} {stat.st_size} {stat.st_mtime_ns}".encode())
-    return ids, rows, digest.hexdigest()
+        digest.update(f"{name} {stat.st_size} {stat.st_mtime_ns}".encode())
+    kept = [np.arange(i, i + n * skip) for i, n in zip(ids[:, 0], rows, strict=True)]
+    kept, ends = np.concatenate(kept).reshape(-1, skip), np.cumsum(rows)
+    return ids, np.stack([ends - rows, ends], 1), kept, digest.hexdigest()
 
 
-def read_about(folder: Path, skip: int) -> dict:
+def read_about(folder: Path, skip: int, lang_folder: str) -> dict:
     """The meta of a packed recording of which every skip-th frame is kept."""
-    path = folder / "recording.json"
-    about = CALVIN | (read_json(path, "Correct it") if path.exists() else {})
+    path, base = folder / "recording.json", {"skip": 1, "frame": "base", "text_encoder": None}
+    about = base | CALVIN | (read_json(path, "Correct it") if path.exists() else {})
     with naming(path, "Correct it"):
-        already = about.get("skip", 1)  # steps that the recording's own frames last
-        numbers = np.array([about["hz"], *about["action_scale"], already])
+        numbers = np.array([about["hz"], *about["action_scale"], about["skip"]])
         ok = numbers.shape == (4,) and numbers.dtype.kind in "if" and (numbers > 0).all()
-        if not ok or not isinstance(already, int):
+        if not ok or not isinstance(about["skip"], int):
             what = f"hz, action_scale, skip are {numbers.tolist()}"
             raise ValueError(f"{what}, not 1 + 2 + 1 positive numbers, the last one whole")
-    meta = {k: about[k] for k in CALVIN} | {"hz": about["hz"] / skip, "skip": skip * already}
-    if about.get("frame", "base") != "base":  # of relative actions; absent: base
+    # The frames of a recording may last several steps already.
+    meta = {k: about[k] for k in CALVIN} | {"hz": about["hz"] / skip, "skip": about["skip"] * skip}
+    if about["frame"] != "base":  # of relative actions
         meta["frame"] = about["frame"]
-    return meta | {"text_encoder": about.get("text_encoder"), "format": 1}
+    encoder = None if lang_folder == "none" else lang_folder.removeprefix("lang_")
+    if encoder:
+        same_text_encoder(about["text_encoder"] or encoder, encoder, folder)
+    return meta | {"text_encoder": encoder, "format": 1}
 
 
-def plan_split(folder: Path, skip: int, lang_folder: str) -> dict:
-    """What is known of a split without reading its frames (but the first), checked."""
-    ids, rows, digest = read_episodes(folder, skip)
-    kept = [np.arange(i, i + n * skip) for i, n in zip(ids[:, 0], rows, strict=True)]
-    kept = np.concatenate(kept).reshape(-1, skip)  # packed row r is of frames kept[r]
-    meta = read_about(folder, skip)
-    scene = meta["source"] != "robot"  # a real scene has no scene_obs: zeros stand for it
-    sizes = {k: x.shape for k, x in read_frame(folder, int(ids[0, 0]), scene, {}).items()}
+def pack_split(src: Path, dst: Path, skip: int, meta: dict, lang_folder: str, procs: int) -> int:
+    """One split of a recording -> its arrays. Returns how many rows they have."""
+    from tqdm import tqdm
+
+    ids, episodes, kept, digest = read_episodes(src, skip)
+    N, disturbed = len(kept), np.zeros(len(kept), bool)
     spans, emb = np.zeros((0, 2), np.int64), np.zeros((0, EMBEDDING), np.float32)
-    lang, encoder = {"sentences": [], "tasks": []}, None
+    lang = {"sentences": [], "tasks": []}
     if lang_folder != "none":
-        encoder = lang_folder.removeprefix("lang_")
-        same_text_encoder(meta["text_encoder"] or encoder, encoder, folder)
-        frames, emb, lang = read_language(folder / lang_folder, encoder)
-        e = np.searchsorted(ids[:, 0], frames[:, 0], "right") - 1  # the episode of each span
-        spans = np.searchsorted(kept[:, 0], frames)  # the kept frames with ids in [start, end)
-        bad = (e < 0) | (frames[:, 1] > ids[e, 1]) | (spans[:, 0] >= spans[:, 1])
-        with naming(folder / lang_folder / "auto_lang_ann.npy", "Annotate it again"):
-            if bad.any():
-                raise ValueError(f"{bad.sum()} spans are empty or in no episode: {frames[bad][0]}")
-    ends = np.cumsum(rows)
-    small = {"episodes": np.stack([ends - rows, ends], 1), "spans": spans, "span_emb": emb}
-    small["disturbed"] = read_disturbed(folder, kept)
-    return {
-        "meta": meta | {"text_encoder": encoder}, "digest": digest, "small": small, "lang": lang,
-        "folder": folder, "ids": kept, "frame": (scene, sizes),
-    }  # fmt: skip
+        spans, emb, lang = read_language(src / lang_folder, meta["text_encoder"], ids, kept)
+    if (src / "disturbed.npy").exists():  # teleop.py disturbed itself; people's play has none
+        with naming(src / "disturbed.npy", "Record it again, or remove that file") as path:
+            disturbed = np.load(path, allow_pickle=False)[kept].any(1)
+    shapes = SHAPES | dict.fromkeys(CAMERAS)  # of the first frame's, whatever size they are
+    if meta["source"] == "robot":
+        del shapes["scene_obs"]  # a real scene has none: zeros stand for it
+    shapes = {k: x.shape for k, x in read_frame(src, ids[0, 0], shapes).items()}
+    dst.mkdir(exist_ok=True)
+    files, progress = {k: dst / f"{k}.npy" for k in SHAPES}, dst / "packing.json"
+    state = {"source": str(src), "meta": meta, "digest": digest, "done": 0}  # rows
+    if progress.exists():
+        before = read_json(progress, f"Remove {dst.parent}", {"done": int})
+        if before | {"done": 0} != state:
+            raise DataError(f"{dst.parent} is of another recording or options. Remove it.")
+        state = before
+    else:
+        for k, path in files.items():
+            create_array(path, (N, *SHAPES[k]), DTYPES[k])
+        write_json(progress, state)
+    arrays = {k: np.load(path, mmap_mode="r+") for k, path in files.items()}
 
-
-def read_disturbed(folder: Path, kept: np.ndarray) -> np.ndarray:
-    """(N,) bool: the rows in which teleop.py disturbed itself; of kept frames (N, skip)."""
-    path = folder / "disturbed.npy"
-    if not path.exists():  # people's play
-        return np.zeros(len(kept), bool)
-    with naming(path, "Record it again, or remove that file"):
-        return np.load(path, allow_pickle=False)[kept].any(1)
-
-
-def pack_block(plan: dict, arrays: dict[str, np.memmap], row: int, done: Path) -> None:
-    """Rows [row, row + BLOCK) of a split, unless they are `done`, a file that says so."""
-    if done.exists():
-        return
-    for r, ids in enumerate(plan["ids"][row : row + BLOCK].tolist(), row):
-        steps = [read_frame(plan["folder"], i, *plan["frame"]) for i in ids]
+    def pack_row(row: int) -> None:  # one step at 1/skip of the recording's rate
+        steps = [read_frame(src, i, shapes) for i in kept[row]]
+        # What is seen first, the mean arm action, held for `skip` steps, and the last gripper.
         a = np.stack([step["actions"] for step in steps])
-        # One step at 1/skip of the rate: the mean arm action, held for `skip` steps; last gripper.
         for k, x in (steps[0] | {"actions": np.append(a[:, :6].mean(0), a[-1, 6])}).items():
-            arrays[k][r] = resize_area(x) if k in CAMERAS else x
-    for x in arrays.values():
-        x.flush()
-    done.touch()
+            arrays[k][row] = resize_area(x) if k in CAMERAS else x
+
+    pool = ThreadPoolExecutor(procs)  # the work is in numpy, which lets others run
+    with pool, tqdm(total=N, initial=state["done"], desc=src.name, unit=" frames") as bar:
+        for first in range(state["done"], N, BLOCK):
+            rows = range(first, min(first + BLOCK, N))
+            for _ in pool.map(pack_row, rows):
+                bar.update()
+            for x in arrays.values():
+                x.flush()
+            write_json(progress, state | {"done": rows.stop})
+    small = {"episodes": episodes, "spans": spans, "span_emb": emb, "disturbed": disturbed}
+    for k, x in small.items():
+        write(dst / f"{k}.npy", lambda file, x=x: np.save(file, x))
+    write_json(dst / "lang.json", lang)
+    return N
 
 
 def create_array(path: Path, shape: tuple, dtype) -> np.memmap:
@@ -430,50 +439,23 @@ def pack(
         lang_folder: of the annotations to take, or none
         procs: frames that are read at a time
     """
-    from tqdm import tqdm
-
     src, dst, part = Path(src).resolve(), Path(dst), Path(f"{dst}.part")
     if skip < 1 or procs < 1:
         raise DataError(f"--skip {skip}, --procs {procs}: at least 1. Give other numbers.")
     if dst.exists():
         raise DataError(f"{dst} exists. Remove it, or give another folder.")
+    splits = ("validation", "training")
     with locked(part), naming(part, MAKE_ROOM):
-        plans = {s: plan_split(src / s, skip, lang_folder) for s in ("training", "validation")}
-        meta, blocks, key_file = plans["training"]["meta"], part / "blocks", part / "packing.json"
-        if meta != plans["validation"]["meta"]:
+        meta, other = (read_about(src / s, skip, lang_folder) for s in splits)
+        if meta != other:
             raise DataError(f"{src}: recording.json differs between training/ and validation/.")
-        key = {"source": str(src), "meta": meta, "block": BLOCK}
-        key |= {split: plan["digest"] for split, plan in plans.items()}
-        resumes, jobs = key_file.exists(), []
-        if resumes and read_json(key_file, f"Remove {part}") != key:
-            raise DataError(f"{part} is of another recording or options. Remove it.")
-        for split, plan in plans.items():
-            (part / split).mkdir(exist_ok=True)
-            arrays, n = {}, len(plan["ids"])
-            for k, shape in SHAPES.items():
-                path = part / split / f"{k}.npy"
-                new = None if resumes else create_array(path, (n, *shape), DTYPES[k])
-                arrays[k] = np.load(path, mmap_mode="r+") if resumes else new
-            jobs += [(plan, arrays, r, blocks / f"{split}_{r}") for r in range(0, n, BLOCK)]
-        if not resumes:
-            shutil.rmtree(blocks, ignore_errors=True)
-        write_json(key_file, key)
-        blocks.mkdir(exist_ok=True)
-        with ThreadPoolExecutor(procs) as pool:  # the work is in numpy, which lets others run
-            work = pool.map(pack_block, *zip(*jobs, strict=True))
-            for _ in tqdm(work, total=len(jobs), unit=f"{BLOCK} frames"):
-                pass
-        for split, plan in plans.items():
-            for k, x in plan["small"].items():
-                write(part / split / f"{k}.npy", lambda file, x=x: np.save(file, x))
-            write_json(part / split / "lang.json", plan["lang"])
+        n = sum(pack_split(src / s, part / s, skip, meta, lang_folder, procs) for s in splits)
         write_json(part / "meta.json", meta)
-        shutil.rmtree(blocks)
-        for file in (key_file, part / ".lock", part / ".lock_holder"):
+        for file in (*part.glob("*/packing.json"), part / ".lock", part / ".lock_holder"):
             file.unlink()
         os.rename(part, dst)
         sync(dst.parent)
-    print(f"{dst}: {sum(len(plan['ids']) for plan in plans.values())} frames")
+    print(f"{dst}: {n} frames")
 
 
 # ---------------------------------------------------------------------------- packed play
@@ -500,26 +482,24 @@ class PlayData:
             setattr(self, k, x)
         with naming(self.path, again):
             self.check()
-        self.longest = int(np.diff(self.episodes).max())  # frames of the longest episode
         self.kept = {}  # arrays that lie on a device, see keep_on
+        self.longest = int(np.diff(self.episodes).max())  # frames of the longest episode
         self.is_start = np.zeros(len(self), bool)
         self.is_start[self.episodes[:, 0]] = True
 
     def check(self) -> None:
         """ValueError unless the arrays belong together."""
+        N, (starts, ends) = len(self), self.episodes.T
         rows = {k: len(getattr(self, k)) for k in (*SHAPES, "disturbed")}
-        if set(rows.values()) != {len(self)}:
+        if set(rows.values()) != {N}:
             raise ValueError(f"frames of its arrays: {rows}")
         texts = [len(x) for x in (self.spans, self.span_emb, self.sentences, self.tasks)]
         if len(set(texts)) > 1:
             raise ValueError(f"spans, span_emb, sentences and tasks are {texts}")
-        bounds = self.episodes.flatten()  # 0, a, a, b, b, ..., N
-        follow = np.array_equal(bounds, [0, *np.repeat(bounds[1:-1:2], 2), len(self)])
-        if not follow or (np.diff(self.episodes) <= 0).any():
-            raise ValueError(f"episodes do not cover its {len(self)} frames one after the other")
-        outside = (self.spans < 0) | (self.spans > len(self))
-        if outside.any() or (np.diff(self.spans) <= 0).any():
-            raise ValueError(f"spans are empty, or outside of its {len(self)} frames")
+        if not N or not np.array_equal([*starts, N], [0, *ends]) or (starts >= ends).any():
+            raise ValueError(f"episodes do not cover its {N} frames one after the other")
+        if (self.spans < 0).any() or (self.spans > N).any() or (np.diff(self.spans) <= 0).any():
+            raise ValueError(f"spans are empty, or outside of its {N} frames")
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -623,11 +603,10 @@ class Windows:
         if not 1 <= min_len <= max_len <= T:
             raise DataError(f"no windows of {min_len} to {max_len} frames fit in {T}.")
         if not len(bounds):
-            what = f"{data.path} has no {min_len} undisturbed frames in a row: record more."
+            what, remedy = f"{min_len} undisturbed frames in a row", "record more"
             if kind == "lang":
-                what = f"{data.path} has no language, which the agent needs: annotate the"
-                what += " recording, pack without --lang-folder none."
-            raise DataError(what)
+                what, remedy = "language", "annotate it, and pack without --lang-folder none"
+            raise DataError(f"{data.path} has no {what}, which the agent needs: {remedy}.")
         places = np.maximum(np.diff(bounds)[:, 0] - min_len + 1, 1)  # admissible starts in each
         self.span = np.repeat(np.arange(len(bounds)), places)
         place = np.arange(len(self.span)) - np.repeat(np.cumsum(places) - places, places)
@@ -647,8 +626,7 @@ class Windows:
         rng = np.random.default_rng([self.seed, step, self.kind == "lang"])
         w = np.searchsorted(self.cdf, rng.random(self.B) * self.cdf[-1], "right")
         length = rng.integers(self.least[w], self.most[w] + 1)[self.shard]
-        w = w[self.shard]
-        t = np.arange(self.T)[:, None]
+        w, t = w[self.shard], np.arange(self.T)[:, None]
         index = self.start[w] + np.minimum(t, length - 1)  # the end is held [D14]
         a = self.data.actions[index]  # (T, B, 7); the held end repeats its gripper
         a[t >= length, :6] = 0
@@ -714,9 +692,9 @@ def make_latents(world, data: PlayData, folder: Path, precision) -> None:
     from tqdm import tqdm
 
     N, c = len(data), world.config
-    widths = {"h": (c.deterministic, np.float16), "z": (c.categoricals, np.uint8)}
-    widths["z_reset"] = widths["z"]
-    out = {k: create_array(folder / f"{k}.npy", (N, n), t) for k, (n, t) in widths.items()}
+    files = {k: folder / f"{k}.npy" for k in Latents._fields}
+    out = {k: create_array(files[k], (N, c.categoricals), np.uint8) for k in ("z", "z_reset")}
+    out["h"] = create_array(files["h"], (N, c.deterministic), np.float16)
     stretches, warm, L = min(64, math.ceil(N / 256)), 64, 64
     length = math.ceil(N / stretches)  # frames of each
     starts = np.arange(stretches) * length
@@ -755,18 +733,17 @@ class WindowBatches:
         """c, shards: as in play_and_language."""
         self.data, self.latents, self.world, self.reset_start = data, latents, world, c.reset_start
         self.play, self.language = play_and_language(data, c, seed, shards)
+        no_action = torch.tensor([NO_ACTION], device=world.device)
         with torch.no_grad():  # after a reset h is one constant vector [D8]
-            no_action = torch.tensor([NO_ACTION], device=world.device)
             self.h_reset = world.recurrent(*world.initial(1), no_action)
 
     def read(self, step: int) -> tuple[dict, dict]:
         """What the disk knows of a step's windows: no random numbers of torch's, no device."""
         both = self.play.batch(step), self.language.batch(step)
         for windows in both:
-            index = windows["index"].numpy()  # (T, B)
-            h, z, z_reset = self.latents.h[index[0]], self.latents.z[index], self.latents.z_reset
-            arrays = {"h": h, "z": z, "z_reset": z_reset[index[0]]}
-            arrays["robot_obs"] = self.data.robot_obs[index]
+            index, latents = windows["index"].numpy(), self.latents  # (T, B)
+            arrays = {"z": latents.z[index], "robot_obs": self.data.robot_obs[index]}
+            arrays |= {"h": latents.h[index[0]], "z_reset": latents.z_reset[index[0]]}
             windows |= {k: torch.from_numpy(x) for k, x in arrays.items()}
         return both
 
@@ -798,10 +775,9 @@ class WindowBatches:
 def main(arguments: list[str] | None = None) -> None:
     import tyro
 
-    commands = {"pack": pack, "annotate": annotate}
-    how = (tyro.conf.PositionalRequiredArgs,)
+    commands, config = {"pack": pack, "annotate": annotate}, (tyro.conf.PositionalRequiredArgs,)
     try:
-        tyro.extras.subcommand_cli_from_dict(commands, args=arguments, config=how)
+        tyro.extras.subcommand_cli_from_dict(commands, args=arguments, config=config)
     except DataError as error:
         sys.exit(f"error: {error}")
 

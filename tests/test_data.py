@@ -96,19 +96,10 @@ def ids() -> np.ndarray:
 # ----------------------------------------------------------------------------------------- images
 
 
-def area_average(image: np.ndarray, size: int) -> np.ndarray:
-    """The definition, slowly: every output pixel is the mean over its rectangle of the input."""
-    n, out = image.shape[0], np.zeros((size, size, 3))
-    for i in range(size):
-        for j in range(size):
-            total = np.zeros(3)
-            for y in range(i * n // size, min(n, -(-(i + 1) * n // size))):
-                for x in range(j * n // size, min(n, -(-(j + 1) * n // size))):
-                    h = min(y + 1, (i + 1) * n / size) - max(y, i * n / size)
-                    w = min(x + 1, (j + 1) * n / size) - max(x, j * n / size)
-                    total += image[y, x] * h * w
-            out[i, j] = total / (n / size) ** 2
-    return out
+def area_average(x: np.ndarray, size: int, axis: int) -> np.ndarray:
+    """The definition: each pixel is cut into `size` parts; n parts are averaged."""
+    n, x = x.shape[axis], np.moveaxis(x, axis, 0).repeat(size, 0)
+    return np.moveaxis(x.reshape(size, n, *x.shape[1:]).mean(1), 0, axis)
 
 
 @pytest.mark.parametrize("shape", [(84, 84), (128, 128), (200, 200), (200, 150)])
@@ -116,8 +107,7 @@ def test_images_shrink_by_area_averaging_as_cv2_inter_area_does(shape):
     image = np.random.default_rng(1).integers(0, 256, (*shape, 3), np.uint8)
     got = D.resize_area(image)
     assert got.dtype == np.uint8 and got.shape == (64, 64, 3)
-    if shape[0] == shape[1]:
-        assert np.abs(got - area_average(image, 64)).max() <= 0.501
+    assert np.abs(got - area_average(area_average(image, 64, 0), 64, 1)).max() <= 0.501
     stack = D.resize_area(np.stack([image, 255 - image])[None])
     assert stack.shape == (1, 2, 64, 64, 3) and (stack[0, 0] == got).all()
     cv2 = pytest.importorskip("cv2")
@@ -126,7 +116,7 @@ def test_images_shrink_by_area_averaging_as_cv2_inter_area_does(shape):
 
 
 def test_images_of_64_pixels_are_untouched_and_smaller_ones_refused():
-    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    image = np.zeros((64, 64, 3), np.uint8)
     assert D.resize_area(image) is image
     with pytest.raises(ValueError, match="uint8"):
         D.resize_area(image[:63])
@@ -166,19 +156,22 @@ def test_skip_2_averages_arm_actions_takes_the_last_gripper_and_halves_spans(cal
     assert d.meta["hz"] == 15 and d.meta["skip"] == 2
 
 
-def test_float32_recordings_of_64_pixels_are_read_as_well_and_recording_json_travels(tmp_path):
+def test_a_robots_recording_has_64_float32_pixels_no_scene_and_its_recording_json_travels(tmp_path):
     src = record(tmp_path / "ours", 64, 64)
-    about = {"source": "sim", "renderer": "tiny", "hz": 15, "action_scale": [0.02, 0.05]}
-    about |= {"skip": 2, "text_encoder": D.TEXT_ENCODER}
+    about = {"source": "robot", "renderer": "tiny", "hz": 15, "action_scale": [0.02, 0.05]}
+    about |= {"skip": 2, "text_encoder": D.TEXT_ENCODER}  # its frames last two steps already
+    for path in src.glob("*/episode_*.npz"):
+        with np.load(path) as z:
+            f = {k: z[k].astype("f4") if z[k].dtype == "f8" else z[k] for k in z if k in D.SHAPES}
+            f |= {"rel_actions": z["rel_actions"].astype("f4"), "scene_obs": None}
+        np.savez(path, **{k: x for k, x in f.items() if x is not None})
     for split in EPISODES:
         (src / split / "recording.json").write_text(json.dumps(about | {"frames": len(split)}))
-    f = {k: v.astype("f4") if v.dtype == "f8" else v for k, v in frame(600_003, 64, 64).items()}
-    np.savez_compressed(src / "training" / "episode_0600003.npz", **f)
     D.pack(src, tmp_path / "packed")
     d = D.PlayData(tmp_path / "packed", "training")
-    assert (d.rgb_static[204] == f["rgb_static"]).all()
-    assert d.meta["renderer"] == "tiny" and d.meta["source"] == "sim"
-    assert d.meta["hz"] == 15 and d.meta["skip"] == 2  # its frames last two steps already
+    assert (d.rgb_static[204] == frame(600_003, 64, 64)["rgb_static"]).all()
+    assert not d.scene_obs[:].any() and d.meta["skip"] == 2 and d.meta["hz"] == 15
+    assert d.meta["renderer"] == "tiny" and d.meta["source"] == "robot"
 
 
 def test_without_language_the_world_model_has_its_data_and_the_agent_is_told_why_not(
@@ -191,16 +184,6 @@ def test_without_language_the_world_model_has_its_data_and_the_agent_is_told_why
     D.Sequences(d, 2, 10, 0).batch(0), D.Windows(d, 2).batch(0)
     with pytest.raises(D.DataError, match=r"packed/training has no language.*--lang-folder"):
         D.Windows(d, 2, kind="lang")
-
-
-def test_a_real_robot_needs_no_scene_obs(copy, tmp_path):
-    for path in copy.glob("*/episode_*.npz"):
-        replace(path, scene_obs=None)
-    for split in EPISODES:
-        (copy / split / "recording.json").write_text(json.dumps({"source": "robot", "hz": 15}))
-    D.pack(copy, tmp_path / "packed")
-    d = D.PlayData(tmp_path / "packed", "training")
-    assert not d.scene_obs[:].any() and d.meta["hz"] == 15
 
 
 # ----------------------------------------------------------------------------------------- errors
@@ -240,6 +223,7 @@ DAMAGE = {
     "gripper": (E7, lambda p: replace(p, rel_actions=np.zeros(7)), "gripper"),
     "rate": (ABOUT, lambda p: p.write_text('{"hz": "x"}'), r"recording\.json: .*\['x'"),
     "scale": (ABOUT, lambda p: p.write_text('{"action_scale": [1]}'), "2 \\+ 1 positive numbers"),
+    "encoder": ("training", lambda p: encoded(p, "all-MiniLM"), "is .all-MiniLM., expected"),
     "no ids": (IDS, Path.unlink, "ep_start_end_ids.npy"),
     "short": (IDS, lambda p: rewrite(p, [(553_567, 553_580)]), "shorter than a window.*--skip"),
     "overlap": (IDS, lambda p: rewrite(p, [(553_567, 553_600), (553_590, 553_650)]), "overlap"),
@@ -257,6 +241,10 @@ DAMAGE = {
 def rewrite(path: Path, episodes: list) -> None:
     path.unlink()
     np.save(path, np.array(episodes))
+
+
+def encoded(folder: Path, encoder: str) -> None:
+    (folder / "recording.json").write_text(json.dumps({"text_encoder": encoder}))
 
 
 def known() -> str:
@@ -299,13 +287,10 @@ def test_annotations_of_any_numpy_are_read(protocol, tmp_path):
     assert got["names"].tolist() == ["a", "bc"]
 
 
-def test_another_text_encoder_is_an_error(copy, tmp_path):
+def test_another_text_encoder_is_an_error():
     D.same_text_encoder("sentence-transformers/" + D.TEXT_ENCODER, D.TEXT_ENCODER, "checkpoint")
     with pytest.raises(D.DataError, match="all-MiniLM"):
         D.same_text_encoder("all-MiniLM-L6-v2", D.TEXT_ENCODER, "checkpoint")
-    (copy / "training/recording.json").write_text('{"text_encoder": "all-MiniLM-L6-v2"}')
-    with pytest.raises(D.DataError, match="all-MiniLM"):
-        D.pack(copy, tmp_path / "packed")
 
 
 def test_a_full_disk_is_found_before_anything_is_written(calvin, tmp_path, monkeypatch):
@@ -316,13 +301,6 @@ def test_a_full_disk_is_found_before_anything_is_written(calvin, tmp_path, monke
     with pytest.raises(D.DataError, match=r"rgb_static\.npy.*No space left.*Make room"):
         D.pack(calvin, tmp_path / "packed")
     assert not (tmp_path / "packed").exists()
-
-
-def test_an_existing_folder_is_never_overwritten_and_an_unpacked_one_is_named(calvin, packed):
-    with pytest.raises(D.DataError, match="exists"):
-        D.pack(calvin, packed)
-    with pytest.raises(D.DataError, match="not packed"):
-        D.PlayData(calvin, "training")
 
 
 def numbers(path: Path, change) -> None:
@@ -353,66 +331,60 @@ def test_packed_arrays_that_are_damaged_or_do_not_belong_together_are_named(
         D.PlayData(copy, "training")
 
 
-def test_a_folder_that_cannot_be_made_and_impossible_numbers_are_told(calvin, tmp_path):
+def test_folders_and_numbers_that_do_not_fit_are_told(calvin, packed, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(D.DataError, match=r"file/packed\.part: .*give another folder"):
         D.pack(calvin, tmp_path / "file" / "packed")
+    with pytest.raises(D.DataError, match="exists"):  # never overwritten
+        D.pack(calvin, packed)
+    with pytest.raises(D.DataError, match="not packed"):
+        D.PlayData(calvin, "training")
     for option in ("--skip", "--procs"):
         with pytest.raises(SystemExit, match=f"{option} 0.*at least 1"):
             D.main(["pack", str(calvin), str(tmp_path / "packed"), option, "0"])
 
 
-@pytest.fixture
-def killed(calvin, tmp_path) -> Path:
-    """A folder whose packing was killed after two blocks of 16 frames."""
+def test_a_killed_pack_leaves_no_folder_and_goes_on_where_it_was(calvin, packed, tmp_path):
+    """While it runs, a second one is refused; after it, another recording or other options are."""
     code = "import data, sys, time; data.BLOCK = 16; old = data.read_frame\n"
     code += "data.read_frame = lambda *a: (time.sleep(0.02), old(*a))[1]\n"
     code += f"data.pack({str(calvin)!r}, {str(tmp_path / 'packed')!r}, procs=2)"
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     child = subprocess.Popen([sys.executable, "-c", code], env=environment, **quiet)
-    while len(list(tmp_path.glob("packed.part/blocks/training_*"))) < 2:
+    killed, part = tmp_path / "packed", tmp_path / "packed.part/training"
+    progress = part / "packing.json"
+    while not progress.exists() or json.loads(progress.read_text())["done"] < 32:
         assert child.poll() is None
         time.sleep(0.01)
     with pytest.raises(D.DataError, match=rf"packed\.part is in use by process {child.pid} on"):
-        D.pack(calvin, tmp_path / "packed")
+        D.pack(calvin, killed)
     child.kill()
     child.wait()
-    return tmp_path / "packed"
-
-
-def test_a_killed_pack_leaves_no_folder_and_goes_on_where_it_was(
-    calvin, packed, killed, monkeypatch
-):
-    """While it runs, a second one is refused: see `killed`."""
-    assert not killed.exists()
     with pytest.raises(D.DataError, match="not packed, or not yet"):
         D.PlayData(killed, "training")
-    with pytest.raises(D.DataError, match="options"):
-        D.pack(calvin, killed, skip=2)
-    monkeypatch.setattr(D, "BLOCK", 16)
-    part = Path(f"{killed}.part")
-    done = sorted(int(p.name.split("_")[1]) for p in part.glob("blocks/training_*"))
-    robot_obs = np.load(part / "training" / "robot_obs.npy", mmap_mode="r+")
-    robot_obs[done] = -1  # seen if one is done twice
+    state = json.loads(progress.read_text())
+    for change in ({"digest": "another recording's"}, {"meta": {}}, {"source": "another's"}):
+        progress.write_text(json.dumps(state | change))
+        with pytest.raises(D.DataError, match="another recording or options"):
+            D.pack(calvin, killed)
+    progress.write_text(json.dumps(state))
+    robot_obs = np.load(part / "robot_obs.npy", mmap_mode="r+")
+    robot_obs[: state["done"]] = -1  # seen if one is done twice
     D.pack(calvin, killed)
     whole, resumed = D.PlayData(packed, "training"), D.PlayData(killed, "training")
-    assert (resumed.robot_obs[done] == -1).all()
-    others = np.setdiff1d(np.arange(len(whole)), done)
+    assert 0 < state["done"] < len(whole) and (resumed.robot_obs[: state["done"]] == -1).all()
     for k in D.SHAPES:
-        assert (getattr(resumed, k)[others] == getattr(whole, k)[others]).all()
+        first = state["done"] if k == "robot_obs" else 0
+        assert (getattr(resumed, k)[first:] == getattr(whole, k)[first:]).all()
 
 
-def test_packing_does_not_go_on_with_another_recording_of_the_same_length(
-    copy, killed, monkeypatch
-):
-    monkeypatch.setattr(D, "BLOCK", 16)
+def test_another_recording_and_other_options_have_another_mark(copy):
+    digest = D.read_episodes(copy / "training", 1)[-1]
     replace(copy / E7, robot_obs=np.ones(15))
-    os.utime(copy / E7, (1, 1))
-    key = json.loads((killed.parent / "packed.part/packing.json").read_text())
-    (killed.parent / "packed.part/packing.json").write_text(json.dumps(key | {"source": str(copy)}))
-    with pytest.raises(D.DataError, match="another recording or options"):
-        D.pack(copy, killed)
+    assert D.read_episodes(copy / "training", 1)[-1] != digest
+    metas = [D.read_about(copy / "training", skip, LANG) for skip in (1, 2)]
+    assert metas[0] != metas[1]
 
 
 # ----------------------------------------------------------------------------------------- language

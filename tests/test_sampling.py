@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import write_packed
 
 import data as D
 
@@ -13,18 +14,14 @@ N, EPISODES, SPANS = 265, [[0, 201], [201, 265]], [[33, 97], [133, 163], [201, 2
 
 @pytest.fixture(scope="module")
 def play(tmp_path_factory) -> D.PlayData:
-    """A packed split, written by hand: robot_obs[r, 0] is r."""
-    root, rng = tmp_path_factory.mktemp("data") / "packed", np.random.default_rng(0)
-    (root / "training").mkdir(parents=True)
-    arrays = {k: rng.integers(0, 256, (N, 64, 64, 3), np.uint8) for k in D.CAMERAS}
-    arrays["actions"] = rng.uniform(-1, 1, (N, 7)).astype(np.float32)
+    """A packed split: robot_obs[r, 0] is r."""
+    root = tmp_path_factory.mktemp("data") / "packed"
+    write_packed(root, N)
+    images = np.random.default_rng(0).integers(0, 256, (2, N, 64, 64, 3), np.uint8)
+    arrays = dict(zip(D.CAMERAS, images, strict=True)) | {"episodes": EPISODES, "spans": SPANS}
     arrays["robot_obs"] = np.arange(N * 15, dtype=np.float32).reshape(N, 15) / 15
-    arrays["scene_obs"] = np.zeros((N, 24), np.float32)
-    arrays["disturbed"] = np.zeros(N, bool)
-    arrays["span_emb"] = rng.normal(size=(3, 384)).astype(np.float32)
-    for k, x in (arrays | {"episodes": np.array(EPISODES), "spans": np.array(SPANS)}).items():
+    for k, x in arrays.items():
         np.save(root / "training" / f"{k}.npy", x)
-    (root / "meta.json").write_text(json.dumps(D.CALVIN | {"skip": 1, "text_encoder": None}))
     lang = {"sentences": ["x", "y", "x"], "tasks": ["a", "b", "a"]}
     (root / "training" / "lang.json").write_text(json.dumps(lang))
     return D.PlayData(root, "training")
