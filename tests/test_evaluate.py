@@ -151,11 +151,9 @@ def test_a_policy_for_another_rate_scale_renderer_or_frame_is_refused(fake, key,
     fake.checkpoint["meta"][key] = value
     with pytest.raises(SystemExit, match=f"agent.pt was trained on data with {key}"):
         fake.run("--chains", "1")
-
-
-def test_15_hz_held_for_two_steps_is_30_hz(fake):
-    fake.checkpoint["meta"]["hz"], fake.policy.skip = 15, 2
-    assert fake.run("--chains", "1")["avg_len"] == 5
+    if key == "hz":
+        fake.policy.skip = 2  # 15 Hz held for two steps is 30 Hz
+        assert fake.run("--chains", "1")["avg_len"] == 5
 
 
 def test_a_policy_of_the_play_table_is_refused_in_calvin_and_one_of_calvin_keeps_its_renderer(fake):
@@ -486,17 +484,6 @@ def test_the_table_of_seeds_gives_mean_and_sample_deviation_by_hand(tmp_path, ca
     for bad, message in ((files[0], "twice"), (str(tmp_path / "none.json"), r"none\.json")):
         with pytest.raises(SystemExit, match=message):
             E.main(["--table", *files, bad])
-
-
-def test_two_processes_give_what_one_gives(tmp_path):
-    command = [*OPERATOR, "--chains", "3", "--limit", "60", "--out"]
-    one = E.main([*command, str(tmp_path / "1")])
-    assert E.main([*command, str(tmp_path / "2"), "--procs", "2"]) == one
-    alone, *shared = (
-        tmp_path / x for x in ("1/chains.jsonl", "2/chains.jsonl", "2/chains_1.jsonl")
-    )
-    lines = [log.read_text().splitlines() for log in shared]
-    assert alone.read_text().splitlines() == [*lines[0][:2], lines[1][1], lines[0][2]]
 
 
 def test_a_film_shows_what_the_policy_saw_and_changes_nothing(tmp_path):

@@ -62,12 +62,14 @@ def alone(packed, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("n", [2, 4])
-def test_n_processes_share_a_batch_and_learn_the_same(n, packed, alone, tmp_path):
-    """Carried states, KL, both agent losses; Eq. 8's negatives come from all processes [D11]."""
+@pytest.mark.parametrize("first, then", [(2, 4), (4, 1)])
+def test_n_processes_share_a_batch_and_learn_the_same(first, then, packed, alone, tmp_path):
+    """Carried states, KL, both agent losses; Eq. 8's negatives come from all processes [D11]. A
+    run goes on with another number of them."""
     out = tmp_path / "out"
     for stage, more in ALIKE.items():
-        run(n, packed, out, stage, "--steps", "4", *more)
+        for n, steps in ((first, "2"), (then, "4")):
+            run(n, packed, out, stage, "--steps", steps, *more)
         ours, theirs = (losses(x, stage, *NAMES[stage]) for x in (out, alone))
         assert len(ours) == 4  # rank 0 alone writes
         assert torch.allclose(ours, theirs, rtol=2e-3, atol=1e-4), (stage, ours, theirs)
@@ -92,17 +94,6 @@ def test_compiled_losses_are_the_plain_ones(stage, packed, alone, tmp_path):
     assert torch.allclose(*rows, rtol=2e-3, atol=1e-4), rows
 
 
-@pytest.mark.parametrize("stage, first, then", [("wm", 2, 1), ("agent", 1, 2)])
-def test_a_run_goes_on_with_another_number_of_processes(
-    stage, first, then, packed, alone, tmp_path
-):
-    for n, steps in ((first, "2"), (then, "4")):
-        more = [*ALIKE[stage], "--steps", steps, "--wm", str(alone / "wm.pt")]
-        run(n, packed, tmp_path / "out", stage, *more)
-    ours, theirs = (losses(x, stage, *NAMES[stage]) for x in (tmp_path / "out", alone))
-    assert torch.allclose(ours, theirs, rtol=2e-3, atol=1e-4)
-
-
 def test_a_batch_that_cannot_be_shared_evenly_is_refused(packed, tmp_path):
     more = ["--steps", "1", "--batch_size", "7"]
     said = run(2, packed, tmp_path / "out", "wm", *more, fails=True).stderr
@@ -112,13 +103,16 @@ def test_a_batch_that_cannot_be_shared_evenly_is_refused(packed, tmp_path):
 def test_chains_are_shared_among_processes_and_reported_once(tmp_path):
     operator = [str(ROOT / "evaluate.py"), "--policy", "operator", "--chains", "5", "--limit", "60"]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    for name, how in (("one", []), ("two", launch)):
-        command = [sys.executable, *how, *operator, "--out", str(tmp_path / name)]
+    ways, results = {"one": [[], []], "two": [launch, []], "procs": [[], ["--procs", "2"]]}, []
+    for name, (how, more) in ways.items():
+        command = [sys.executable, *how, *operator, *more, "--out", str(tmp_path / name)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-6000:]
-    one, two = (json.loads((tmp_path / x / "results.json").read_text()) for x in ("one", "two"))
-    assert one == two and done.stdout.count("Avg. Len.") == 1
-    mine = (tmp_path / "two/chains.jsonl").read_text().splitlines()
-    others = (tmp_path / "two/chains_1.jsonl").read_text().splitlines()
-    assert [json.loads(x)["chain"] for x in mine[1:]] == [0, 2, 4]
-    assert [json.loads(x)["chain"] for x in others[1:]] == [1, 3]
+        assert done.stdout.count("Avg. Len.") == 1
+        results.append(json.loads((tmp_path / name / "results.json").read_text()))
+    assert results[0] == results[1] == results[2]
+    alone = (tmp_path / "one/chains.jsonl").read_text().splitlines()
+    for name in ("two", "procs"):
+        logs = [tmp_path / name / file for file in ("chains.jsonl", "chains_1.jsonl")]
+        mine, others = (log.read_text().splitlines() for log in logs)
+        assert mine == [alone[0], *alone[1::2]] and others == [alone[0], *alone[2::2]]

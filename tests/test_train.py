@@ -110,31 +110,20 @@ def start(packed, out, *more) -> subprocess.Popen:
     return child
 
 
-def ends_as_an_undisturbed_run(run, out):
-    steps = torch.load(out / "wm.pt", weights_only=True)["step"] + 2
-    for folder in (out, out.parent / "undisturbed"):
-        run(WM, "--steps", str(steps), "--validate_every", "1000", out=folder)
-    return equal(weights(out / "wm.pt"), weights(out.parent / "undisturbed" / "wm.pt"))
-
-
-def test_kill_9_loses_only_the_steps_since_the_last_checkpoint(packed, run, out):
-    """And while it lives, a second run in its folder is refused."""
-    child = start(packed, out)
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
+def test_an_ended_run_goes_on_as_an_undisturbed_one(end, packed, run, out):
+    """kill -9 loses the steps since the last checkpoint, Ctrl-C none. A second run is refused."""
+    child = start(packed, out, "--checkpoint_every", "2" if end == signal.SIGKILL else "1")
     with pytest.raises(SystemExit, match=rf"out is in use by process {child.pid} on "):
         run(WM)
-    child.kill()
-    child.wait()
-    assert ends_as_an_undisturbed_run(run, out)
-
-
-def test_ctrl_c_saves_the_step_that_was_made(packed, run, out):
-    child = start(packed, out, "--checkpoint_every", "1")
-    time.sleep(0.3)
-    child.send_signal(signal.SIGINT)
+    child.send_signal(end)
     said = child.communicate(timeout=60)[0]
     step = torch.load(out / "wm.pt", weights_only=True)["step"]
-    assert child.returncode == 130 and f"Ctrl-C: {out}/wm.pt holds step {step}" in said
-    assert ends_as_an_undisturbed_run(run, out)
+    if end == signal.SIGINT:
+        assert child.returncode == 130 and f"Ctrl-C: {out}/wm.pt holds step {step}" in said
+    for folder in (out, out.parent / "undisturbed"):
+        run(WM, "--steps", str(step + 2), "--validate_every", "1000", out=folder)
+    assert equal(weights(out / "wm.pt"), weights(out.parent / "undisturbed" / "wm.pt"))
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(run, trained, out, capsys):
