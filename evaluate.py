@@ -9,6 +9,7 @@ its actions are held:   look, act   step, judge   step, judge   look, act   step
 
     python evaluate.py                                           the published policy: 20 chains
     python evaluate.py --instruction "pull out the drawer"       one sentence, filmed
+    python evaluate.py --live                                    a page to play with it
     python evaluate.py --checkpoint RUN/agent.pt --chains 200 --procs 2       Table I's figures
     torchrun --nproc-per-node 8 evaluate.py --checkpoint RUN/agent.pt --device cuda
 
@@ -28,7 +29,7 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,6 +42,7 @@ from tqdm import tqdm
 
 import calvin
 import data
+import pages
 import sim
 import teleop
 import train
@@ -58,6 +60,7 @@ class Options:
     policy: str = "agent"  # agent, operator, or MODULE:CLASS of a model for CALVIN
     env: Literal["sim", "calvin"] = "sim"  # real: --robot SETUP.json and deploy.py's options
     instruction: str | None = None  # a sentence to follow where it can be done, and to film
+    live: bool = False  # serve a page on this machine, to instruct the policy and watch it
     chains: int | None = None  # how many; None: all, or 20 of the published policy
     first: int | None = None  # the first chain, 0 to 999; of an instruction: its scene
     procs: int = 1  # processes
@@ -329,10 +332,11 @@ class Worker:
         about["label"] = about["method"] + (f" (disturb {args.disturb})" if args.disturb else "")
         self.sentences, self.words = read_sentences(args, encoder)
         self.about = json.loads(json.dumps(about | {"sentences": self.sentences}))
+        self.embed = partial(embed_instruction, encoder=encoder) if encoder else str
         if args.instruction:
-            told = embed_instruction(args.instruction, encoder) if encoder else args.instruction
-            self.words = self.words | {args.instruction: told}
-        cameras, small = bool(self.policy or args.film), not isinstance(self.policy, CalvinModel)
+            self.words = self.words | {args.instruction: self.embed(args.instruction)}
+        cameras = bool(self.policy or args.film or args.live)
+        small = not isinstance(self.policy, CalvinModel)
         self.env, self.oracle = make_environment(args, cameras, small, renderer)
 
     def start(self, number: int, film: Path | None, oracle=None):
@@ -372,7 +376,7 @@ def evaluate(args, argv: list[str]) -> dict:
     log = args.out / (f"chains_{rank}.jsonl" if rank else "chains.jsonl")
     numbers = range(args.first or 0, (args.first or 0) + args.chains)
     films = {n: args.out / f"chain_{n:04}.gif" for n in numbers[: args.film]}
-    records, result = read_log(args.out, worker.about), {}
+    records, result, begun = read_log(args.out, worker.about), {}, time.monotonic()
     todo = [n for n in numbers[rank::ranks] if n not in records or not films.get(n, log).exists()]
     try:
         for r in started_here:
@@ -397,12 +401,11 @@ def evaluate(args, argv: list[str]) -> dict:
         records = read_log(args.out, worker.about)
         done = [records[n] for n in numbers if n in records]
         if rank == 0 and done:
-            git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-            commit = subprocess.run(git, cwd=SHIPPED.parent, capture_output=True, text=True).stdout
-            result = worker.about | summarise(done) | {"commit": commit.strip() or None}
+            result = worker.about | summarise(done) | {"commit": pages.commit()}
             print(tables(result))
             data.write_json(args.out / "calvin_results.json", as_calvin(result))
             data.write_json(args.out / "results.json", result)
+            pages.report(args.out, "evaluation", asdict(args), time.monotonic() - begun)
             left = "" if len(done) == args.chains else "; the same command goes on from here"
             print(f"{len(done)} of {args.chains} chains: {args.out / 'results.json'}{left}")
     return result
@@ -433,6 +436,7 @@ def follow(args) -> dict[str, int]:
     try_task(args.instruction, args.limit)
     env.snap(solved=task in seen if task else None)
     env.save()
+    pages.report(args.out, "instruction", asdict(args))
     print(*[f"{name} at step {step}" for name, step in seen.items()], f"film: {film}", sep="\n")
     verdict = "done" if task in seen else "not done" if task else f"{len(seen)} of 34 tasks seen"
     print(f"scene of chain {number}, {env.t} steps ({env.t / 30:.1f} s): {verdict}")
@@ -486,6 +490,8 @@ def main(argv: list[str] | None = None):
         args = parse(argv)
         if args.table:
             return print(table_of_seeds(args.table))
+        if args.live:
+            return pages.live(Worker(args))
         args.out.mkdir(parents=True, exist_ok=True)
         first = os.environ.get("RANK", "0") == "0"  # it keeps others out of the folder
         with data.locked(args.out) if first else contextlib.nullcontext():

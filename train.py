@@ -41,6 +41,7 @@ import agent as A
 import baselines as B
 import data as D
 import diagnostics
+import pages
 import world_model as W
 
 
@@ -350,6 +351,16 @@ class Run:
         """How long this run has taken until now, also before it was resumed."""
         return time.monotonic() - self.began
 
+    def validated(self, step: int, figures: dict) -> None:
+        self.log.write("validate", step, figures, self.seconds())
+        self.report()
+
+    def report(self) -> None:
+        settings = dataclasses.asdict(self.model_config) | dataclasses.asdict(self.config)
+        settings |= {"steps": self.steps, "processes": self.ranks, "bf16": self.bf16}
+        if self.rank == 0:
+            pages.report(self.out, self.config.stage, settings | {"device": self.device})
+
     @contextmanager
     def aside(self, module: torch.nn.Module):
         """Validation: evaluation mode, no gradients, fixed random numbers, and the training's own
@@ -554,7 +565,7 @@ def train_world_model(run: Run) -> None:
                         figures.append(world.loss(batch, fresh)[1])
                 picture = diagnostics.prediction_picture(world, D.to_device(clips, device))
             run.log.picture("prediction", step, picture)
-            run.log.write("validate", step, diagnostics.mean(figures), run.seconds())
+            run.validated(step, diagnostics.mean(figures))
         if step == run.steps:
             break
 
@@ -642,7 +653,7 @@ def train_agent(run: Run) -> None:
             with run.aside(agent):
                 figures = diagnostics.track(agent, world, held_out)
             D.write_json(run.out / "tracking.json", {"step": step} | figures)
-            run.log.write("validate", step, figures, run.seconds())
+            run.validated(step, figures)
         if step == run.steps:
             break
 
@@ -698,7 +709,7 @@ def train_baseline(run: Run) -> None:
                 for i in range(4):
                     both = (D.to_device(D.with_images(w, i), device) for w in held_out)
                     figures.append(model.loss(*both)[1])
-            run.log.write("validate", step, diagnostics.mean(figures), run.seconds())
+            run.validated(step, diagnostics.mean(figures))
         if step == run.steps:
             break
 
@@ -755,6 +766,7 @@ def main(arguments: list[str] | None = None) -> None:
         with D.locked(Path(config.out)) if first else nullcontext():
             run = Run(config, model_config)
             STAGES[config.stage][1](run)
+            run.report()
             if run.ranks > 1:  # the others wait for rank 0; leaving threads behind aborts a process
                 dist.barrier()
                 dist.destroy_process_group()
