@@ -1,13 +1,12 @@
 """Pages to look at: report.html beside each training and evaluation, and `evaluate.py --live`.
 
 report   settings, curves, pictures, tables and films of a folder; needs no server, no network
-live     http://127.0.0.1:8000: both cameras, what the world model imagines, a field to instruct
+live     a page on 127.0.0.1: both cameras, what the world model imagines, a field to instruct
 
-             visitors --ask--> Robot.wanted          one robot for all of them: the last wish counts
-    robot's thread: follow -> policy -> Robot.step -> environment
-             visitors <--events-- Robot.shown        what changed, 15 times a second
+    visitors --ask--> Robot.wanted      one robot for all of them: the last wish counts
+    visitors <--events-- Robot.shown    what changed, 15 times a second
 
-Templates: assets/report.html, assets/live.html. Needs: torch, jinja2, matplotlib, flask, pillow.
+Templates: assets/report.html, assets/live.html. Needs: torch, jinja2, matplotlib, flask, imageio.
 """
 
 import base64
@@ -20,7 +19,6 @@ import math
 import os
 import platform
 import random
-import socket
 import subprocess
 import sys
 import threading
@@ -52,9 +50,7 @@ CURVES = {
 POINTS = 400  # of a curve, at most: the means of neighbours
 COLOURS = ("#2f7de1", "#e8710a", "#0f9d75", "#b455c9", "#c9372c", "#8a8d91")
 TEXT = "#010203"  # stands for the page's own colour of text
-PORT = 8000  # of the live page, or a free one
-HZ = 30  # simulator steps per second
-AHEAD = 2.0  # s that the world model imagines
+HZ, AHEAD = 30, 2.0  # simulator steps per second; seconds that the world model imagines
 
 
 # ------------------------------------------------------------------ the report
@@ -78,12 +74,9 @@ def read(path: Path) -> dict:
 
 
 def report(folder: Path, name: str, settings: dict, seconds: float = 0.0) -> None:
-    """Writes folder/report.html, anew, and that of the folder above it if there is one.
-
-    name: of what ended, or was validated: a stage, or evaluation. settings: its own; they are kept
-    in settings.json. seconds: that this call took; they add up. Never raises: a training is worth
-    more than its report. What went wrong is printed.
-    """
+    """Writes folder/report.html anew, and that of the folder above it if there is one.
+    name: a stage, or evaluation. settings: its own, kept in settings.json. seconds: that this call
+    took; they add up. Never raises, for a training is worth more; what went wrong is printed."""
     try:
         path = folder / "settings.json"
         known = read(path)
@@ -138,8 +131,7 @@ def stage(path: Path, known: dict) -> dict:
 
 
 def curve(salt: str, rows: list[dict], keys: tuple[str, ...]) -> str:
-    """Figures over steps, as SVG in the page's colours; "" if the log has none of them.
-    salt: a name of this curve alone, for ids within the page."""
+    """Figures over steps, as SVG; "" if the log has none of them. salt: for ids in the page."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -180,8 +172,7 @@ def wilson(ok: float, n: int) -> tuple[float, float]:
 
 
 def evaluation(path: Path, folder: Path) -> dict:
-    """An evaluation's folder as `folder`'s report shows it: shares and rates, each with its
-    interval, and the films with their instructions."""
+    """An evaluation's folder, as the report of `folder` shows it."""
     result, chains = json.loads((path / "results.json").read_text()), {}
     for log in sorted(path.glob("chains*.jsonl")):
         rows = [json.loads(line) for line in log.read_text().splitlines()]
@@ -198,7 +189,7 @@ def evaluation(path: Path, folder: Path) -> dict:
             films.append(about | {"told": told[: row["solved"] + 1]})
     return {
         "where": "" if path == folder else f"{path.name}/", "result": result, "films": films,
-        "shares": [(str(k), x, *wilson(x * n, n), "") for k, x in enumerate(shares, 1)],
+        "shares": [(str(k), x, *wilson(x * n, n), "", "") for k, x in enumerate(shares, 1)],
         "tasks": [(task.replace("_", " "), ok / m, *wilson(ok, m), f"{ok}/{m}", sentences.get(task))
                   for task, (ok, m) in result["tasks"].items()],
         "chains": [chains[number] for number in sorted(chains)],
@@ -213,18 +204,16 @@ class Interrupted(Exception):
 
 def png(image: np.ndarray) -> str:
     """(H, W, 3) uint8 -> a data URI."""
-    from PIL import Image
+    import imageio.v3 as imageio
 
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "png")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    file = imageio.imwrite("<bytes>", image, extension=".png")
+    return "data:image/png;base64," + base64.b64encode(file).decode()
 
 
 @torch.no_grad()
 def imagine(policy, embedding) -> np.ndarray:
-    """What the policy's own actions lead to in its world model, from where its latent is now:
-    (128, 64 n, 3) uint8, the static above the gripper camera, a column per step of the next two
-    seconds. Policy and random numbers stay as they are."""
+    """What the policy's own actions lead to in its world model, from its latent on: (128, 64 n, 3)
+    uint8, the static camera above the gripper's. Policy and random numbers stay as they are."""
     dreamer, states = copy.copy(policy), []  # act() replaces the state, and changes nothing in it
     with torch.random.fork_rng():
         for _ in range(round(AHEAD * HZ / policy.skip)):
@@ -237,8 +226,8 @@ def imagine(policy, embedding) -> np.ndarray:
 
 
 class Robot:
-    """The one robot that all visitors watch and instruct. It stands between the policy and the
-    environment, as evaluate.Filmed does: step() keeps the pace, shows, and can be interrupted."""
+    """What all visitors watch and instruct. It stands between the policy and the environment, as
+    evaluate.Filmed does: step() keeps the pace, shows what is seen, and can be interrupted."""
 
     def __init__(self, worker):
         """worker: evaluate.Worker."""
@@ -289,8 +278,8 @@ class Robot:
 
     def look(self, obs: dict) -> None:
         rgb = obs["rgb_obs"] if "rgb_obs" in obs else self.env.get_obs()["rgb_obs"]
-        cameras = {k: png(rgb[f"rgb_{k}"]) for k in ("static", "gripper")}
-        self.show(**cameras, seconds=round(self.t / HZ, 1))
+        static, gripper = png(rgb["rgb_static"]), png(rgb["rgb_gripper"])
+        self.show(static=static, gripper=gripper, seconds=self.t / HZ)
 
     def oracle(self, start, info, _) -> bool:
         return bool(self.task) and self.worker.oracle(start, info, self.task)
@@ -315,21 +304,20 @@ class Robot:
         _, self.attempt = self.worker.start(number, None, self.oracle)
         self.t = 0
         self.look({})
-        message = f"Scene {number}. Tell the robot what to do."
-        self.show(state="ready", message=message, instruction="", dream="")
+        self.show(state="ready", message=f"Scene {number}.", instruction="", dream="")
 
     def follow(self, sentence: str) -> None:
         tasks = {calvin.plain(s): task for task, told in self.known.items() for s in told}
         self.task = tasks.get(calvin.plain(sentence))
+        self.show(state="acting", message="Acting ...", instruction=sentence, dream="")
         try:
             if not self.worker.policy and not self.task:
                 near = difflib.get_close_matches(sentence, tasks, 5, cutoff=0)
                 raise ValueError("\n  ".join([f"{sentence!r} is not known. The nearest:", *near]))
             self.words = self.worker.words[sentence] = self.worker.embed(sentence)
         except ValueError as error:
-            return self.show(state="refused", message=str(error), instruction=sentence)
+            return self.show(state="refused", message=str(error))
         self.t, self.due = 0, time.monotonic()
-        self.show(state="acting", message="Acting ...", instruction=sentence, dream="")
         name = sentence if self.worker.policy else self.task
         done, _ = self.attempt(name, self.worker.args.limit)
         self.look({})
@@ -345,7 +333,8 @@ def live(worker) -> None:
     robot, app = Robot(worker), flask.Flask(__name__, template_folder=str(ASSETS))
     app.config["TRUSTED_HOSTS"] = ["127.0.0.1", "localhost"]  # no other site may pose as this one
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # no line per request
-    shown = {"sentences": [*worker.sentences.values()], "label": worker.about["label"]}
+    about = [worker.about["label"], *Path(worker.args.checkpoint or "").parts[-2:]]
+    shown = {"sentences": [*worker.sentences.values()], "about": " / ".join(about)}
     shown |= {"ahead": AHEAD, "dreams": hasattr(worker.policy, "world")}
 
     @app.post("/ask")
@@ -362,12 +351,7 @@ def live(worker) -> None:
     def page():
         return flask.render_template("live.html", **shown)
 
-    try:
-        socket.create_server(("127.0.0.1", PORT)).close()
-        port = PORT
-    except OSError:  # taken
-        port = 0
-    server = make_server("127.0.0.1", port, app, threaded=True)
+    server = make_server("127.0.0.1", 0, app, threaded=True)  # 0: any free port
     threading.Thread(target=server.serve_forever, daemon=True).start()
     print(f"open http://127.0.0.1:{server.server_port}   Ctrl-C ends it", flush=True)
     robot.run()
