@@ -390,45 +390,6 @@ class Agent(nn.Module):
         figures |= {"action_mse": (weight * error).sum(), "loss_actor": loss}
         return loss, loss.new_zeros(()), {k: x.detach() for k, x in figures.items()}
 
-    def track(self, world, play: Batch, language: Batch) -> Batch:
-        """How well windows are followed, over their real steps: mean rewards () with either plan,
-        and of two yardsticks from the same start, holding still and replaying the expert; what the
-        critic knows of the returns; and on the expert's latents, as at run time, the error of the
-        arm's actions and of no motion, and how often the gripper's sign is right.
-
-        Both batches also have gripper (B,), the gripper's command before the window.
-        """
-        c, batch = self.config, join(play, language)
-        s_E, s_0, actions, real = batch["s_E"], batch["s_E"][0], batch["a"][:-1], real_steps(batch)
-        g, plan, figures = self.encode(play, language)
-        plans = {"proposed": self.propose(s_0, g)}
-        if self.with_plan:
-            plans["recognised"] = plan
-        for name, plan in plans.items():
-            s_pi, a = self.imagine(world, s_0, g, plan, len(actions))
-            r = intrinsic_reward(s_E[1:], s_pi[1:])
-            figures[f"reward_{name}"] = r[real].mean()
-            figures[f"mse_{name}"] = (a - actions)[real][:, :6].square().mean()
-        if c.method != "no_ditto":  # with the last plan, as in training
-            x = torch.cat([s_pi, g.expand(len(s_pi), -1, -1)], -1)
-            v_lambda = lambda_return(r, self.slow_critic(x), c.gamma, c.lam, self.weights(batch))
-            v = self.critic.normalised(x[:-1])
-            figures |= critic_figures(self.critic, v, v_lambda, real.float())
-        context = torch.cat([g, plans["proposed"]], -1).expand(len(actions), -1, -1)
-        a = self.actor(torch.cat([s_E[:-1], context], -1), sample=False)
-        figures["mse_observed"] = (a - actions)[real][:, :6].square().mean()
-        figures["mse_still"] = actions[real][:, :6].square().mean()
-        figures["gripper_observed"] = (a[real][:, 6].sign() == actions[real][:, 6]).float().mean()
-        hold = torch.zeros_like(actions)
-        hold[..., 6] = batch["gripper"]
-        for name, given in (("hold", hold), ("expert", actions)):
-            state, rewards = world.split(s_0), []
-            for a, s in zip(given, s_E[1:], strict=True):
-                state = world.imagine_step(*state, a)
-                rewards.append(intrinsic_reward(s, torch.cat(state, -1)))
-            figures[f"reward_{name}"] = torch.stack(rewards)[real].mean()
-        return figures
-
 
 def join(play: Batch, language: Batch) -> Batch:
     """What play and language windows both have, play first, along B."""
