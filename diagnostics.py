@@ -122,8 +122,8 @@ def follow(agent: A.Agent, world, play: A.Batch, language: A.Batch) -> A.Batch:
         figures[f"mse_{name}"] = (a - actions)[real][:, :6].square().mean()
     if c.method != "no_ditto":  # with the last plan, as in training
         x = torch.cat([s_pi, g.expand(len(s_pi), -1, -1)], -1)
-        v_lambda = A.lambda_return(r, agent.slow_critic(x), c.gamma, c.lam, agent.weights(batch))
-        v = agent.critic.normalised(x[:-1])
+        v_lambda = A.lambda_return(r, agent.slow_critic(x), c.gamma, c.lam, agent.mask(batch))
+        v = agent.critic.standard_value(x[:-1])
         figures |= A.critic_figures(agent.critic, v, v_lambda, real.float())
 
     context = torch.cat([g, plans["proposed"]], -1).expand(len(actions), -1, -1)

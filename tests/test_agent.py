@@ -182,14 +182,18 @@ def test_the_critic_finds_what_returns_owe_to_the_state(bf16):
         r = (0.8 + 0.0015 * s[:, 0]).expand(20, -1)  # 0.0015 / (1 - γ) = 0.3
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             v_lambda = A.lambda_return(r, slow(s).expand(21, -1), 0.995, 0.95)
-            v = critic.normalised(s).expand(20, -1)
-            loss = A.critic_loss(v, critic.normalise(v_lambda), weight)
+            v = critic.standard_value(s).expand(20, -1)
+            loss = A.critic_loss(v, critic.standardise(v_lambda), weight)
         optimizer.zero_grad(), loss.backward(), optimizer.step()
         critic.follow(r, v_lambda, weight, 0.995)
         slow.mean.copy_(critic.mean)
     s = torch.randn(1000, 4)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16), torch.no_grad():
-        target, v, weight = 160 + 0.3 * s[:, :1], critic.normalised(s)[:, None], torch.ones(1000, 1)
+        target, v, weight = (
+            160 + 0.3 * s[:, :1],
+            critic.standard_value(s)[:, None],
+            torch.ones(1000, 1),
+        )
         assert (critic(s)[:, None] - target).square().mean().sqrt() < 0.06
         figures = A.critic_figures(critic, v, target, weight)
     expected = {"critic_r2": 1.0, "value_std": 0.3, "target_std": 0.3}
