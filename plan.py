@@ -58,7 +58,8 @@ def contrastive_loss(
     with without_autocast(x):
         logits = F.normalize(x.float(), dim=-1) @ F.normalize(y.float(), dim=-1).T * tau.exp()
     logits = logits.masked_fill(~(some[:, None] & some), -1e9)
-    pairs = torch.arange(len(x), device=x.device).where(some, -100)  # which cross_entropy ignores
+    pairs = torch.arange(len(x), device=x.device)
+    pairs = pairs.masked_fill(~some, -100)  # which cross_entropy ignores
     M = some.sum()
     per_latent = F.cross_entropy(logits, pairs, reduction="sum") / M.clamp(min=1)
     per_text = F.cross_entropy(logits.T, pairs, reduction="sum") / M.clamp(min=1)

@@ -53,6 +53,7 @@ class WorldModelConfig:
     carry_state: bool = True  # sequences continue, with their state, from batch to batch [D10]
 
     anneal: ClassVar[float] = 0.0  # train.py's schedules: the paper has none,
+    sample_anneal: ClassVar[float] = 0.0
     length_curriculum: ClassVar[int] = 1  # SimWorldModelConfig makes fields of them
 
     @property
@@ -472,7 +473,7 @@ class SimWorldModel(WorldModel):
     def loss(self, batch: Batch, state: State, softness: float | Tensor = 0.0, decode_every=1):
         """`WorldModel.loss`, with -log p of the arm's motion, and with two schedules [D25].
 
-        softness: of the posterior's samples; a tensor (), for a number would be compiled in.
+        softness: of the posterior's samples; a tensor (), for a CUDA graph would keep a number.
         decode_every: the sum over t of Eq. 2 is estimated, without bias, from every n-th frame:
         neighbours tell almost the same, and decoding is most of a step's work.
         """
