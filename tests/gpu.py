@@ -204,8 +204,9 @@ def compare_runs(report: Report, preset: str, play: str, device: str, folder: Pa
             return torch.cat([weights[k].flatten() for k in names])
 
         moved, off = flat(plain) - flat(start), {}
-        for name, (a, b) in {"plain again": (again, plain), "a graph's run is the plain one": (graph, plain),
-                             "resumed, it is the same": (resumed, graph)}.items():  # fmt: skip
+        pairs = {"plain again": (again, plain), "a graph's run is the plain one": (graph, plain)}
+        pairs |= {"resumed, it is the same": (resumed, graph)}
+        for name, (a, b) in pairs.items():
             off[name] = float((flat(a) - flat(b)).norm() / moved.norm())
         # Other draws, or a step that is lost, are as much as was moved.
         noise = off.pop("plain again")
