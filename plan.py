@@ -55,7 +55,7 @@ def contrastive_loss(x: Tensor, y: Tensor, tau: Tensor, mask: Tensor) -> tuple[T
     with without_autocast(x):
         logits = F.normalize(x.float(), dim=-1) @ F.normalize(y.float(), dim=-1).T * tau.exp()
     logits = logits.masked_fill(~(mask[:, None] & mask), -1e9)
-    pairs = torch.arange(len(x), device=x.device).where(mask, -100)  # -100 is ignored
+    pairs = torch.arange(len(x), device=x.device).masked_fill(~mask, -100)  # -100 is ignored
     M = mask.sum()
     per_latent = F.cross_entropy(logits, pairs, reduction="sum") / M.clamp(min=1)
     per_text = F.cross_entropy(logits.T, pairs, reduction="sum") / M.clamp(min=1)

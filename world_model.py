@@ -56,6 +56,7 @@ class WorldModelConfig:
 
     # train.py's schedules; the paper has none, and only SimWorldModelConfig sets them [D25]
     anneal: ClassVar[float] = 0.0
+    sample_anneal: ClassVar[float] = 0.0
     length_curriculum: ClassVar[int] = 1
 
     @property
@@ -477,7 +478,7 @@ class SimWorldModel(WorldModel):
     def loss(self, batch: Batch, state: State, softness: float | Tensor = 0.0, decode_every=1):
         """`WorldModel.loss`, with -log p of the arm's motion, and with two schedules [D25].
 
-        softness: of the posterior's samples; a tensor (), for a number would be compiled in.
+        softness: of the posterior's samples; a tensor (), for a CUDA graph would keep a number.
         decode_every: the sum over t of Eq. 2 is estimated, without bias, from every n-th frame:
         neighbours tell almost the same, and decoding is most of a step's work.
         """
