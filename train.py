@@ -79,6 +79,10 @@ RETIRED = {
     "proprioception": True, "reward_on": "s", "clone_imagined": False, "binary_gripper": False,
     "critic_weight_decay": None, "critic_sees_plan": None, "replan": None, "forget": None,
 }  # fmt: skip
+# Types of a checkpoint's entries; and of its world model's.
+KINDS = {"config": dict, "model": dict, "meta": dict, "run": dict, "step": int}
+KINDS |= {"seconds": int | float}
+WORLD = {"config": dict, "model": dict, "step": int}
 
 
 # ---------------------------------------------------------------------------- checkpoints
@@ -124,12 +128,19 @@ def load_checkpoint(path: Path, stage: str | None, device: str) -> dict:
     if got not in ([stage] if stage else STAGES):
         need = f"this needs one of --stage {stage or ', '.join(STAGES)}"
         raise ValueError(f"{path} holds stage {got!r}; {need}")
-    needs = {"config", "model", "meta", "run", "step", "seconds", "text_encoder"}
-    missing = (needs | {"world_model"} if got == "agent" else needs) - c.keys()
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}; {remedy}")
+    kinds = KINDS | ({"world_model": dict} if got == "agent" else {})
+    kinds |= {"text_encoder": str | None}
+    wrong = [k for k in kinds if k not in c or not isinstance(c[k], kinds[k])]
+    if not wrong:
+        parts = [("meta", c["meta"], D.META), ("run", c["run"], {"steps": int, "seed": int})]
+        parts += [("world_model", c.get("world_model"), WORLD)] if got == "agent" else []
+        for name, part, inner in parts:
+            wrong += [f"{name}.{k}" for k in inner if not isinstance(part.get(k), inner[k])]
+        wrong += [] if c["run"].get("preset") in STEPS else ["run.preset"]
+    if wrong:
+        raise ValueError(f"{path} lacks {', '.join(wrong)}, or has another type there; {remedy}")
     for name, x in (c["model"] | c.get("world_model", {}).get("model", {})).items():
-        if not x.isfinite().all():
+        if not isinstance(x, Tensor) or not x.isfinite().all():
             raise ValueError(f"{path}: {name} is not finite; {remedy}")
     return c | {"path": str(path)}
 
@@ -149,7 +160,7 @@ def fitting(path, file: str):
     """ValueError, with its name, for a checkpoint that is not of this code's model."""
     try:
         yield
-    except (RuntimeError, TypeError, KeyError, ValueError) as error:
+    except Exception as error:
         what = f"{path} was trained by another version of {file}, or is damaged"
         what += "; train it again, or use the code that it was trained with"
         raise ValueError(f"{what}: {type(error).__name__}: {error}") from error
@@ -423,9 +434,9 @@ class Run:
                 for p, state in optimizer.state.items():  # moments in the parameters' layout
                     moments = {k: x for k, x in state.items() if x.shape == p.shape}
                     state.update({k: torch.empty_like(p).copy_(x) for k, x in moments.items()})
-        torch.set_rng_state(c["random"]["cpu"])
-        if "cuda" in self.device and "cuda" in c["random"]:
-            torch.cuda.set_rng_state(c["random"]["cuda"])
+            torch.set_rng_state(c["random"]["cpu"])
+            if "cuda" in self.device and "cuda" in c["random"]:
+                torch.cuda.set_rng_state(c["random"]["cuda"])
         if self.rank == 0:
             print(f"going on from step {c['step']} of {c['path']}")
         return c["step"], c
