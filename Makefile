@@ -1,6 +1,7 @@
 # make demo   the whole of LUMOS at a small size, on two CPU cores, in under 25 minutes
 # make test   the tests
 # make ablations   Table I: four methods, three seeds each, in the world model runs/sim/wm.pt
+# make chaos   kills, damaged inputs, two processes at once: is anything lost, or wrong in silence?
 # make robot-test   those of the real robot, with a simulated arm
 # All set up a local virtual environment in .venv first, when it is missing or out of date.
 
@@ -12,7 +13,7 @@ PROCS ?= 2
 # The real robot's optional packages, and a simulated arm.
 ROBOT := franky-control==2.0.0 franky-sim==1.0.4 opencv-python-headless==5.0.0.93 pyrealsense2==2.59.1.11053
 
-.PHONY: demo test ablations robot robot-test clean
+.PHONY: demo test chaos ablations robot robot-test clean
 .DELETE_ON_ERROR:
 
 .venv/ready: requirements.txt
@@ -23,6 +24,9 @@ ROBOT := franky-control==2.0.0 franky-sim==1.0.4 opencv-python-headless==5.0.0.9
 test: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q -rs tests
+
+chaos: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos.py
 
 robot: .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.txt $(ROBOT)

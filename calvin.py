@@ -514,22 +514,21 @@ class Restarted:
         self.process = context.Process(target=_serve, args=arguments, daemon=True)
         self.process.start()
         theirs.close()
-        self.answer()
+        self.ask()
         self.left = RESETS
 
-    def answer(self):
-        """RuntimeError: the process is gone."""
+    def ask(self, *question, **options):
+        """Of the table: a method's name and arguments, or a property's name. Of nothing: whether
+        the process has begun. RuntimeError: the process is gone."""
         try:
+            if question:
+                self.pipe.send((question[0], question[1:], options))
             good, value = self.pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             raise RuntimeError("the simulator's process ended; the same command goes on") from None
         if not good:
             raise value
         return value
-
-    def ask(self, name: str, *arguments, **options):
-        self.pipe.send((name, arguments, options))
-        return self.answer()
 
     def reset(self, robot_obs=None, scene_obs=None):
         if self.left == 0:

@@ -20,10 +20,10 @@ import contextlib
 import copy
 import functools
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
-import pickle
 import re
 import shutil
 import signal
@@ -45,9 +45,10 @@ import teleop
 import train
 
 BOOM, LIMIT = "boom", 300  # a file that foreign code would make; s that a command may take
-WRONG = (None, "x", -1, 0, True, 1e30, 10**12, float("nan"), [], {}, [[]], ["x"])
-TRAIN = ["--preset", "tiny", "--precision", "fp32", "--steps", "3", "--log_every", "1"]
-TRAIN += ["--checkpoint_every", "1", "--validate_every", "2", "--data", "play", "--out", "run"]
+WRONG = None, -1, 1e30, 10**12, float("nan"), [], {}, [[]], b"x"  # in the place of something else
+TRAIN = "--preset tiny --precision fp32 --steps 3 --log_every 1 --checkpoint_every 1"
+TRAIN = f"{TRAIN} --validate_every 2 --data play --out run"
+EVALUATE = "--checkpoint run/agent.pt --chains 3 --limit 8 --sentences told.json --out out"
 
 
 class Bomb:
@@ -66,29 +67,21 @@ def latents():
 
 # Each works in a folder that holds what the commands before it made: rec, play, run, out.
 COMMANDS = {
-    "record": functools.partial(
-        teleop.main, "record rec --frames 150 --val-frames 150 --procs 1 --skip 2".split()
-    ),
-    "pack": functools.partial(D.main, "pack rec play --procs 1".split()),
-    "wm": functools.partial(train.main, ["--stage", "wm", *TRAIN]),
-    "agent": functools.partial(train.main, ["--stage", "agent", *TRAIN]),
+    "record": lambda: teleop.main("record rec --frames 150 --val-frames 150 --skip 2".split()),
+    "pack": lambda: D.main("pack rec play --procs 1".split()),
+    "wm": lambda: train.main(f"--stage wm {TRAIN}".split()),
+    "agent": lambda: train.main(f"--stage agent {TRAIN}".split()),
     "latents": latents,
-    "evaluate": functools.partial(
-        evaluate.main,
-        "--checkpoint run/agent.pt --chains 3 --limit 8 --sentences told.json --out out".split(),
-    ),
+    "evaluate": lambda: evaluate.main(EVALUATE.split()),
 }
-# What each of them reads, to be damaged. Pictures have no checksum in play/.
-LANG = f"lang_{D.TEXT_ENCODER}"
+# What each of them reads, to be damaged. play's pictures have no checksum: a bit is one pixel's.
+RECORDED = "recording.json ep_start_end_ids.npy disturbed.npy sums.json episode_0000007.npz"
+PACKED = [*D.VECTORS, *D.OTHERS]
 INPUTS = {
-    "record": [f"rec/training/{x}" for x in ("recording.json", "parts/00000.json")],
-    "pack": [
-        "rec/training/recording.json", "rec/training/ep_start_end_ids.npy", "rec/training/sums.json",
-        "rec/training/disturbed.npy", "rec/training/episode_0000007.npz",
-        f"rec/training/{LANG}/auto_lang_ann.npy",
-    ],
-    "wm": ["play/meta.json", "play/training/lang.json", "play/training/sums.json"]
-    + [f"play/training/{k}.npy" for k in (*D.VECTORS, *D.OTHERS)] + ["run/wm.pt"],
+    "record": ["rec/training/recording.json", "rec/training/parts/00000.json"],
+    "pack": [f"rec/training/{x}" for x in (*RECORDED.split(), f"{D.LANGUAGE}/auto_lang_ann.npy")],
+    "wm": [f"play/{x}" for x in ("meta.json", "training/lang.json", "training/sums.json")]
+    + [f"play/training/{x}.npy" for x in PACKED] + ["run/wm.pt"],
     "agent": ["run/wm.pt", "run/agent.pt"],
     "latents": ["play/training/latents-chaos/h.npy", "play/training/latents-chaos/z.npy"],
     "evaluate": ["run/agent.pt", "told.json", "out/chains.jsonl", "out/calvin_results.json"],
@@ -173,20 +166,23 @@ def end(number: int, log: Path) -> tuple[int, str]:
 
 
 def result(name: str) -> dict[str, str]:
-    """What a command made, as {file: digest}; of checkpoints the weights, without times."""
-    where = {"record": ["rec"], "pack": ["play"], "evaluate": ["out"]}
-    where |= {"latents": ["play/training/latents-chaos"]}
-    if name in ("wm", "agent"):
-        files = [Path(f"run/{name}.pt"), Path(f"run/{name}.jsonl")]
-    else:
-        files = [p for folder in where[name] for p in Path(folder).rglob("*") if p.is_file()]
-    out = {}
-    for path in sorted(files):
+    """What a command made, as {file: digest}: without locks and times; of checkpoints the weights,
+    of an evaluation its figures, for it also notes what a checkpoint says of its training."""
+    folder, out = {"record": "rec", "pack": "play", "evaluate": "out"}.get(name, "run"), {}
+    folder = "play/training/latents-chaos" if name == "latents" else folder
+    for path in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
         content = path.read_bytes()
-        if path.suffix == ".pt":
-            content = train.identity(torch.load(path, weights_only=True)["model"]).encode()
-        if path.suffix == ".jsonl":
-            content = re.sub(rb'"(hours|seconds)": [0-9.e-]+', b"", content)
+        if name in ("wm", "agent"):
+            if path.name not in (f"{name}.pt", f"{name}.jsonl"):
+                continue
+            content = re.sub(rb'"hours": [0-9.e-]+', b"", content)
+            if path.suffix == ".pt":
+                weights = torch.load(path, weights_only=True)["model"]
+                content = train.identity(weights).encode()
+        if name == "evaluate" and path.name == "results.json":
+            content = str([json.loads(content)[k] for k in ("success", "tasks")]).encode()
+        elif name == "evaluate":
+            content = b""
         if not path.name.startswith(".lock"):
             out[str(path)] = hashlib.sha256(content).hexdigest()
     return out
@@ -197,59 +193,54 @@ def spoil(value, rng):
     """A copy in which one place of nested dicts and lists has something wrong, or is missing."""
     if isinstance(value, dict | list) and value and rng.random() < 0.85:
         value = copy.copy(value)
-        key = rng.choice([*value] if isinstance(value, dict) else len(value))
-        key = next(k for k in (value if isinstance(value, dict) else range(len(value))) if k == key)
+        keys = [*value] if isinstance(value, dict) else range(len(value))
+        key = keys[rng.integers(len(keys))]
         if rng.random() < 0.15:
             del value[key]
         else:
             value[key] = spoil(value[key], rng)
         return value
-    if isinstance(value, np.ndarray | torch.Tensor) and value.ndim and rng.random() < 0.7:
-        array = np.array(value)
-        how = rng.integers(4)
-        if how < 2 and array.dtype.kind == "f":
-            array.flat[rng.integers(max(1, array.size))] = (np.nan, 1e30)[how]
+    if isinstance(value, np.ndarray | torch.Tensor) and np.ndim(value):
+        array, how = np.array(value), rng.integers(4)
+        if how < 2 and array.dtype.kind == "f" and array.size:
+            array.flat[rng.integers(array.size)] = (np.nan, 1e30)[how]
             return torch.from_numpy(array) if isinstance(value, torch.Tensor) else array
-        return array[:-1] if how % 2 else array.astype("U8" if array.dtype.kind == "b" else "c16")
+        return array[:-1] if how % 2 else array.astype("c16")
     return WRONG[rng.integers(len(WRONG))]
 
 
 def damage(path: Path, kind: str, rng) -> None:
-    """kind: flip, cut, spoil or bomb."""
-    raw = bytearray(path.read_bytes())
+    """kind: flip (one bit), cut, spoil (types and numbers), or bomb (a pickle that runs code)."""
+    raw, suffix = bytearray(path.read_bytes()), path.suffix
+    if kind == "bomb" and suffix.startswith(".json"):
+        kind = "cut"
     if kind == "flip":
         raw[rng.integers(len(raw))] ^= 1 << int(rng.integers(8))
-    elif kind == "cut":
+    if kind == "cut":
         raw = raw[: rng.integers(len(raw))]
-    path.unlink()  # it may be linked to others
     if kind in ("flip", "cut"):
         path.write_bytes(raw)
         return
     for folder in path.parents:  # so that a checksum is not what finds it
         (folder / D.SUMS).unlink(missing_ok=True)
-    bomb, source = kind == "bomb", Path(tempfile.mkstemp()[1])
-    source.write_bytes(raw)
-    if path.suffix == ".pt":
-        value = torch.load(source, weights_only=True)
-        torch.save(value | {"config": Bomb()} if bomb else spoil(value, rng), path)
-    elif path.suffix in (".json", ".jsonl"):
-        rows = raw.decode().splitlines() if path.suffix == ".jsonl" else [raw.decode()]
+    if suffix == ".pt":
+        value = torch.load(path, weights_only=True)
+        torch.save(value | {"config": Bomb()} if kind == "bomb" else spoil(value, rng), path)
+    elif suffix.startswith(".json"):
+        rows = raw.decode().splitlines() if suffix == ".jsonl" else [raw.decode()]
         row = rng.integers(len(rows))
-        rows[row] = pickle.dumps(Bomb(), 0).decode() if bomb else json.dumps(
-            spoil(json.loads(rows[row]), rng))  # fmt: skip
+        rows[row] = json.dumps(spoil(json.loads(rows[row]), rng), default=str)
         path.write_text("\n".join(rows) + "\n")
-    elif path.suffix == ".npz":
-        members = dict(np.load(source))
-        np.savez(
-            path, **(members | {"robot_obs": np.array(Bomb())} if bomb else spoil(members, rng))
-        )
+    elif suffix == ".npz":
+        members = dict(np.load(path))
+        key = [*members][rng.integers(len(members))]
+        members[key] = np.array(Bomb()) if kind == "bomb" else spoil(members[key], rng)
+        np.savez(path, **members)
     else:
-        try:
-            value = np.load(source)
-        except ValueError:
-            value = D.load_pickled_npy(source)
-        np.save(path, np.array(Bomb() if bomb else spoil(value, rng), object if bomb else None))
-    source.unlink()
+        pickled = path.name == "auto_lang_ann.npy"
+        value = D.load_pickled_npy(path) if pickled else np.load(path)
+        value = Bomb() if kind == "bomb" else spoil(value, rng)
+        np.save(path, np.array(value, object if pickled or kind == "bomb" else None))
 
 
 # ------------------------------------------------------------------ the three trials
@@ -258,75 +249,54 @@ def trial_kill(name: str, rng, n: int, base: dict):
     for at in sorted({*np.linspace(1, base["operations"], n).round().astype(int).tolist()}):
         with scene(base["before"]):
             code, text = end(*start(COMMANDS[name], at))
-            what = f"{name}: killed at operation {at}"
-            if code == 1 and "Traceback" not in text:
-                what += ", a worker's"
-            elif code != -signal.SIGKILL:
-                yield "lost", f"{what}: exit {code}\n{text[-800:]}"
-                continue
-            yield repeated(name, what, base)
-
-
-def repeated(name: str, what: str, base: dict) -> tuple[str, str]:
-    code, text = end(*start(COMMANDS[name]))
-    if name == "pack" and "exists. Remove it" in text:  # killed after its last operation of all
-        code = 0
-    same = code == 0 and result(name) == base["result"]
-    return ("handled", "") if same else ("lost", f"{what}: repeated: exit {code}\n{text[-800:]}")
+            if code == -signal.SIGKILL or (code == 1 and "Traceback" not in text):  # 1: a worker
+                code, text = end(*start(COMMANDS[name]))
+                if name == "pack" and "play exists" in text:  # it was killed behind its last rename
+                    code = 0
+                if code == 0 and result(name) == base["result"]:
+                    yield "handled", ""
+                    continue
+            yield "lost", f"{name}: killed at operation {at}: exit {code}\n{text[-800:]}"
 
 
 def trial_damage(name: str, rng, n: int, base: dict):
-    for file in INPUTS[name]:
-        made_by_itself = file in base["result"] or file.startswith("rec/training/parts")
-        for k in range(n):
-            kind = ("flip", "spoil", "cut", "spoil", "bomb", "spoil")[k % 6]
-            with scene(base["after" if made_by_itself else "before"]):
-                if name == "record":  # it goes on: one split was not finished
-                    shutil.rmtree(f"rec/training/{LANG}", ignore_errors=True)
-                damage(Path(file), kind, rng)
-                if name == "wm" and made_by_itself:
-                    Path("run/wm_previous.pt").unlink(missing_ok=True)
-                code, text = end(*start(COMMANDS[name]))
-                if Path(BOOM).exists():
-                    verdict = "lost", f"{name}: {file}, {kind}: it ran foreign code"
-                elif code == 1 and "Traceback" not in text and named(file, text):
-                    verdict = "refused", ""
-                elif code == 0 and result(name) == base["result"]:
-                    verdict = "handled", ""
-                else:
-                    verdict = "lost", f"{name}: {file}, {kind} ({k}): exit {code}\n{text[-800:]}"
-                yield verdict
-
-
-def named(file: str, text: str) -> bool:
-    path = Path(file)
-    return path.name in text or f"{path.parent.name}:" in text or str(path.parent) in text
+    for file, k in itertools.product(INPUTS[name], range(n)):
+        own = file in base["result"] or name == "record"  # the command goes on from what it made
+        kind = ("flip", "spoil", "cut", "spoil", "bomb", "spoil")[k % 6]
+        with scene(base["after" if own else "before"]):
+            damage(Path(file), kind, rng)
+            code, text = end(*start(COMMANDS[name]))
+            path, verdict = Path(file), "lost"
+            names = path.name in text or f"{path.parent}" in text or f"{path.parent.name}:" in text
+            if code == 1 and "Traceback" not in text and names:
+                verdict = "refused"
+            elif code == 0 and result(name) == base["result"]:
+                verdict = "handled"
+            verdict = "lost" if Path(BOOM).exists() else verdict  # foreign code ran
+            yield verdict, f"{name}: {file}, {kind} ({k}): exit {code}\n{text[-800:]}"
 
 
 def trial_two(name: str, rng, n: int, base: dict):
-    for at in sorted({*np.linspace(8, base["operations"] - 2, min(n, 3)).astype(int).tolist()}):
+    """The first is stopped at some operation, goes on when the second one has ended."""
+    for at in np.linspace(10, base["operations"] - 2, min(n, 3)).astype(int).tolist():
         with scene(base["before"]):
             first, log = start(COMMANDS[name], at, signal.SIGSTOP)
-            begun = time.monotonic()
-            while Path("count").stat().st_size < at if Path("count").exists() else True:
+            begun, count = time.monotonic(), Path("count")
+            while not count.exists() or count.stat().st_size < at:
                 if time.monotonic() - begun > LIMIT:
                     break
                 time.sleep(0.02)
-            shutil.move("count", "first")
             second = start(COMMANDS[name])
-            waits = name == "latents"
-            if not waits:
-                code, text = end(*second)
+            if name == "latents":  # which waits
+                time.sleep(1)
+                os.killpg(first, signal.SIGCONT)
+            code, text = end(*second)
             os.killpg(first, signal.SIGCONT)
-            one = end(first, log)
-            if waits:
-                code, text = end(*second)
-            good = code == 0 if waits else code == 1 and f"process {first} on" in text
-            Path("first").unlink()
-            if good and one[0] == 0 and result(name) == base["result"]:
-                yield ("handled" if waits else "refused"), ""
-            else:
-                yield "lost", f"{name}: two, {at}: exits {one[0]}, {code}\n{text[-800:]}"
+            ended = end(first, log)[0]
+            good = code == 0 if name == "latents" else code == 1 and f"process {first} on" in text
+            good = good and ended == 0 and result(name) == base["result"]
+            verdict = ("handled" if name == "latents" else "refused") if good else "lost"
+            yield verdict, f"{name}: two, {at}: exits {ended}, {code}\n{text[-800:]}"
 
 
 @contextlib.contextmanager
@@ -354,7 +324,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         stage = Path(root) / "0_empty"
         stage.mkdir()
-        (stage / "told.json").write_text(json.dumps({t: f"{t} now" for t in evaluate.calvin.TASKS}))
         sentences = {t: s[0] for t, s in evaluate.calvin.sentences().items()}
         (stage / "told.json").write_text(json.dumps(sentences))
         for k, name in enumerate(COMMANDS, 1):
@@ -372,17 +341,15 @@ def main() -> None:
                 rows[name, trial] = counts = Counter()
                 for verdict, what in function(name, rng, args.n, base):
                     counts[verdict] += 1
-                    print(f"LOST: {what}" if verdict == "lost" else "", end="", flush=True)
-                print(
-                    f"{name} {trial}: {dict(counts)}, {time.monotonic() - begun:.0f} s", flush=True
-                )
+                    if verdict == "lost":
+                        print(f"LOST: {what}", flush=True)
+                took = f"{time.monotonic() - begun:.0f} s"
+                print(f"{name} {trial}: {dict(counts)}, {took}", flush=True)
         os.chdir("/")
-    print(
-        f"\n| {'part':<10} | trial  | tried | refused | handled | lost |\n|---|---|---|---|---|---|"
-    )
+    print("\n| part | trial | tried | refused | handled | lost |\n|---|---|---|---|---|---|")
     for (name, trial), counts in [*rows.items(), (("all", ""), sum(rows.values(), Counter()))]:
-        figures = " | ".join(f"{counts[k]:>5}" for k in ("refused", "handled", "lost"))
-        print(f"| {name:<10} | {trial:<6} | {counts.total():>5} | {figures} |")
+        figures = " | ".join(str(counts[k]) for k in ("refused", "handled", "lost"))
+        print(f"| {name} | {trial} | {counts.total()} | {figures} |")
     sys.exit(any(counts["lost"] for counts in rows.values()))
 
 
