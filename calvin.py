@@ -320,14 +320,17 @@ def validation(dataset) -> Path:
     return (Path(dataset).parent if inside else Path(dataset)) / "validation"
 
 
-def check_targets(config, where) -> None:
-    """ValueError if a configuration, plain containers, would have hydra call what is not
-    calvin_env's: a stranger's file could otherwise run any code."""
+def check_targets(config, where, root: Path) -> None:
+    """ValueError if a configuration, plain containers, would have hydra call anything but a class
+    in a file of calvin_env's clone: a stranger's file could otherwise run any code."""
     for key, value in config.items() if isinstance(config, dict) else enumerate(config):
-        if key == "_target_" and not str(value).startswith("calvin_env."):
-            raise ValueError(f"{where}: it asks for {value}, which is refused")
+        if key == "_target_":
+            module, _, name = str(value).rpartition(".")
+            file = root / f"{module.replace('.', '/')}.py"
+            if not (module.startswith("calvin_env.") and file.exists() and name[:1].isupper()):
+                raise ValueError(f"{where}: it asks for {value}, which is refused")
         if isinstance(value, dict | list):
-            check_targets(value, where)
+            check_targets(value, where, root)
 
 
 def configuration(root: Path, scene):
@@ -357,7 +360,7 @@ def configuration(root: Path, scene):
         config.env = load(conf / "env/play_table_env.yaml")
     for name in set(config.cameras) - set(CAMERAS):
         del config.cameras[name]
-    check_targets(omegaconf.to_container(config, resolve=False), where)
+    check_targets(omegaconf.to_container(config, resolve=False), where, root)
     return config
 
 

@@ -130,13 +130,13 @@ def load_checkpoint(path: Path, stage: str | None, device: str) -> dict:
     kinds = KINDS | ({"world_model": dict} if got == "agent" else {})
     wrong = [k for k in kinds if k not in c or not isinstance(c[k], kinds[k])]
     if wrong:
-        raise ValueError(f"{path} lacks {', '.join(wrong)}, or has another type there; {remedy}")
+        raise ValueError(f"{path} lacks {', '.join(wrong)}; {remedy}")
     with fitting(path, "train.py"):
         D.check_meta(c["meta"])
         STEPS[c["run"]["preset"]], c["run"]["steps"] + c["run"]["seed"]
         world = c.get("world_model", {"config": {}, "model": {}, "step": 0})
         weights = (c["model"] | world["model"]).items()
-        bad = [name for name, x in weights if not (x.abs() <= 1e6).all()]
+        bad = [name for name, x in weights if not (x.float().abs() <= 1e6).all()]
     if bad:
         raise ValueError(f"{path}: {bad[0]} is not finite, or beyond 1e6; {remedy}")
     return c | {"path": str(path)}

@@ -190,11 +190,14 @@ def test_egls_number_of_a_gpu_is_found_by_cudas():
     assert [calvin.egl_device(k, Library) for k in range(3)] == [2, 0, None]
 
 
-def test_a_configuration_that_would_run_other_code_is_refused():
+def test_a_configuration_that_would_run_other_code_is_refused(tmp_path):
+    (tmp_path / "calvin_env/envs").mkdir(parents=True)
+    (tmp_path / "calvin_env/envs/play_table_env.py").write_text("")
     fine = {"env": {"_target_": "calvin_env.envs.play_table_env.PlayTableSimEnv", "seed": 0}}
-    calvin.check_targets(fine, "task_D_D")
-    with pytest.raises(ValueError, match=r"task_D_D: it asks for os\.system"):
-        calvin.check_targets(fine | {"more": [{"_target_": "os.system"}]}, "task_D_D")
+    calvin.check_targets(fine, "task_D_D", tmp_path)
+    for bad in ("os.system", "calvin_env.envs.play_table_env.os.system", "calvin_env.Popen", 3):
+        with pytest.raises(ValueError, match=rf"task_D_D: it asks for {bad}"):
+            calvin.check_targets(fine | {"more": [{"_target_": bad}]}, "task_D_D", tmp_path)
 
 
 @pytest.mark.parametrize("about", [{"scene": "calvin_scene_B"}, {}])
