@@ -2,20 +2,15 @@
 
     python tests/chaos.py [--n 10] [--seed 0] [--parts record pack ...]        `make chaos`
 
-kill     SIGKILL at one file operation of a command: the same command, repeated, gives what an
-         undisturbed one gave
-damage   one input is cut, or has one bit flipped, wrong types, absurd numbers or a pickle that asks
-         for code: it is refused, or the result is the undisturbed one
-two      a second process at the same folder: it is refused with the first one's number, or it waits
+kill     SIGKILL at a file operation: the same command then gives what an undisturbed one gave
+damage   an input with a flipped bit, cut, with wrong types, absurd numbers or a pickle of code
+two      a second process at the same folder: it names the first one's number, or it waits
 
 refused: a message that names the file, without a traceback.  handled: the undisturbed result.
-lost: anything else, of which each case is printed; then the exit code is 1.
-
-Every command runs in a forked process. An audit hook counts its file operations (opening to write,
-renaming, removing, making folders, fsync) and ends or stops it at one of them.
+lost: anything else, of which each case is printed; then the exit code is 1. Every command runs in a
+forked process, where an audit hook counts its file operations and ends or stops it at one of them.
 """
 
-import argparse
 import contextlib
 import copy
 import functools
@@ -36,6 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data as D
@@ -52,9 +48,7 @@ EVALUATE = "--checkpoint run/agent.pt --chains 3 --limit 8 --sentences told.json
 
 
 class Bomb:
-    """What a hostile pickle does where it is loaded carelessly."""
-
-    def __reduce__(self):
+    def __reduce__(self):  # what a hostile pickle does where it is loaded carelessly
         return os.system, (f"touch {BOOM}",)
 
 
@@ -74,90 +68,80 @@ COMMANDS = {
     "latents": latents,
     "evaluate": lambda: evaluate.main(EVALUATE.split()),
 }
-# What each of them reads, to be damaged. play's pictures have no checksum: a bit is one pixel's.
+# What each of them reads, to be damaged; and makes. A bit of play's pictures is one pixel's.
 RECORDED = "recording.json ep_start_end_ids.npy disturbed.npy sums.json episode_0000007.npz"
-PACKED = [*D.VECTORS, *D.OTHERS]
 INPUTS = {
     "record": ["rec/training/recording.json", "rec/training/parts/00000.json"],
     "pack": [f"rec/training/{x}" for x in (*RECORDED.split(), f"{D.LANGUAGE}/auto_lang_ann.npy")],
     "wm": [f"play/{x}" for x in ("meta.json", "training/lang.json", "training/sums.json")]
-    + [f"play/training/{x}.npy" for x in PACKED] + ["run/wm.pt"],
+    + [f"play/training/{x}.npy" for x in (*D.VECTORS, *D.OTHERS)] + ["run/wm.pt"],
     "agent": ["run/wm.pt", "run/agent.pt"],
     "latents": ["play/training/latents-chaos/h.npy", "play/training/latents-chaos/z.npy"],
     "evaluate": ["run/agent.pt", "told.json", "out/chains.jsonl", "out/calvin_results.json"],
+}  # fmt: skip
+FILES = {
+    "record": "rec/**/*", "pack": "play/**/*", "wm": "run/wm.*", "agent": "run/agent.*",
+    "latents": "play/training/latents-chaos/*", "evaluate": "out/results.json",
 }  # fmt: skip
 
 
 def armed(place: str, at: int, what: int) -> None:
     """From now on this process, and those that it forks, get signal `what` at operation `at`."""
-    counter = os.open("count", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+    counter = os.open("count", os.O_APPEND | os.O_WRONLY)
     fsync = os.fsync
 
-    def operation() -> None:
+    def operation(*_) -> None:
         os.write(counter, b".")
         if os.fstat(counter).st_size == at:
             os.kill(os.getpid(), what)
 
     def hook(event: str, args: tuple) -> None:
         writes = event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir")
-        if event == "open":
-            writes = bool(args[2] & (os.O_WRONLY | os.O_RDWR))
+        writes = writes or (event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR))
         if writes and isinstance(args[0], str | Path):
             if os.path.abspath(args[0]).startswith(place):
                 operation()
 
-    def counted(descriptor: int) -> None:
-        operation()
-        fsync(descriptor)
-
-    os.fsync = counted
+    os.fsync = lambda descriptor: (operation(), fsync(descriptor))
     sys.addaudithook(hook)
 
 
 def start(command, at: int = 0, what: int = signal.SIGKILL) -> tuple[int, Path]:
     """Forks a process that runs a command in this folder: its number, and its output's file."""
-    log = Path(tempfile.mkstemp(dir=Path.cwd().parent, suffix=".log")[1])
+    file, log = tempfile.mkstemp(dir=Path.cwd().parent)
     Path("count").unlink(missing_ok=True)
+    Path("count").touch()
     number = os.fork()
     if number:
-        return number, log
+        os.close(file)
+        return number, Path(log)
     os.setpgid(0, 0)
-    file, code = os.open(log, os.O_WRONLY), 70
     os.dup2(file, 1)
     os.dup2(file, 2)
+    signal.alarm(LIMIT)
     fork = multiprocessing.get_context("fork")  # for a recorder's workers: they are counted, too
     multiprocessing.get_context = lambda _: fork
     D.BLOCK, diagnostics.probe = 32, functools.partial(diagnostics.probe, steps=5)
+    code = 1
     try:
         armed(f"{Path.cwd()}/", at, what)
         command()
         code = 0
     except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else 1
-        print("" if isinstance(stop.code, int) else stop.code, file=sys.stderr)
-    except Exception as error:
-        code = 1 if isinstance(error, D.DataError | ValueError) else 70  # latents has no main
-        print(f"error: {error}", file=sys.stderr)
-        if code == 70:
-            traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        print(stop.code, file=sys.stderr)
+        code = int(bool(stop.code))
+    except (D.DataError, ValueError) as error:  # of `latents`, which has no command line
+        print(error if command is latents else traceback.format_exc(), file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def end(number: int, log: Path) -> tuple[int, str]:
-    """Waits for it. Its exit code (negative: of a signal; 99: it did not end), and its output."""
-    code, begun = None, time.monotonic()
-    while code is None:
-        done, status = os.waitpid(number, os.WNOHANG)
-        if done:
-            code = os.waitstatus_to_exitcode(status)
-        elif time.monotonic() - begun > LIMIT:
-            os.killpg(number, signal.SIGKILL)
-            os.waitpid(number, 0)
-            code = 99
-        time.sleep(0.02)
+    """Waits for it. Its exit code, negative of a signal, and its output."""
+    code = os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
     with contextlib.suppress(ProcessLookupError):
         os.killpg(number, signal.SIGKILL)  # its workers
     text = log.read_text(errors="replace")
@@ -168,21 +152,15 @@ def end(number: int, log: Path) -> tuple[int, str]:
 def result(name: str) -> dict[str, str]:
     """What a command made, as {file: digest}: without locks and times; of checkpoints the weights,
     of an evaluation its figures, for it also notes what a checkpoint says of its training."""
-    folder, out = {"record": "rec", "pack": "play", "evaluate": "out"}.get(name, "run"), {}
-    folder = "play/training/latents-chaos" if name == "latents" else folder
-    for path in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
+    out = {}
+    for path in sorted(p for p in Path().glob(FILES[name]) if p.is_file()):
         content = path.read_bytes()
-        if name in ("wm", "agent"):
-            if path.name not in (f"{name}.pt", f"{name}.jsonl"):
-                continue
+        if path.suffix == ".pt":
+            content = train.identity(torch.load(path, weights_only=True)["model"]).encode()
+        if path.suffix == ".jsonl":
             content = re.sub(rb'"hours": [0-9.e-]+', b"", content)
-            if path.suffix == ".pt":
-                weights = torch.load(path, weights_only=True)["model"]
-                content = train.identity(weights).encode()
-        if name == "evaluate" and path.name == "results.json":
+        if name == "evaluate":
             content = str([json.loads(content)[k] for k in ("success", "tasks")]).encode()
-        elif name == "evaluate":
-            content = b""
         if not path.name.startswith(".lock"):
             out[str(path)] = hashlib.sha256(content).hexdigest()
     return out
@@ -211,25 +189,21 @@ def spoil(value, rng):
 
 def damage(path: Path, kind: str, rng) -> None:
     """kind: flip (one bit), cut, spoil (types and numbers), or bomb (a pickle that runs code)."""
-    raw, suffix = bytearray(path.read_bytes()), path.suffix
-    if kind == "bomb" and suffix.startswith(".json"):
-        kind = "cut"
+    raw, suffix, pickled = bytearray(path.read_bytes()), path.suffix, "auto_lang" in path.name
+    for folder in path.parents if kind in ("spoil", "bomb") else ():
+        (folder / D.SUMS).unlink(missing_ok=True)  # so that a checksum is not what finds it
     if kind == "flip":
         raw[rng.integers(len(raw))] ^= 1 << int(rng.integers(8))
-    if kind == "cut":
-        raw = raw[: rng.integers(len(raw))]
-    if kind in ("flip", "cut"):
         path.write_bytes(raw)
-        return
-    for folder in path.parents:  # so that a checksum is not what finds it
-        (folder / D.SUMS).unlink(missing_ok=True)
-    if suffix == ".pt":
+    elif kind == "cut" or (kind == "bomb" and suffix.startswith(".json")):
+        path.write_bytes(raw[: rng.integers(len(raw))])
+    elif suffix == ".pt":
         value = torch.load(path, weights_only=True)
         torch.save(value | {"config": Bomb()} if kind == "bomb" else spoil(value, rng), path)
     elif suffix.startswith(".json"):
         rows = raw.decode().splitlines() if suffix == ".jsonl" else [raw.decode()]
         row = rng.integers(len(rows))
-        rows[row] = json.dumps(spoil(json.loads(rows[row]), rng), default=str)
+        rows[row] = json.dumps(spoil(json.loads(rows[row]), rng), default=lambda _: None)
         path.write_text("\n".join(rows) + "\n")
     elif suffix == ".npz":
         members = dict(np.load(path))
@@ -237,7 +211,6 @@ def damage(path: Path, kind: str, rng) -> None:
         members[key] = np.array(Bomb()) if kind == "bomb" else spoil(members[key], rng)
         np.savez(path, **members)
     else:
-        pickled = path.name == "auto_lang_ann.npy"
         value = D.load_pickled_npy(path) if pickled else np.load(path)
         value = Bomb() if kind == "bomb" else spoil(value, rng)
         np.save(path, np.array(value, object if pickled or kind == "bomb" else None))
@@ -261,7 +234,7 @@ def trial_kill(name: str, rng, n: int, base: dict):
 
 def trial_damage(name: str, rng, n: int, base: dict):
     for file, k in itertools.product(INPUTS[name], range(n)):
-        own = file in base["result"] or name == "record"  # the command goes on from what it made
+        own = not (base["before"] / file).exists()  # the command goes on from what it made
         kind = ("flip", "spoil", "cut", "spoil", "bomb", "spoil")[k % 6]
         with scene(base["after" if own else "before"]):
             damage(Path(file), kind, rng)
@@ -282,20 +255,18 @@ def trial_two(name: str, rng, n: int, base: dict):
         with scene(base["before"]):
             first, log = start(COMMANDS[name], at, signal.SIGSTOP)
             begun, count = time.monotonic(), Path("count")
-            while not count.exists() or count.stat().st_size < at:
-                if time.monotonic() - begun > LIMIT:
-                    break
+            while time.monotonic() < begun + LIMIT and count.stat().st_size < at:
                 time.sleep(0.02)
-            second = start(COMMANDS[name])
-            if name == "latents":  # which waits
+            second, waits = start(COMMANDS[name]), name == "latents"
+            if waits:
                 time.sleep(1)
                 os.killpg(first, signal.SIGCONT)
             code, text = end(*second)
             os.killpg(first, signal.SIGCONT)
             ended = end(first, log)[0]
-            good = code == 0 if name == "latents" else code == 1 and f"process {first} on" in text
+            good = code == 0 if waits else code == 1 and f"process {first} on" in text
             good = good and ended == 0 and result(name) == base["result"]
-            verdict = ("handled" if name == "latents" else "refused") if good else "lost"
+            verdict = ("handled" if waits else "refused") if good else "lost"
             yield verdict, f"{name}: two, {at}: exits {ended}, {code}\n{text[-800:]}"
 
 
@@ -312,12 +283,8 @@ def scene(source: Path):
             os.chdir(here)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--n", type=int, default=10, help="kills of a command, damages of a file")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--parts", nargs="+", choices=COMMANDS, default=[*COMMANDS])
-    args = parser.parse_args()
+def main(n: int = 10, seed: int = 0, parts: tuple[str, ...] = tuple(COMMANDS)) -> None:
+    """n: kills of each command, damages of each file. parts: of COMMANDS."""
     torch.set_num_threads(1)
     trials = {"kill": trial_kill, "damage": trial_damage, "two": trial_two}
     rows, begun = {}, time.monotonic()
@@ -336,10 +303,10 @@ def main() -> None:
             base = {"operations": Path("count").stat().st_size, "result": result(name)}
             base |= {"before": stage, "after": after}
             stage = after
-            for trial, function in trials.items() if name in args.parts else ():
-                rng = np.random.default_rng([args.seed, k])
+            for trial, function in trials.items() if name in parts else ():
+                rng = np.random.default_rng([seed, k])
                 rows[name, trial] = counts = Counter()
-                for verdict, what in function(name, rng, args.n, base):
+                for verdict, what in function(name, rng, n, base):
                     counts[verdict] += 1
                     if verdict == "lost":
                         print(f"LOST: {what}", flush=True)
@@ -354,4 +321,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)
