@@ -133,6 +133,8 @@ def load_checkpoint(path: Path, stage: str | None, device: str) -> dict:
         raise ValueError(f"{path} lacks {', '.join(wrong)}; {remedy}")
     with fitting(path, "train.py"):
         D.check_meta(c["meta"])
+        if not 0 <= c["step"] < 10**9:
+            raise ValueError(f"step is {c['step']}")
         STEPS[c["run"]["preset"]], c["run"]["steps"] + c["run"]["seed"]
         world = c.get("world_model", {"config": {}, "model": {}, "step": 0})
         weights = (c["model"] | world["model"]).items()

@@ -286,6 +286,7 @@ def scene(source: Path):
 def main(n: int = 10, seed: int = 0, parts: tuple[str, ...] = tuple(COMMANDS)) -> None:
     """n: kills of each command, damages of each file. parts: of COMMANDS."""
     torch.set_num_threads(1)
+    os.environ["HF_HUB_OFFLINE"] = "1"
     trials = {"kill": trial_kill, "damage": trial_damage, "two": trial_two}
     rows, begun = {}, time.monotonic()
     with tempfile.TemporaryDirectory() as root:
