@@ -133,8 +133,9 @@ def load_checkpoint(path: Path, stage: str | None, device: str) -> dict:
         raise ValueError(f"{path} lacks {', '.join(wrong)}; {remedy}")
     with fitting(path, "train.py"):
         D.check_meta(c["meta"])
-        if not 0 <= c["step"] < 10**9:
-            raise ValueError(f"step is {c['step']}")
+        replan = c.get("policy", {}).get("replan", 1)
+        if not 0 <= c["step"] < 10**9 or not (isinstance(replan, int) and replan >= 1):
+            raise ValueError(f"step {c['step']}, replan {replan}")
         STEPS[c["run"]["preset"]], c["run"]["steps"] + c["run"]["seed"]
         world = c.get("world_model", {"config": {}, "model": {}, "step": 0})
         weights = (c["model"] | world["model"]).items()
