@@ -535,9 +535,10 @@ def pack(
             names = [f"{k}.npy" for k in (*VECTORS, *OTHERS)]
             write_sums(part / split, [*names, "lang.json", "../meta.json"])
         shutil.rmtree(blocks)
-        for file in (key_file, part / ".lock", part / ".lock_holder"):
-            file.unlink()
-        os.rename(part, dst)
+        key_file.unlink()
+        os.rename(part, dst)  # with its lock, or another command would begin in it
+        for name in (".lock", ".lock_holder"):
+            (dst / name).unlink()
         sync(dst.parent)
     print(f"{dst}: {sum(len(plan['ids']) for plan in plans.values())} frames")
 
