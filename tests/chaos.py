@@ -222,14 +222,13 @@ def trial_kill(name: str, rng, n: int, base: dict):
     for at in sorted({*np.linspace(1, base["operations"], n).round().astype(int).tolist()}):
         with scene(base["before"]):
             code, text = end(*start(COMMANDS[name], at))
-            if code == -signal.SIGKILL or (code == 1 and "Traceback" not in text):  # 1: a worker
-                code, text = end(*start(COMMANDS[name]))
-                if name == "pack" and "play exists" in text:  # it was killed behind its last rename
-                    code = 0
-                if code == 0 and result(name) == base["result"]:
-                    yield "handled", ""
-                    continue
-            yield "lost", f"{name}: killed at operation {at}: exit {code}\n{text[-800:]}"
+            ended = code == -signal.SIGKILL or (
+                code == 1 and "Traceback" not in text
+            )  # 1: a worker
+            code, text = end(*start(COMMANDS[name]))
+            done = code == 0 or (name == "pack" and "play exists" in text)  # killed at its very end
+            verdict = "handled" if ended and done and result(name) == base["result"] else "lost"
+            yield verdict, f"{name}: killed at operation {at}: exit {code}\n{text[-800:]}"
 
 
 def trial_damage(name: str, rng, n: int, base: dict):
@@ -240,8 +239,8 @@ def trial_damage(name: str, rng, n: int, base: dict):
             damage(Path(file), kind, rng)
             code, text = end(*start(COMMANDS[name]))
             path, verdict = Path(file), "lost"
-            names = path.name in text or f"{path.parent}" in text or f"{path.parent.name}:" in text
-            if code == 1 and "Traceback" not in text and names:
+            told = any(x in text for x in (path.name, f"{path.parent}", f"{path.parent.name}:"))
+            if code == 1 and told and "Traceback" not in text:
                 verdict = "refused"
             elif code == 0 and result(name) == base["result"]:
                 verdict = "handled"
@@ -273,14 +272,9 @@ def trial_two(name: str, rng, n: int, base: dict):
 @contextlib.contextmanager
 def scene(source: Path):
     """A working folder that is a copy of `source`."""
-    here = Path.cwd()
     with tempfile.TemporaryDirectory(dir=source.parent) as folder:
-        shutil.copytree(source, f"{folder}/work")
-        os.chdir(f"{folder}/work")
-        try:
+        with contextlib.chdir(shutil.copytree(source, f"{folder}/work")):
             yield
-        finally:
-            os.chdir(here)
 
 
 def main(n: int = 10, seed: int = 0, parts: tuple[str, ...] = tuple(COMMANDS)) -> None:
@@ -288,12 +282,12 @@ def main(n: int = 10, seed: int = 0, parts: tuple[str, ...] = tuple(COMMANDS)) -
     torch.set_num_threads(1)
     os.environ["HF_HUB_OFFLINE"] = "1"
     trials = {"kill": trial_kill, "damage": trial_damage, "two": trial_two}
-    rows, begun = {}, time.monotonic()
+    rows = {}
     with tempfile.TemporaryDirectory() as root:
         stage = Path(root) / "0_empty"
         stage.mkdir()
-        sentences = {t: s[0] for t, s in evaluate.calvin.sentences().items()}
-        (stage / "told.json").write_text(json.dumps(sentences))
+        told = {task: known[0] for task, known in evaluate.calvin.sentences().items()}
+        D.write_json(stage / "told.json", told)
         for k, name in enumerate(COMMANDS, 1):
             after = Path(root) / f"{k}_{name}"
             shutil.copytree(stage, after)
@@ -311,8 +305,7 @@ def main(n: int = 10, seed: int = 0, parts: tuple[str, ...] = tuple(COMMANDS)) -
                     counts[verdict] += 1
                     if verdict == "lost":
                         print(f"LOST: {what}", flush=True)
-                took = f"{time.monotonic() - begun:.0f} s"
-                print(f"{name} {trial}: {dict(counts)}, {took}", flush=True)
+                print(f"{name} {trial}: {dict(counts)}", flush=True)
         os.chdir("/")
     print("\n| part | trial | tried | refused | handled | lost |\n|---|---|---|---|---|---|")
     for (name, trial), counts in [*rows.items(), (("all", ""), sum(rows.values(), Counter()))]:
