@@ -79,6 +79,9 @@ RETIRED = {
     "proprioception": True, "reward_on": "s", "clone_imagined": False, "binary_gripper": False,
     "critic_weight_decay": None, "critic_sees_plan": None, "replan": None, "forget": None,
 }  # fmt: skip
+# Types of a checkpoint's entries.
+KINDS = {"config": dict, "model": dict, "meta": dict, "run": dict, "step": int}
+KINDS |= {"seconds": int | float, "text_encoder": str | None}
 
 
 # ---------------------------------------------------------------------------- checkpoints
@@ -124,13 +127,21 @@ def load_checkpoint(path: Path, stage: str | None, device: str) -> dict:
     if got not in ([stage] if stage else STAGES):
         need = f"this needs one of --stage {stage or ', '.join(STAGES)}"
         raise ValueError(f"{path} holds stage {got!r}; {need}")
-    needs = {"config", "model", "meta", "run", "step", "seconds", "text_encoder"}
-    missing = (needs | {"world_model"} if got == "agent" else needs) - c.keys()
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}; {remedy}")
-    for name, x in (c["model"] | c.get("world_model", {}).get("model", {})).items():
-        if not x.isfinite().all():
-            raise ValueError(f"{path}: {name} is not finite; {remedy}")
+    kinds = KINDS | ({"world_model": dict} if got == "agent" else {})
+    wrong = [k for k in kinds if k not in c or not isinstance(c[k], kinds[k])]
+    if wrong:
+        raise ValueError(f"{path} lacks {', '.join(wrong)}; {remedy}")
+    with fitting(path, "train.py"):
+        D.check_meta(c["meta"])
+        replan = c.get("policy", {}).get("replan", 1)
+        if not 0 <= c["step"] < 10**9 or not (isinstance(replan, int) and replan >= 1):
+            raise ValueError(f"step {c['step']}, replan {replan}")
+        STEPS[c["run"]["preset"]], c["run"]["steps"] + c["run"]["seed"]
+        world = c.get("world_model", {"config": {}, "model": {}, "step": 0})
+        weights = (c["model"] | world["model"]).items()
+        bad = [name for name, x in weights if not (x.float().abs() <= 1e6).all()]
+    if bad:
+        raise ValueError(f"{path}: {bad[0]} is not finite, or beyond 1e6; {remedy}")
     return c | {"path": str(path)}
 
 
@@ -149,7 +160,7 @@ def fitting(path, file: str):
     """ValueError, with its name, for a checkpoint that is not of this code's model."""
     try:
         yield
-    except (RuntimeError, TypeError, KeyError, ValueError) as error:
+    except Exception as error:
         what = f"{path} was trained by another version of {file}, or is damaged"
         what += "; train it again, or use the code that it was trained with"
         raise ValueError(f"{what}: {type(error).__name__}: {error}") from error
@@ -478,9 +489,9 @@ class Run:
                 for p, state in optimizer.state.items():  # moments in the parameters' layout
                     moments = {k: x for k, x in state.items() if x.shape == p.shape}
                     state.update({k: torch.empty_like(p).copy_(x) for k, x in moments.items()})
-        torch.set_rng_state(c["random"]["cpu"])
-        if "cuda" in self.device and "cuda" in c["random"]:
-            torch.cuda.set_rng_state(c["random"]["cuda"])
+            torch.set_rng_state(c["random"]["cpu"])
+            if "cuda" in self.device and "cuda" in c["random"]:
+                torch.cuda.set_rng_state(c["random"]["cuda"])
         if self.rank == 0:
             print(f"going on from step {c['step']} of {c['path']}")
         return c["step"], c
@@ -620,7 +631,8 @@ def train_world_model(run: Run) -> None:
     held_out = D.Sequences(run.held_out, min(B, len(run.held_out) // L), L, 0, carry=False)
     clips = diagnostics.eventful(run.held_out, min(55, run.held_out.longest))
 
-    state = [x[run.shard(B)].to(device) for x in checkpoint.get("state") or world.initial(B)]
+    with fitting(checkpoint.get("path"), "train.py"):
+        state = [x[run.shard(B)].to(device) for x in checkpoint.get("state") or world.initial(B)]
     update, softness = world_model_update(run, world, optimizer), torch.zeros((), device=device)
     world.train()
     for step in run.progress(start):
