@@ -27,6 +27,7 @@ import os
 import signal
 import sys
 import threading
+import zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from itertools import pairwise
@@ -907,7 +908,19 @@ def _block(env, oracle, folder, split, index, first, length, seed, skip, picture
     name = folder / "parts" / f"{index:05d}"
     if not pictures:
         write(name.with_suffix(".npz"), lambda file: np.savez(file, **states))
+    part["crc"] = zlib.crc32(json.dumps(part).encode())
     write(name.with_suffix(".json"), lambda file: file.write(json.dumps(part).encode()))
+
+
+def _part(path):
+    """What _block wrote. DataError: damaged."""
+    import data
+
+    with data.naming(path, "Remove that file: its frames are recorded again"):
+        part = dict(json.loads(path.read_text()))
+        if part.pop("crc", None) != zlib.crc32(json.dumps(part).encode()):
+            raise ValueError("its checksum is wrong")
+    return part
 
 
 def record(
@@ -918,9 +931,16 @@ def record(
     make: function(render) -> (environment, oracle). about: what recording.json says of it.
     skip: steps of the simulator, at 30 Hz, that one frame lasts.
     """
-    folder, jobs, done = Path(folder), [], 0
+    import data  # brings torch, which no worker needs
+
     if skip > 10:
         raise ValueError(f"--skip {skip}: at most 10, or episodes are shorter than a window")
+    with data.locked(Path(folder)):
+        _record(Path(folder), frames, val_frames, procs, seed, make, about, skip, pictures)
+
+
+def _record(folder, frames, val_frames, procs, seed, make, about, skip, pictures):
+    jobs, done = [], 0
     about = about | ({"hz": about["hz"] / skip, "skip": skip} if skip > 1 else {})
     for split, n in (("training", frames), ("validation", val_frames)):
         place = folder / split
@@ -948,7 +968,8 @@ def _claim(place, n, seed, about):
     if n < 64:
         raise ValueError(f"{place}: {n} frames are too few, a span alone may have 64")
     about = about | {"text_encoder": LANG[5:], "frames": n, "seed": seed}
-    if place.exists() and any(place.iterdir()):
+    place.mkdir(parents=True, exist_ok=True)
+    if any(p.suffix != ".tmp" for p in place.iterdir()):  # those a kill left half written
         try:
             found = json.loads((place / "recording.json").read_text())
         except (OSError, ValueError):
@@ -956,13 +977,13 @@ def _claim(place, n, seed, about):
         if found != about:
             remedy = "choose another folder, delete it, or repeat the command that began it"
             raise FileExistsError(f"{place} holds something else ({found}; not {about}): {remedy}")
-    (place / "parts").mkdir(parents=True, exist_ok=True)
     write(place / "recording.json", lambda f: f.write(json.dumps(about).encode()))
+    (place / "parts").mkdir(exist_ok=True)
 
 
 def _finish(place, split, seed, skip, pictures):
     """Everything but the frames: episode bounds, statistics, language."""
-    parts = [json.loads(p.read_text()) for p in sorted((place / "parts").glob("*.json"))]
+    parts = [_part(p) for p in sorted((place / "parts").glob("*.json"))]
     episodes = np.array([e for p in parts for e in p["episodes"]])  # (E, 2), both ends inclusive
     lengths = episodes[:, 1] - episodes[:, 0] + 1
     mean, square = np.sum([p["sums"] for p in parts], axis=0) / lengths.sum()
@@ -994,6 +1015,10 @@ def _finish(place, split, seed, skip, pictures):
             "spans": spans, "tasks": np.array(chosen), "disturbed": disturbed,
         }  # fmt: skip
         write(place / "states.npz", lambda f: np.savez(f, **arrays))
+    import data
+
+    names = (*arrays, *language, "disturbed") if pictures else ("disturbed",)
+    data.write_sums(place, ["recording.json", *(f"{name}.npy" for name in names)])
     print(
         f"  {split}: {lengths.sum()} frames, {len(lengths)} episodes, {len(chosen)} annotated spans"
     )
@@ -1080,7 +1105,7 @@ def main(argv=None):
                 a.skip,
                 not a.no_pictures,
             )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError) as error:  # also of a killed worker
         sys.exit(f"error: {error}")
 
 

@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
+import data
 import sim
 import teleop
 
@@ -333,6 +334,19 @@ def test_another_recording_in_the_folder_is_an_error_with_a_remedy(recording, tm
         teleop.record(tmp_path, FRAMES, VAL)
     with pytest.raises(ValueError, match="too few"):
         teleop.record(tmp_path / "new", 10, VAL)
+
+
+def test_a_recording_killed_at_its_very_beginning_goes_on_and_two_at_once_are_refused(tmp_path):
+    place = tmp_path / "training"
+    place.mkdir()
+    (place / "recording.json.tmp").write_text("{")
+    teleop._claim(place, 100, 0, teleop.SIM)
+    assert json.loads((place / "recording.json").read_text())["frames"] == 100
+    with data.locked(tmp_path), pytest.raises(data.DataError, match="in use by process"):
+        teleop.record(tmp_path, 100, 100)
+    (place / "parts/00000.json").write_text('{"episodes": [[0, 1]], "crc": 0}')
+    with pytest.raises(data.DataError, match=r"00000\.json: its checksum .*Remove that file"):
+        teleop._part(place / "parts/00000.json")
 
 
 @pytest.mark.parametrize("option", ["--procs", "--n"])
