@@ -199,8 +199,13 @@ def embed_instruction(sentence: str, encoder: str) -> np.ndarray:
     """(384,). ValueError: it is not in the table, and the text encoder is not on this machine."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nobody waits for a hub that does not answer
     name, short = Path(encoder).name, calvin.plain(sentence)
+    known = short in data.embedding_table()
     try:
-        return data.encode([short if short in data.embedding_table() else sentence], encoder)[0]
+        if not known and not Path(encoder).is_dir():  # quicker than to import what needs it
+            hub = data.needed("huggingface_hub")
+            if not hub.try_to_load_from_cache(f"sentence-transformers/{name}", "modules.json"):
+                raise data.DataError(f"{name} is not here")
+        return data.encode([short if known else sentence], encoder)[0]
     except data.DataError as error:
         known = [s for of_task in calvin.sentences().values() for s in of_task]
         near = "\n  ".join(difflib.get_close_matches(short, known, 5, cutoff=0))
