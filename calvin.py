@@ -433,18 +433,3 @@ class Table:
         if self.env.cid >= 0:
             self.env.p.disconnect(physicsClientId=self.env.cid)
             self.env.cid = -1
-
-
-def make(cameras: bool, args, shrink=None):
-    """(environment, oracle) for the options that `add_options` added."""
-    renderer = args.renderer or "tiny"
-    table = Table(args.scene, renderer, cameras, args.calvin_env, shrink)
-    return table, make_oracle(args.calvin_env)
-
-
-def add_options(parser):
-    """--calvin-env, --scene, --renderer of evaluate.py and teleop.py."""
-    add = parser.add_argument
-    add("--calvin-env", metavar="CLONE", help="of mees/calvin_env, where it is not installed")
-    add("--scene", default=SCENE, help="--env calvin: a folder of its dataset, or a scene's name")
-    add("--renderer", choices=RENDERERS, help="--env calvin: tiny by default; a checkpoint's own")
