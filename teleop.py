@@ -992,7 +992,7 @@ def finish(place, skip, pictures, seed):
     disturbed = np.zeros(n, bool)
     disturbed[[t for p in parts for t in p["disturbed"]]] = True
     bounds = {"calvin_scene_D": [int(episodes.min()), int(episodes.max())]}  # whose twin this is
-    spans, tasks, found = annotations(place, parts, max(1, int(skip * n // 100)), seed)
+    spans, tasks = annotations(place, parts, max(1, int(skip * n // 100)), seed)
     arrays = {"ep_start_end_ids": episodes, "ep_lens": lengths, "scene_info": bounds}
     for name, array in (arrays | {"disturbed": disturbed}).items():
         save(place / f"{name}.npy", array)
@@ -1002,17 +1002,17 @@ def finish(place, skip, pictures, seed):
         arrays = {k: np.concatenate([x[name] for x in states]) for k, name in names.items()}
         arrays |= {"spans": np.array(spans), "tasks": np.array(tasks), "disturbed": disturbed}
         data.write(place / "states.npz", lambda file: np.savez(file, **arrays))
-    print(f"  {place.name}: {n} frames, {len(lengths)} episodes, {len(tasks)} annotated spans")
-    for task in sim.TASKS:
-        print(f"    {task:26s} {found[task]:5d} skills, {tasks.count(task):4d} annotated")
+    print(f"  {place.name}: {n} frames, {len(lengths)} episodes, {len(tasks)} annotated spans;")
+    fewest = sorted(sim.TASKS, key=tasks.count)[:4]
+    print("  fewest:", ", ".join(f"{tasks.count(task)} {task}" for task in fewest))
 
 
 def annotations(place, parts, wanted, seed):
-    """Writes CALVIN's language files. Returns the spans [start, end), their tasks, and how many of
-    each task there were: of these `wanted` are chosen, in turn one of each task."""
+    """Writes CALVIN's language files. Returns spans [start, end) and their tasks: at most `wanted`,
+    about one per hundred steps, in turn one of each task, as long as there are any."""
     rng = np.random.default_rng([seed, 99])
     pool = {t: [s[1:] for p in parts for s in p["spans"] if s[0] == t] for t in sim.TASKS}
-    found, chosen = {t: len(spans) for t, spans in pool.items()}, []
+    chosen = []
     for spans in pool.values():
         rng.shuffle(spans)
     while len(chosen) < wanted and any(pool.values()):
@@ -1020,17 +1020,16 @@ def annotations(place, parts, wanted, seed):
             chosen.append((*pool[task].pop(), str(task)))
     chosen = sorted(chosen[:wanted])
     spans, tasks = [(a, b + 1) for a, b, _ in chosen], [task for *_, task in chosen]
-    held_out = {t: told[:1] for t, told in calvin.sentences().items()}
     phrases = {t: told[1:] for t, told in calvin.sentences().items()}
-    if place.name == "validation":
-        phrases = held_out
-        told = {t: {"emb": data.encode(s)[None], "ann": s} for t, s in held_out.items()}
-        save(place / LANG / "embeddings.npy", told)
+    if place.name == "validation":  # the sentence of each task that is held out from training
+        phrases = {t: told[:1] for t, told in calvin.sentences().items()}
+        asked = {t: {"emb": data.encode(s)[None], "ann": s} for t, s in phrases.items()}
+        save(place / LANG / "embeddings.npy", asked)
     ann = [str(rng.choice(phrases[task])) for task in tasks]
     language = {"ann": ann, "task": tasks, "emb": data.encode(ann)[:, None]}
     info = {"episodes": [], "indx": spans}
     save(place / LANG / "auto_lang_ann.npy", {"language": language, "info": info})
-    return spans, tasks, found
+    return spans, tasks
 
 
 def main(arguments=None):
