@@ -30,6 +30,7 @@ import pickle
 import shutil
 import socket
 import sys
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
@@ -43,11 +44,13 @@ from torch import Tensor
 ASSETS = Path(__file__).parent / "assets"
 SIZE = 64  # pixels, App. C
 LARGEST = 2**26  # bytes of a recorded frame, all cameras and depths
+ABSURD = 1e6  # no number of play is as large
 BLOCK = 256  # packed frames that a thread makes at a time
 MIN_LEN, MAX_LEN = 20, 32  # Table IV: shortest and longest window
 CAMERAS, VECTORS = ("rgb_static", "rgb_gripper"), {"actions": 7, "robot_obs": 15, "scene_obs": 24}
 TEXT_ENCODER, EMBEDDING = "paraphrase-MiniLM-L3-v2", 384  # App. B
 LANGUAGE = f"lang_{TEXT_ENCODER}"  # CALVIN's name for the folder of its annotations
+SUMS = "sums.json"  # beside files that we wrote: their checksums
 # A row of each packed array: of a frame; then of an episode or an annotated span.
 SHAPES = {c: (SIZE, SIZE, 3) for c in CAMERAS} | {k: (n,) for k, n in VECTORS.items()}
 OTHERS = {"episodes": (2,), "spans": (2,), "span_emb": (EMBEDDING,), "disturbed": ()}
@@ -119,6 +122,22 @@ def read_json(path, remedy: str, kinds: dict | None = None) -> dict:
     return content
 
 
+def write_sums(folder: Path, names) -> None:
+    """Notes what these files of a folder hold: one flipped bit is seen, see check_sums."""
+    old = read_json(folder / SUMS, "Remove it") if (folder / SUMS).exists() else {}
+    new = {name: zlib.crc32(np.memmap(folder / name, mode="r")) for name in names}
+    write_json(folder / SUMS, old | new)
+
+
+def check_sums(folder: Path, remedy: str) -> None:
+    """DataError where a file is not what was written. CALVIN's have no sums: they pass."""
+    path = folder / SUMS
+    for name, crc in (read_json(path, remedy) if path.exists() else {}).items():
+        with naming(folder / name, remedy):
+            if zlib.crc32(np.memmap(folder / name, mode="r")) != crc:
+                raise ValueError("it is damaged: its checksum is wrong")
+
+
 @contextmanager
 def locked(folder: Path, wait: bool = False):
     """One command at a time writes to a folder; another one is refused, or waits. The system gives
@@ -140,14 +159,32 @@ def locked(folder: Path, wait: bool = False):
         lock.release()
 
 
+class Ignored(dict):
+    """Stands for whatever else is in a ListConfig: types, parents, flags. It calls nothing."""
+
+    def __init__(self, *_):
+        super().__init__()
+
+
+class ListConfig(list):
+    """omegaconf's, which CALVIN's annotator leaves in its files: the list of its nodes' values."""
+
+    def __setstate__(self, state: dict):
+        self.extend(node._val for node in state["_content"])
+
+
 class SafeUnpickler(pickle.Unpickler):
     """Numpy arrays and plain containers only: a stranger's pickle could otherwise run any code."""
 
     ALLOWED = ("numpy.ndarray", "numpy.dtype", "_codecs.encode", "numpy._core.numeric._frombuffer")
     ALLOWED += ("numpy._core.multiarray._reconstruct", "numpy._core.multiarray.scalar")
+    TYPES = "builtins.list builtins.dict builtins.int builtins.str typing.Any"
+    TYPES = (*TYPES.split(), "collections.defaultdict")
 
     def find_class(self, module: str, name: str):
         module = module.replace("numpy.core.", "numpy._core.")  # numpy 1's name
+        if module.startswith("omegaconf.") or f"{module}.{name}" in self.TYPES:
+            return ListConfig if name == "ListConfig" else Ignored
         if f"{module}.{name}" not in self.ALLOWED:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is refused")
         return super().find_class(module, name)
@@ -186,6 +223,11 @@ def same_text_encoder(have: str | None, want: str | None, where) -> None:
         raise DataError(f"{where}: text encoder is {have!r}, expected {want!r}. Use one for both.")
 
 
+def encoder_of(folder: str) -> str:
+    """The text encoder whose name a language folder bears; CALVIN's own folder is of ours."""
+    return TEXT_ENCODER if folder == "lang_annotations" else folder.removeprefix("lang_")
+
+
 def _key(sentence: str) -> str:
     return " ".join(sentence.lower().split())  # the encoder is uncased: case and blanks don't count
 
@@ -222,7 +264,10 @@ def read_language(folder: Path, encoder: str) -> tuple[np.ndarray, np.ndarray, d
     with naming(path, f"Annotate again; or --lang-folder: one of {there}, or none (no language)"):
         d = load_pickled_npy(path)
         lang = {"sentences": list(d["language"]["ann"]), "tasks": list(d["language"]["task"])}
-        spans = np.array(d["info"]["indx"], np.int64).reshape(len(lang["tasks"]), 2)
+        if not all(isinstance(x, str) for x in lang["sentences"] + lang["tasks"]):
+            raise TypeError("a sentence or a task is no text")
+        spans = np.array(d["info"]["indx"]).reshape(len(lang["tasks"]), 2)
+        spans = spans.astype(np.int64, casting="same_kind" if len(spans) else "unsafe")
         emb = np.array(d["language"]["emb"], np.float32).reshape(len(spans), EMBEDDING)
         known = embedding_table() if encoder == TEXT_ENCODER else {}
         rows = zip(lang["sentences"], emb, strict=True)
@@ -237,7 +282,10 @@ def read_held_out(folder: Path) -> dict[str, np.ndarray]:
     with naming(folder / "embeddings.npy", "Annotate again, or --lang-folder none") as path:
         d = load_pickled_npy(path)
         emb = np.array([x["emb"] for x in d.values()], np.float32).reshape(len(d), EMBEDDING)
-        return {"tasks": [*d], "sentences": [x["ann"][0] for x in d.values()], "embeddings": emb}
+        sentences = [x["ann"][0] for x in d.values()]
+        if not all(isinstance(x, str) for x in (*d, *sentences)) or not np.isfinite(emb).all():
+            raise ValueError("a task or a sentence is no text, or an embedding is not finite")
+        return {"tasks": [*d], "sentences": sentences, "embeddings": emb}
 
 
 def annotate(folder: Path, spans: Path, encoder: str = TEXT_ENCODER) -> None:
@@ -284,6 +332,8 @@ def annotate(folder: Path, spans: Path, encoder: str = TEXT_ENCODER) -> None:
     for path, content in files.items():
         array = np.array(content, dtype=object)
         write(path, lambda file, x=array: np.save(file, x, allow_pickle=True))
+        if (path.parents[1] / SUMS).exists():
+            write_sums(path.parents[1], [f"{lang}/{path.name}"])
     print({split: len(rows) for split, rows in found.items()}, "spans,", len(asked), "tasks")
 
 
@@ -302,7 +352,7 @@ def read_frame(folder: Path, i: int, scene: bool, sizes: dict[str, tuple]) -> di
                 kind, ok = "uint8", x.dtype == np.uint8
             else:
                 want, kind = SHAPES[k], "finite floats"
-                ok = x.dtype.kind == "f" and np.isfinite(x).all()
+                ok = x.dtype.kind == "f" and (np.abs(x) <= ABSURD).all()
             if not ok or x.shape != want:
                 raise ValueError(f"{name} is {x.dtype} {x.shape}, expected {kind} {want}")
         a = frame["actions"]
@@ -337,18 +387,27 @@ def read_episodes(folder: Path, skip: int) -> tuple[np.ndarray, np.ndarray, str]
     return ids, rows, digest.hexdigest()
 
 
+def check_meta(meta: dict) -> None:
+    """ValueError, TypeError: names that are no text; numbers that are none, or absurd."""
+    for k in ("source", "renderer", "text_encoder", "frame"):
+        if not isinstance(meta.get(k), str | None):
+            raise TypeError(f"{k} is {meta[k]!r}, expected a text")
+    numbers = np.array([meta["hz"], *meta["action_scale"], meta["skip"]])
+    ok = numbers.shape == (4,) and numbers.dtype.kind in "if" and (numbers > 0).all()
+    ok = ok and type(meta["skip"]) is int and type(meta["hz"]) is not bool
+    if not ok or (numbers > 10_000).any():
+        what = f"hz, action_scale, skip are {numbers.tolist()}"
+        raise ValueError(f"{what}, not 1 + 2 + 1 positive numbers, the last one whole")
+
+
 def read_about(folder: Path, skip: int) -> dict:
     """The meta of a packed recording of which every skip-th frame is kept."""
     path = folder / "recording.json"
-    about = CALVIN | (read_json(path, "Correct it") if path.exists() else {})
+    about = CALVIN | {"skip": 1} | (read_json(path, "Correct it") if path.exists() else {})
     with naming(path, "Correct it"):
-        already = about.get("skip", 1)  # steps that the recording's own frames last
-        numbers = np.array([about["hz"], *about["action_scale"], already])
-        ok = numbers.shape == (4,) and numbers.dtype.kind in "if" and (numbers > 0).all()
-        if not ok or not isinstance(already, int):
-            what = f"hz, action_scale, skip are {numbers.tolist()}"
-            raise ValueError(f"{what}, not 1 + 2 + 1 positive numbers, the last one whole")
-    meta = {k: about[k] for k in CALVIN} | {"hz": about["hz"] / skip, "skip": skip * already}
+        check_meta(about)
+    meta = {k: about[k] for k in CALVIN}
+    meta |= {"hz": about["hz"] / skip, "skip": skip * about["skip"]}  # its frames may last steps
     if about.get("frame", "base") != "base":  # of relative actions; absent: base
         meta["frame"] = about["frame"]
     return meta | {"text_encoder": about.get("text_encoder"), "format": 1}
@@ -356,6 +415,7 @@ def read_about(folder: Path, skip: int) -> dict:
 
 def plan_split(folder: Path, skip: int, lang_folder: str) -> dict:
     """What is known of a split without reading its frames (but the first), checked."""
+    check_sums(folder, "Copy it anew, or record or annotate it again")
     ids, rows, digest = read_episodes(folder, skip)
     kept = [np.arange(i, i + n * skip) for i, n in zip(ids[:, 0], rows, strict=True)]
     kept = np.concatenate(kept).reshape(-1, skip)  # packed row r is of frames kept[r]
@@ -365,7 +425,7 @@ def plan_split(folder: Path, skip: int, lang_folder: str) -> dict:
     spans, emb = np.zeros((0, 2), np.int64), np.zeros((0, EMBEDDING), np.float32)
     lang, encoder = {"sentences": [], "tasks": []}, None
     if lang_folder != "none":
-        encoder = lang_folder.removeprefix("lang_")
+        encoder = encoder_of(lang_folder)
         same_text_encoder(meta["text_encoder"] or encoder, encoder, folder)
         frames, emb, lang = read_language(folder / lang_folder, encoder)
         e = np.searchsorted(ids[:, 0], frames[:, 0], "right") - 1  # the episode of each span
@@ -389,7 +449,10 @@ def read_disturbed(folder: Path, kept: np.ndarray) -> np.ndarray:
     if not path.exists():  # people's play
         return np.zeros(len(kept), bool)
     with naming(path, "Record it again, or remove that file"):
-        return np.load(path, allow_pickle=False)[kept].any(1)
+        x = np.load(path, allow_pickle=False)
+        if x.dtype != bool or x.ndim != 1:
+            raise TypeError(f"it is {x.dtype} {x.shape}, expected bool (N,)")
+        return x[kept].any(1)
 
 
 def pack_block(plan: dict, arrays: dict[str, np.memmap], row: int, done: Path) -> None:
@@ -468,10 +531,14 @@ def pack(
                 write(part / split / f"{k}.npy", lambda file, x=x: np.save(file, x))
             write_json(part / split / "lang.json", plan["lang"])
         write_json(part / "meta.json", meta)
+        for split in plans:  # not of the pictures, where one bit is one pixel
+            names = [f"{k}.npy" for k in (*VECTORS, *OTHERS)]
+            write_sums(part / split, [*names, "lang.json", "../meta.json"])
         shutil.rmtree(blocks)
-        for file in (key_file, part / ".lock", part / ".lock_holder"):
-            file.unlink()
-        os.rename(part, dst)
+        key_file.unlink()
+        os.rename(part, dst)  # with its lock, or another command would begin in it
+        for name in (".lock", ".lock_holder"):
+            (dst / name).unlink()
         sync(dst.parent)
     print(f"{dst}: {sum(len(plan['ids']) for plan in plans.values())} frames")
 
@@ -491,6 +558,7 @@ class PlayData:
         again = f"Copy it anew, or pack {root} again"
         lang = read_json(self.path / "lang.json", again, {"sentences": list, "tasks": list})
         self.sentences, self.tasks = lang["sentences"], lang["tasks"]
+        check_sums(self.path, again)
         for k, shape in (SHAPES | OTHERS).items():
             with naming(self.path / f"{k}.npy", again) as path:
                 x = np.load(path, mmap_mode="r")
@@ -498,6 +566,8 @@ class PlayData:
                     want = f"{DTYPES[k].__name__} (..., {', '.join(map(str, shape))})"
                     raise ValueError(f"it is {x.dtype} {x.shape}, expected {want}")
             setattr(self, k, x)
+        with naming(Path(root) / "meta.json", again):
+            check_meta(self.meta)
         with naming(self.path, again):
             self.check()
         self.longest = int(np.diff(self.episodes).max())  # frames of the longest episode
@@ -520,6 +590,12 @@ class PlayData:
         outside = (self.spans < 0) | (self.spans > len(self))
         if outside.any() or (np.diff(self.spans) <= 0).any():
             raise ValueError(f"spans are empty, or outside of its {len(self)} frames")
+        if not all(isinstance(x, str) for x in self.sentences + self.tasks):
+            raise TypeError("lang.json: a sentence or a task is no text")
+        for k in (*VECTORS, "span_emb"):
+            limit = 1.001 if k == "actions" else ABSURD
+            if not (np.abs(getattr(self, k)) <= limit).all():
+                raise ValueError(f"{k} has numbers that are not finite, or beyond {limit}")
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -701,9 +777,15 @@ def cache_latents(world, data: PlayData, key: str, precision=None) -> Latents:
                 shutil.rmtree(part, ignore_errors=True)
                 part.mkdir()
                 make_latents(world, data, part, precision or nullcontext())
+                write_sums(part, [f"{k}.npy" for k in Latents._fields])
                 os.rename(part, folder)
-    with naming(folder, "Remove that folder, it is made again"):
-        return Latents(*(np.load(folder / f"{k}.npy", mmap_mode="r") for k in Latents._fields))
+    remedy = f"Remove {folder}, it is made again"
+    check_sums(folder, remedy)
+    with naming(folder, remedy):
+        arrays = [np.load(folder / f"{k}.npy", mmap_mode="r") for k in Latents._fields]
+        if {len(x) for x in arrays} != {len(data)}:
+            raise ValueError(f"it has not {len(data)} rows")
+    return Latents(*arrays)
 
 
 @torch.random.fork_rng()  # so that a cache made anew is the same, and training goes on as before

@@ -28,6 +28,7 @@ import re
 import subprocess
 import sys
 import time
+import zlib
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -47,6 +48,7 @@ import train
 
 SHIPPED = Path(__file__).resolve().parent / "assets/sim.pt"  # by train.publish
 FILM_STEPS, FILM_FPS, FILM_FRAMES = 4, 15, 240  # a picture every 4 steps, shown twice as fast
+RESULT = {"env": str, "seed": int, "chains": int, "success": list, "avg_len": int | float}
 MARKS = {None: ("#404040", ""), True: ("#188038", ": solved"), False: ("#c5221f", ": failed")}
 
 
@@ -84,7 +86,7 @@ def make_environment(args, cameras: bool, small: bool, renderer: str):
         static, gripper = (64, 64) if small else (200, 84)
         return sim.PlayTable(static, gripper, cameras), sim.oracle
     shrink = data.resize_area if small else None
-    table = calvin.Table(args.scene, renderer, cameras, args.calvin_env, shrink)
+    table = calvin.make_table(args.scene, renderer, cameras, args.calvin_env, shrink, gpu())
     return table, calvin.make_oracle(args.calvin_env)
 
 
@@ -104,12 +106,17 @@ class CalvinModel:
         self.reset, self.act = model.reset, model.step
 
 
+def gpu() -> int:
+    """CUDA's number of this process's GPU: torchrun's or --procs's processes share them evenly."""
+    rank = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", 0)))
+    return rank % max(1, torch.cuda.device_count())
+
+
 def load_agent(args):
     """The policy of --checkpoint, and the checkpoint's other entries. ValueError: it was trained at
     another rate or scale, or on other pictures."""
     torch.set_num_threads(1)  # the cores are for --procs
-    gpu = os.environ.get("LOCAL_RANK")  # torchrun's
-    device = f"cuda:{gpu}" if gpu and args.device == "cuda" else args.device
+    device = f"cuda:{gpu()}" if args.device == "cuda" else args.device
     given = {"replan": args.replan, "reset_on_replan": args.reset_on_replan}
     given = {k: x for k, x in given.items() if x is not None}
     policy, c = train.load_agent(args.checkpoint, device, **given)
@@ -149,18 +156,26 @@ def attempt(env, oracle, policy, words, task: str, limit=360, push=None) -> tupl
 def read_sentences(args, encoder: str | None) -> tuple[dict, dict]:
     """{task: its sentence}, {task: what the policy is told}: the embedding (384,), or without an
     encoder the sentence. DataError: unusable, or another encoder's.
-    --sentences is {task: sentence} in JSON, or a language folder of a dataset's validation/, which
-    is the default where --scene is a dataset; else they are those of assets/."""
+    --sentences is {task: sentence} in JSON, or a language folder of a dataset's validation/, or its
+    embeddings.npy alone in a folder of that name; the default is that of --scene, where it is a
+    dataset; else they are those of assets/."""
     where, words = args.sentences, {}
     if not where and args.env == "calvin" and encoder and Path(args.scene).is_dir():
-        where = calvin.validation(args.scene) / f"lang_{Path(encoder).name}"
+        folders = calvin.validation(args.scene).glob("lang_*")
+        known = {data.encoder_of(path.name): path for path in sorted(folders)}
+        name = Path(encoder).name
+        where = known.get(name, calvin.validation(args.scene) / f"lang_{name}")
     if not where:
         sentences = {task: held_out for task, (held_out, *_) in calvin.sentences().items()}
     elif where.suffix == ".json":
-        with data.naming(where, 'It should be {"open_drawer": "pull the drawer open", ...}'):
-            sentences = {task: str(s) for task, s in json.loads(where.read_text()).items()}
+        remedy = 'It should be {"open_drawer": "pull the drawer open", ...}'
+        sentences = data.read_json(where, remedy)
+        with data.naming(where, remedy):
+            if not all(isinstance(sentence, str) for sentence in sentences.values()):
+                raise TypeError("a sentence is no text")
     else:
-        name, rows = where.name.removeprefix("lang_"), data.read_held_out(where)
+        where = where.parent if where.name == "embeddings.npy" else where
+        name, rows = data.encoder_of(where.name), data.read_held_out(where)
         data.same_text_encoder(name, encoder or name, where)
         sentences = dict(zip(rows["tasks"], rows["sentences"], strict=True))
         words = dict(zip(rows["tasks"], rows["embeddings"], strict=True))
@@ -168,7 +183,10 @@ def read_sentences(args, encoder: str | None) -> tuple[dict, dict]:
     if missing:
         raise data.DataError(f"{where}: {missing} are missing in it, or no tasks of CALVIN's 34.")
     if encoder and not words:
-        words = dict(zip(sentences, data.encode([*sentences.values()], encoder), strict=True))
+        try:
+            words = dict(zip(sentences, data.encode([*sentences.values()], encoder), strict=True))
+        except data.DataError as error:
+            raise data.DataError(f"{where}: {error}") from error
     return sentences, words if encoder else sentences
 
 
@@ -265,7 +283,9 @@ def table_of_seeds(paths: list[Path]) -> str:
     rows: dict[tuple, dict[int, list[float]]] = {}
     for path in paths:
         with data.naming(path, "Give the results.json of evaluate.py, each seed once"):
-            r = json.loads(path.read_text())
+            r = data.read_json(path, "Give another", RESULT)
+            if not np.isfinite(np.array([*r["success"], r["avg_len"]], float)).all():
+                raise ValueError("a figure is not finite")
             step = r.get("training", {}).get("step", "")  # the operator has none
             seeds = rows.setdefault((r["env"], r.get("label", r["method"]), step, r["chains"]), {})
             if r["seed"] in seeds:
@@ -298,6 +318,8 @@ def read_log(folder: Path, identity: dict, name: str = "chains*.jsonl") -> dict[
         for n, line in enumerate(path.read_bytes().splitlines(), 1):
             with data.naming(f"{path}: line {n} is damaged", remedy):
                 row = dict(json.loads(line))
+                if n > 1:
+                    check_row(row)
                 rows[row["chain"] if n > 1 else "identity"] = row
         was = rows.pop("identity", identity)
         changed = [k for k in was | identity if was.get(k) != identity.get(k)]
@@ -305,6 +327,18 @@ def read_log(folder: Path, identity: dict, name: str = "chains*.jsonl") -> dict[
             text = [f"{k} was {was.get(k)!s:.99} and is {identity.get(k)!s:.99}" for k in changed]
             raise ValueError(f"{path} is another evaluation's ({'; '.join(text)}). Another --out?")
     return rows
+
+
+def check_row(row: dict) -> None:
+    """ValueError, TypeError: a chain's row is damaged. Takes away its checksum, if it has one."""
+    crc, steps = row.pop("crc", None), row["steps"]
+    if crc is not None and crc != zlib.crc32(json.dumps(row).encode()):
+        raise ValueError("its checksum is wrong")
+    if not all(isinstance(x, int) for x in (row["chain"], row["solved"], *steps)):
+        raise TypeError("chain, solved and steps are whole numbers")
+    known = set(row["tasks"]) <= set(calvin.TASKS)
+    if row["solved"] not in (len(steps) - 1, len(steps)) or not known:
+        raise ValueError("solved, steps and tasks do not belong together")
 
 
 # ------------------------------------------------------------------ running
@@ -384,8 +418,9 @@ def evaluate(args, argv: list[str]) -> dict:
             record = worker.run_chain(n, films.get(n))
             if n not in records:  # else only its film was missing
                 # The whole log, written beside and renamed: no line is ever half written.
-                rows = [worker.about, *read_log(args.out, worker.about, log.name).values(), record]
-                text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+                rows = [*read_log(args.out, worker.about, log.name).values(), record]
+                rows = [row | {"crc": zlib.crc32(json.dumps(row).encode())} for row in rows]
+                text = "".join(json.dumps(row) + "\n" for row in (worker.about, *rows)).encode()
                 data.write(log, lambda file, text=text: file.write(text))
         if any(other.wait() for other in others):
             raise RuntimeError("another process failed: see above. The same command goes on")
@@ -401,7 +436,9 @@ def evaluate(args, argv: list[str]) -> dict:
             commit = subprocess.run(git, cwd=SHIPPED.parent, capture_output=True, text=True).stdout
             result = worker.about | summarise(done) | {"commit": commit.strip() or None}
             print(tables(result))
-            data.write_json(args.out / "calvin_results.json", as_calvin(result))
+            theirs = args.out / "calvin_results.json"  # it accumulates, a training step a key
+            old = data.read_json(theirs, "Remove it") if theirs.exists() else {}
+            data.write_json(theirs, old | as_calvin(result))
             data.write_json(args.out / "results.json", result)
             left = "" if len(done) == args.chains else "; the same command goes on from here"
             print(f"{len(done)} of {args.chains} chains: {args.out / 'results.json'}{left}")

@@ -26,6 +26,7 @@ import os
 import signal
 import sys
 import threading
+import zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import pairwise
@@ -618,7 +619,7 @@ class Where:
         """(environment, oracle)."""
         if self.env == "sim":
             return sim.PlayTable(render=cameras), sim.oracle
-        table = calvin.Table(self.scene, self.renderer, cameras, self.calvin_env)
+        table = calvin.make_table(self.scene, self.renderer, cameras, self.calvin_env)
         return table, calvin.make_oracle(self.calvin_env)
 
     def about(self, skip):
@@ -900,6 +901,15 @@ class Recorder:
         return solved
 
 
+def _part(path):
+    """What _block wrote. DataError: damaged."""
+    with data.naming(path, "Remove that file: its frames are recorded again"):
+        part = dict(json.loads(path.read_text()))
+        if part.pop("crc", None) != zlib.crc32(json.dumps(part).encode()):
+            raise ValueError("its checksum is wrong")
+    return part
+
+
 def record(
     folder: Path, frames: int = 100_000, val_frames: int = 10_000, skip: int = 1,
     pictures: bool = True, procs: int = 2, seed: int = 0, where: Where = TWIN,
@@ -918,8 +928,13 @@ def record(
     """
     if not 1 <= skip <= 10:
         raise ValueError(f"--skip {skip}: 1 to 10, or episodes are shorter than a window")
-    folder, jobs, done = Path(folder), [], 0
-    splits = {"training": frames, "validation": val_frames}
+    with data.locked(Path(folder)):
+        _record(Path(folder), {"training": frames, "validation": val_frames}, skip, pictures, procs,
+                seed, where)  # fmt: skip
+
+
+def _record(folder, splits, skip, pictures, procs, seed, where):
+    jobs, done = [], 0
     for split, n in splits.items():
         claim(folder / split, where.about(skip), n, seed)
         blocks = max(1, round(n / 2000))  # of 1000 to 3000 frames
@@ -931,7 +946,7 @@ def record(
             else:
                 jobs.append((folder / split, k, first, end - first, skip, pictures, seed))
     work = in_parallel(_block, jobs, procs, where, pictures) if jobs else []
-    with tqdm(desc="recording", total=frames + val_frames, initial=done, mininterval=1) as bar:
+    with tqdm(desc="recording", total=sum(splits.values()), initial=done, mininterval=1) as bar:
         for length in work:
             bar.update(length)
     print(f"recorded in {folder} (seed {seed}):")
@@ -947,13 +962,14 @@ def claim(place, about, n, seed):
         raise ValueError(f"{place}: {n} frames are too few, a span alone may have {SPAN}")
     about, file = about | {"text_encoder": data.TEXT_ENCODER}, place / "recording.json"
     about |= {"frames": n, "seed": seed}
-    if place.exists() and any(place.iterdir()):
+    place.mkdir(parents=True, exist_ok=True)
+    if any(p.suffix != ".tmp" for p in place.iterdir()):  # those a kill left half written
         remedy = "Choose another folder, delete it, or repeat the command that began it"
         found = data.read_json(file, remedy)
         if found != about:
             raise data.DataError(f"{file} is {found}, not {about}. {remedy}.")
-    (place / "parts").mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps(about))
+    (place / "parts").mkdir(exist_ok=True)
 
 
 def write_text(path, text):
@@ -970,13 +986,14 @@ def _block(env, oracle, place, index, first, length, skip, pictures, seed):
     part, states = Recorder(env, oracle, place, first, length, rng, skip, pictures).play()
     if not pictures:
         data.write(place / f"parts/{index:05d}.npz", lambda file: np.savez(file, **states))
+    part["crc"] = zlib.crc32(json.dumps(part).encode())
     write_text(place / f"parts/{index:05d}.json", json.dumps(part))
     return length
 
 
 def finish(place, skip, pictures, seed):
     """Everything but the frames: episode bounds, statistics, language."""
-    parts = [json.loads(p.read_text()) for p in sorted((place / "parts").glob("*.json"))]
+    parts = [_part(p) for p in sorted((place / "parts").glob("*.json"))]
     episodes = np.array([e for p in parts for e in p["episodes"]])  # (E, 2), both ends inclusive
     lengths = episodes[:, 1] - episodes[:, 0] + 1
     n = lengths.sum()
@@ -1002,6 +1019,8 @@ def finish(place, skip, pictures, seed):
         arrays = {k: np.concatenate([x[name] for x in states]) for k, name in names.items()}
         arrays |= {"spans": np.array(spans), "tasks": np.array(tasks), "disturbed": disturbed}
         data.write(place / "states.npz", lambda file: np.savez(file, **arrays))
+    files = [p.relative_to(place).as_posix() for p in place.glob("**/*.npy")]
+    data.write_sums(place, ["recording.json", *sorted(files)])
     print(f"  {place.name}: {n} frames, {len(lengths)} episodes, {len(tasks)} annotated spans;")
     fewest = sorted(sim.TASKS, key=tasks.count)[:4]
     print("  fewest:", ", ".join(f"{tasks.count(task)} {task}" for task in fewest))
@@ -1039,7 +1058,7 @@ def main(arguments=None):
     commands = {"rates": rates, "record": record}
     try:
         tyro.extras.subcommand_cli_from_dict(commands, args=arguments, config=how)
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError) as error:  # also of a killed worker
         sys.exit(f"error: {error}")
 
 

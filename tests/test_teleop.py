@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import calvin
+import data
 import sim
 import teleop
-from data import DataError
 
 SEED, FRAMES, VAL, SKIP = 5, 330, 130, 2
 
@@ -289,17 +289,30 @@ def test_resume_after_a_crash_gives_the_same_files_and_a_finished_block_is_not_r
 
 
 def test_another_recording_in_the_folder_or_an_impossible_number_is_refused(recording, tmp_path):
-    with pytest.raises(DataError, match="Choose another folder"):
+    with pytest.raises(data.DataError, match="Choose another folder"):
         teleop.record(recording, FRAMES, VAL, seed=SEED + 1, skip=SKIP)
     (tmp_path / "training").mkdir()
     (tmp_path / "training" / "thesis.txt").write_text("do not touch")
-    with pytest.raises(DataError, match="Choose another folder"):
+    with pytest.raises(data.DataError, match="Choose another folder"):
         teleop.record(tmp_path, FRAMES, VAL)
     with pytest.raises(ValueError, match="too few"):
         teleop.record(tmp_path / "new", 10, VAL)
     for option in ("--procs", "--n"):
         with pytest.raises(SystemExit, match=f"{option} 0: at least 1"):
             teleop.main(["rates", option, "0"])
+
+
+def test_a_recording_killed_at_its_very_beginning_goes_on_and_two_at_once_are_refused(tmp_path):
+    place = tmp_path / "training"
+    place.mkdir()
+    (place / "recording.json.tmp").write_text("{")
+    teleop.claim(place, {"hz": 30}, 100, 0)
+    assert json.loads((place / "recording.json").read_text())["frames"] == 100
+    with data.locked(tmp_path), pytest.raises(data.DataError, match="in use by process"):
+        teleop.record(tmp_path, 100, 100)
+    (place / "parts/00000.json").write_text('{"episodes": [[0, 1]], "crc": 0}')
+    with pytest.raises(data.DataError, match=r"00000\.json: its checksum .*Remove that file"):
+        teleop._part(place / "parts/00000.json")
 
 
 def test_the_same_seed_gives_the_same_play_in_any_process(recording, tmp_path):
