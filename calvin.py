@@ -551,17 +551,7 @@ class Restarted:
             self.process = None
 
 
-def make(cameras: bool, args, shrink=None):
-    """(environment, oracle) for the options that `add_options` added."""
-    renderer = args.renderer or "tiny"
-    how = functools.partial(Table, args.scene, renderer, cameras, args.calvin_env, shrink)
-    table = Restarted(how) if cameras and renderer == "egl" else how()
-    return table, make_oracle(args.calvin_env)
-
-
-def add_options(parser):
-    """--calvin-env, --scene, --renderer of evaluate.py and teleop.py."""
-    add = parser.add_argument
-    add("--calvin-env", metavar="CLONE", help="of mees/calvin_env, where it is not installed")
-    add("--scene", default=SCENE, help="--env calvin: a folder of its dataset, or a scene's name")
-    add("--renderer", choices=RENDERERS, help="--env calvin: tiny by default; a checkpoint's own")
+def make_table(scene, renderer: str, cameras: bool, path=None, shrink=None, gpu: int = 0):
+    """A Table, or one that is Restarted where EGL draws. Arguments: as theirs."""
+    make = functools.partial(Table, scene, renderer, cameras, path, shrink)
+    return Restarted(make, gpu) if cameras and renderer == "egl" else make()

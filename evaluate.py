@@ -89,9 +89,7 @@ def make_environment(args, cameras: bool, small: bool, renderer: str):
         static, gripper = (64, 64) if small else (200, 84)
         return sim.PlayTable(static, gripper, cameras), sim.oracle
     shrink = data.resize_area if small else None
-    how = (args.scene, renderer, cameras, args.calvin_env, shrink)
-    egl = cameras and renderer == "egl"
-    table = calvin.Restarted(partial(calvin.Table, *how), gpu()) if egl else calvin.Table(*how)
+    table = calvin.make_table(args.scene, renderer, cameras, args.calvin_env, shrink, gpu())
     return table, calvin.make_oracle(args.calvin_env)
 
 
