@@ -193,16 +193,27 @@ def read_sentences(args, encoder: str | None) -> tuple[dict, dict]:
     return sentences, words if encoder else sentences
 
 
+def is_here(encoder: str) -> bool:
+    """Whether a text encoder is on this machine. Asking is quick, trying takes a minute."""
+    if Path(encoder).is_dir():
+        return True
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:
+        return False
+    return bool(
+        try_to_load_from_cache(f"sentence-transformers/{Path(encoder).name}", "modules.json")
+    )
+
+
 def embed_instruction(sentence: str, encoder: str) -> np.ndarray:
     """(384,). ValueError: it is not in the table, and the text encoder is not on this machine."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nobody waits for a hub that does not answer
     name, short = Path(encoder).name, calvin.plain(sentence)
     known = short in data.embedding_table()
     try:
-        if not known and not Path(encoder).is_dir():  # quicker than to import what needs it
-            hub = data.needed("huggingface_hub")
-            if not hub.try_to_load_from_cache(f"sentence-transformers/{name}", "modules.json"):
-                raise data.DataError(f"{name} is not here")
+        if not known and not is_here(encoder):
+            raise data.DataError(f"{name} is not here")
         return data.encode([short if known else sentence], encoder)[0]
     except data.DataError as error:
         known = [s for of_task in calvin.sentences().values() for s in of_task]
