@@ -288,7 +288,7 @@ def train_both(report: Report, args: argparse.Namespace, took: dict, play: str, 
             report.say(f"train {stage}, {kind} {step}", seconds=float(seconds), **kept)
 
         share = (report.left() - 20) / (2 if stage == "wm" else 1) - 20
-        steps = int(min(args.train, share) / took[name])
+        steps = int(min(max(args.train, 8 * took[name]), share) / took[name])
         if steps < 8:
             report.say(f"train {stage}", left_s=report.left(), note="no time was left")
             return
