@@ -499,7 +499,8 @@ def follow(args) -> dict[str, int]:
 # ------------------------------------------------------------------ command line
 def parse(argv: list[str] | None = None) -> Options:
     """The command line, with the defaults that depend on it. ValueError: it makes no sense."""
-    args = tyro.cli(Options, args=argv, description=__doc__, use_underscores=True)
+    how = {"use_underscores": True, "config": (tyro.conf.FlagCreatePairsOff,)}
+    args = tyro.cli(Options, args=argv, description=__doc__, **how)
     ours = args.policy == "agent" and args.env == "sim" and not args.checkpoint  # a first look
     checkpoint = str(SHIPPED) if ours else args.checkpoint
     chains = args.chains if args.chains is not None else 20 if ours else 1000 - (args.first or 0)

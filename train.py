@@ -42,6 +42,7 @@ import baselines as B
 import data as D
 import diagnostics
 import pages
+import plan as P
 import world_model as W
 
 
@@ -364,14 +365,6 @@ class Run:
             return update
         return Captured(update, self.device)
 
-    def all_gather(self, x: Tensor) -> Tensor:
-        """The rows of all processes, without gradients."""
-        if self.ranks == 1:
-            return x.clone()
-        parts = [torch.empty_like(x) for _ in range(self.ranks)]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
-
     @contextmanager
     def rank_zero_first(self):
         """Rank 0 runs the block first; then the others run it, and find it done."""
@@ -451,7 +444,7 @@ class Run:
                 what += f" at step {done - len(table) + row}. The last checkpoint is kept"
                 raise ValueError(f"{what}; try a lower learning rate, or --precision fp32.")
         if logs:
-            mean = self.all_gather(table.mean(0)[None]).mean(0)
+            mean = P.all_gather(table.mean(0)[None]).mean(0)
             means = dict(zip(figures, mean.tolist(), strict=True))
             self.log.write("train", done, means, self.seconds())
             self.figures = []
@@ -672,7 +665,7 @@ def train_world_model(run: Run) -> None:
 
         run.record(step + 1, figures)
         if run.saves(step + 1):
-            carried = [run.all_gather(x) for x in state]
+            carried = [P.all_gather(x) for x in state]
             run.save(step + 1, {"model": world}, {"world": optimizer}, state=carried)
 
     # What the agent needs: the latents of every frame. And do they know the scene?

@@ -112,6 +112,7 @@ def fake(monkeypatch, tmp_path):
     monkeypatch.setattr(calvin, "chain", chain)
     monkeypatch.setattr(train, "load_agent", load_agent)
     monkeypatch.setattr(data, "encode", encode)
+    monkeypatch.setattr(E, "is_here", lambda encoder: True)
     command = ["--checkpoint", "agent.pt", "--out", str(out)]
     world.run = lambda *more: E.main([*command, *more])
     return world
