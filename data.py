@@ -553,7 +553,7 @@ class PlayData:
 
     def __init__(self, root, split: str):
         self.path, self.split = Path(root) / split, split
-        remedy = f"It is not packed, or not yet: python data.py pack SRC {root}"
+        remedy = f"It is not packed, or not yet: .venv/bin/python data.py pack SRC {root}"
         self.meta = read_json(Path(root) / "meta.json", remedy, META)
         again = f"Copy it anew, or pack {root} again"
         lang = read_json(self.path / "lang.json", again, {"sentences": list, "tasks": list})

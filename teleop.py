@@ -953,7 +953,8 @@ def _record(folder, splits, skip, pictures, procs, seed, where):
     for split in splits:
         finish(folder / split, skip, pictures, seed)
     thin = "" if skip > 1 else " --skip 2    (15 Hz, as --preset sim)"
-    print(f"next: python data.py pack {folder} PACKED{thin}" if pictures else "no pictures")
+    command = f".venv/bin/python data.py pack {folder} PACKED{thin}"
+    print(f"next: {command}" if pictures else "no pictures")
 
 
 def claim(place, about, n, seed):

@@ -113,7 +113,7 @@ def check_device(device: str) -> None:
 def load_checkpoint(path: Path, stage: str | None, device: str) -> dict:
     """A plain dict of a stage (None: of any), and its path. Raises ValueError naming the file and
     the remedy."""
-    command = f"python train.py --stage {stage or '|'.join(STAGES)}"
+    command = f".venv/bin/python train.py --stage {stage or '|'.join(STAGES)}"
     if not Path(path).exists():
         raise ValueError(f"{path} does not exist; make it with: {command}")
     check_device(device)
@@ -678,8 +678,9 @@ def train_world_model(run: Run) -> None:
         probe = diagnostics.probe(world, *zip(latents, splits, strict=True))
         D.write_json(run.out / "probe.json", {"step": run.steps} | probe)
         print(f"probe of held-out latents (median errors; chance: the training split's): {probe}")
-    print(f"\nworld model: {run.checkpoint_path}\nnext: python train.py --stage agent --preset "
-          f"{run.config.preset} --data {run.config.data} --out {run.config.out}")  # fmt: skip
+    options = f"--preset {run.config.preset} --data {run.config.data} --out {run.config.out}"
+    print(f"\nworld model: {run.checkpoint_path}")
+    print(f"next: .venv/bin/python train.py --stage agent {options}")
 
 
 # ---------------------------------------------------------------------------- stage agent
@@ -764,7 +765,7 @@ def train_agent(run: Run) -> None:
     if run.rank == 0:
         source = data.meta["source"]
         env = "real --robot SETUP.json" if source == "robot" else source
-        print(f"\nagent: {run.checkpoint_path}\nnext: python evaluate.py --env {env} "
+        print(f"\nagent: {run.checkpoint_path}\nnext: .venv/bin/python evaluate.py --env {env} "
               f"--checkpoint {run.checkpoint_path}")  # fmt: skip
 
 
