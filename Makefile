@@ -38,12 +38,15 @@ robot-test: robot
 
 # Every step resumes or is skipped when it was done, so an interrupted demo can be started again.
 demo: .venv/ready
+	@echo "Five steps, 8 minutes on two cores: record 6,000 frames of play (1 minute), pack them, train the world model (3)"
+	@echo "and the agent in it (3), try 10 chains (1). All parts run; a policy that works takes hours: README, Install and run."
 	test -d $(DEMO)/data || $(BIN)/python teleop.py record $(DEMO)/play --frames 6000 --val-frames 1000 --skip 2 --procs $(PROCS) --seed 0
 	test -d $(DEMO)/data || $(BIN)/python data.py pack $(DEMO)/play $(DEMO)/data --procs $(PROCS)
 	$(BIN)/python train.py --stage wm --preset sim --steps 500 --data $(DEMO)/data --out $(DEMO)
 	$(BIN)/python train.py --stage agent --preset sim --steps 1500 --data $(DEMO)/data --out $(DEMO)
 	$(BIN)/python evaluate.py --env sim --checkpoint $(DEMO)/agent.pt --chains 10 --procs $(PROCS) --film 1 --out $(DEMO)/evaluation
-	@echo; echo "Look at $(DEMO)/pictures and $(DEMO)/evaluation."
+	@echo; echo "Worth a look:"
+	@ls $(DEMO)/report.html $(DEMO)/pictures/prediction_*.png $(DEMO)/evaluation/*.gif $(DEMO)/evaluation/report.html
 
 # Agents of all methods and seeds share one world model and its data. This, too, goes on where it was.
 ablations: .venv/ready
