@@ -4,7 +4,8 @@
 
 kill     SIGKILL at a file operation: the same command then gives what an undisturbed one gave
 damage   an input with a flipped bit, cut, with wrong types, absurd numbers or a pickle of code
-two      a second process at the same folder: it names the first one's number, or it waits
+two      a second process at the same folder: it names the first one's number, or its finished
+         folder, or it waits
 
 refused: a message that names the file, without a traceback.  handled: the undisturbed result.
 lost: anything else, of which each case is printed; then the exit code is 1. Every command runs in a
@@ -263,7 +264,8 @@ def trial_two(name: str, rng, n: int, base: dict):
             code, text = end(*second)
             os.killpg(first, signal.SIGCONT)
             ended = end(first, log)[0]
-            good = code == 0 if waits else code == 1 and f"process {first} on" in text
+            named = f"process {first} on" in text or " exists. " in text  # or it is done already
+            good = code == 0 if waits else code == 1 and named
             good = good and ended == 0 and result(name) == base["result"]
             verdict = ("handled" if waits else "refused") if good else "lost"
             yield verdict, f"{name}: two, {at}: exits {ended}, {code}\n{text[-800:]}"
