@@ -1,6 +1,8 @@
 # make demo   the whole of LUMOS at a small size, on two CPU cores, in under 25 minutes
 # make test   the tests
 # make ablations   Table I: four methods, three seeds each, in the world model runs/sim/wm.pt
+# make gpu    whether a GPU computes what the CPU does, and how fast: results/gpu_NAME.json
+# make chaos   kills, damaged inputs, two processes at once: is anything lost, or wrong in silence?
 # make robot-test   those of the real robot, with a simulated arm
 # All set up a local virtual environment in .venv first, when it is missing or out of date.
 
@@ -12,7 +14,7 @@ PROCS ?= 2
 # The real robot's optional packages, and a simulated arm.
 ROBOT := franky-control==2.0.0 franky-sim==1.0.4 opencv-python-headless==5.0.0.93 pyrealsense2==2.59.1.11053
 
-.PHONY: demo test ablations robot robot-test clean
+.PHONY: demo test chaos ablations gpu robot robot-test clean
 .DELETE_ON_ERROR:
 
 .venv/ready: requirements.txt
@@ -24,6 +26,9 @@ test: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q -rs tests
 
+chaos: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos.py
+
 robot: .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.txt $(ROBOT)
 
@@ -33,12 +38,15 @@ robot-test: robot
 
 # Every step resumes or is skipped when it was done, so an interrupted demo can be started again.
 demo: .venv/ready
+	@echo "Five steps, 8 minutes on two cores: record 6,000 frames of play (1 minute), pack them, train the world model (3)"
+	@echo "and the agent in it (3), try 10 chains (1). All parts run; a policy that works takes hours: README, Install and run."
 	test -d $(DEMO)/data || $(BIN)/python teleop.py record $(DEMO)/play --frames 6000 --val-frames 1000 --skip 2 --procs $(PROCS) --seed 0
 	test -d $(DEMO)/data || $(BIN)/python data.py pack $(DEMO)/play $(DEMO)/data --procs $(PROCS)
 	$(BIN)/python train.py --stage wm --preset sim --steps 500 --data $(DEMO)/data --out $(DEMO)
 	$(BIN)/python train.py --stage agent --preset sim --steps 1500 --data $(DEMO)/data --out $(DEMO)
 	$(BIN)/python evaluate.py --env sim --checkpoint $(DEMO)/agent.pt --chains 10 --procs $(PROCS) --film 1 --out $(DEMO)/evaluation
-	@echo; echo "Look at $(DEMO)/pictures and $(DEMO)/evaluation."
+	@echo; echo "Worth a look:"
+	@ls $(DEMO)/report.html $(DEMO)/pictures/prediction_*.png $(DEMO)/evaluation/*.gif $(DEMO)/evaluation/report.html
 
 # Agents of all methods and seeds share one world model and its data. This, too, goes on where it was.
 ablations: .venv/ready
@@ -52,6 +60,16 @@ ablations: .venv/ready
 		cp $$run/evaluation/results.json results/ablations/$${method}_sim_seed$$seed.json; \
 	done; done
 	$(BIN)/python evaluate.py --table results/ablations/*.json
+
+# Where there is a GPU but no PyBullet, carry runs/gpu_play there and run the last line.
+GPU := runs/gpu_play
+gpu: .venv/ready $(GPU)
+	$(BIN)/python tests/gpu.py
+
+$(GPU): | .venv/ready
+	$(BIN)/python teleop.py record $(GPU)_recording --frames 1400 --val-frames 400 --skip 2 --procs $(PROCS) --seed 0
+	$(BIN)/python data.py pack $(GPU)_recording $(GPU) --procs $(PROCS)
+	rm -rf $(GPU)_recording
 
 clean:
 	rm -rf .venv runs/demo

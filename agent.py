@@ -2,7 +2,7 @@
 
     symbol   code      shape      meaning
     s^E_t    s_E       (T, B, k)  expert latents of a play window                    Eq. 3
-    s^π_t    s_pi      (T, B, k)  what the policy lives through in the world model   Eq. 3
+    s^π_t    s_pi      (T, B, k)  the policy's latents, imagined by the world model  Eq. 3
     a_t      a         (T, B, 7)  actions, in [-1, 1]                                App. D
     g        g         (B, g)     latent goal                                        Sec. IV-B
     r^int_t  r         (H, B)     reward for s^π_{t+1} being where the expert is     Eq. 3
@@ -16,8 +16,8 @@
         v_0          v_1          v_2      v_H-1            v_H       V^λ_H = v_H
 
 A batch is two dicts, `play` and `language`, of windows: s_E (T, B, k) expert latents, a (T, B, 7)
-their actions, length (B,) states before the held end [D14]; language also emb (B, 384) and
-align (B,) bool, which windows enter Eq. 8 [D11].
+their actions, length (B,) states before the padding, which repeats the last state [D14]; language
+also emb (B, 384) and align (B,) bool, which windows enter Eq. 8 [D11]. Shape () is a scalar.
 
 Copy this file together with plan.py. Needs: torch. The world model is an argument: anything with
 `split(s) -> (h, z)` and `imagine_step(h, z, a) -> (h, z)` will do.
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import plan as P
 
-NO_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)  # before the first step: still, gripper open
+NO_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)  # before the first step: still, gripper open [D2]
 Batch = dict[str, Tensor]  # windows, time-major; or figures
 METHODS = ("lumos", "no_ditto", "no_latent_plan", "no_alignment")  # Table I
 
@@ -73,8 +73,8 @@ class AgentConfig:
     anneal: float = 0.0  # last part of the steps, over which both learning rates fall to 0 [D25]
     critic_gradient: bool = True  # the actor's gradient passes through the critic, too [D28]
     reset_start: float = 0.5  # how often a window starts from a state without history [D8]
-    mask_padding: bool = False  # leave the held end of short windows out of Eqs. 5 and 6 [D14]
-    rephrase: bool = False  # a window's sentence: of any span of its task, not just its own [D11]
+    mask_padding: bool = False  # leave the padding of short windows out of Eqs. 5 and 6 [D14]
+    rephrase: bool = False  # a window's sentence may be any span's of the same task [D11]
 
 
 PRESETS = {
@@ -119,8 +119,8 @@ def lambda_return(
     """V^λ_t = r_t + γ ((1-λ) v_ψ(s_{t+1}) + λ V^λ_{t+1}),   V^λ_H = v_ψ(s_H)   (App. B).
 
     r: (H, B) rewards of the H steps, v: (H+1, B) values of the states before, between and after
-    them. weight (H, B): 0 on masked padding, whose first state then ends the window [D14].
-    Returns (H, B). λ = 0 is one-step TD, λ = 1 Monte Carlo with a bootstrap.
+    them. weight (H, B): where it is 0 (padding), V^λ_t = v_t, so that the last real step bootstraps
+    from v [D14]. Returns (H, B). λ = 0 is one-step TD, λ = 1 Monte Carlo with a bootstrap.
     """
     v_lambda, out = v[-1], []
     for t in reversed(range(len(r))):
@@ -132,10 +132,10 @@ def lambda_return(
 
 
 def critic_loss(v: Tensor, v_lambda: Tensor, weight: Tensor) -> Tensor:
-    """L(ψ) = E[ Σ_t ½ (v_ψ(ŝ_t) - sg(V^λ_t))² ].
+    """L(ψ) = E[ Σ_t ½ (v_ψ(ŝ_t) - sg(V^λ_t))² ],   t = 0 ... H-1.
 
     v, v_lambda: (H, B). weight (H, B): each step's share of the mean over H and B [D9], 0 on masked
-    padding; they sum to 1 (over several processes, to their number).
+    padding; see `share`.
     """
     return (weight * 0.5 * (v - v_lambda.detach()).square()).sum()  # Eq. 5: L(ψ)
 
@@ -146,7 +146,7 @@ def actor_loss(
     """L(θ) = E[ Σ_τ ( -V_λ(s_τ) + α₁ L_KL + α₂ L_contrast ) ].
 
     v_lambda: (H, B), its gradient reaches the actor through the frozen dynamics. kl, contrast: ()
-    (contrast is 0 where no window has a sentence). weight: as in Eq. 5.
+    (contrast is 0 where no window has a sentence). weight: as in Eq. 5, for a mean over τ [D9].
     """
     return -(weight * v_lambda).sum() + alpha_1 * kl + alpha_2 * contrast  # Eq. 6: L(θ)
 
@@ -180,43 +180,42 @@ class Actor(nn.Module):
         mean = self.mean(x)
         if not sample:
             return mean.tanh()
-        log_std = -5 + 0.5 * (2 + 5) * (self.log_std(x).tanh() + 1)  # in [-5, 2] [D7]
+        log_std = 3.5 * self.log_std(x).tanh() - 1.5  # in [-5, 2] [D7]
         return (mean + log_std.exp() * torch.randn_like(mean)).tanh()
 
 
 class Critic(nn.Module):
     """Eq. 4's second line: v_ψ(s_t, g) ≈ E[ Σ_t γ^t r^int_t ]. x (..., k + g) -> (...,).
 
-    A return is about 160, which is r̄ / (1-γ) for the mean reward r̄; the state decides only a few
-    tenths of it. A network that regresses it as it is bootstraps the mean for 10,000 steps and
-    learns nothing of the state. So the network's output is (V - mean) / deviation, which `forward`
-    undoes [D18]. The deviation is the returns', as in PopArt [van Hasselt 2016]; it moves too
-    slowly to need PopArt's correction of the last layer. The mean is r̄ / (1-γ), as in reward
-    centring [Naik 2024]: the returns' own running mean, as in PopArt, would still have to bootstrap
-    itself.
+    Returns are about r̄ / (1-γ) = 160 and differ between states by tenths only, so the network
+    predicts (V - mean) / deviation, and `forward` undoes that [D18]. The mean is r̄ / (1-γ) of the
+    mean reward r̄, as in reward centring [Naik 2024]; the returns' own mean would have to bootstrap
+    itself first. The deviation is that of V^λ, as in PopArt [van Hasselt 2016], without PopArt's
+    correction of the last layer, for it moves slowly.
     """
 
     def __init__(self, n_in: int, hidden: int, count: int):
         super().__init__()
         self.net = nn.Sequential(layers(n_in, hidden, count), P.Float32Linear(hidden, 1))
         with torch.no_grad():
-            self.net[1].weight.mul_(0.01)  # first values: the mean
+            self.net[1].weight.mul_(0.01)  # first values: close to the mean
         for name, value in (("mean", 0.0), ("deviation", 1.0), ("updates", 0.0)):
             self.register_buffer(name, torch.tensor(value))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.mean + self.deviation * self.normalised(x)
+        return self.mean + self.deviation * self.standard_value(x)
 
-    def normalised(self, x: Tensor) -> Tensor:
+    def standard_value(self, x: Tensor) -> Tensor:
+        """The network's guess of `standardise(V)`."""
         return self.net(x)[..., 0]
 
-    def normalise(self, v: Tensor) -> Tensor:
+    def standardise(self, v: Tensor) -> Tensor:
         return (v - self.mean) / self.deviation
 
     @torch.no_grad()
     def follow(self, r: Tensor, v_lambda: Tensor, weight: Tensor, gamma: float) -> None:
         """Moves the statistics, over some 100 batches, towards those of all processes' r and V^λ
-        (H, B); weight as in Eq. 5. Nothing here reads a number, or a GPU would be waited for."""
+        (H, B); weight as in Eq. 5. No .item(): it would wait for the GPU."""
         v = v_lambda - self.mean
         sums = [(weight * x).sum() for x in (r, v, v.square())]
         r, v, square = P.all_gather(torch.stack(sums)[None]).mean(0)
@@ -228,8 +227,8 @@ class Critic(nn.Module):
 
 
 def critic_figures(critic: Critic, v: Tensor, v_lambda: Tensor, weight: Tensor) -> Batch:
-    """R² () of `normalised` values v (H, B) as guesses of V^λ (H, B), and the spread () of both."""
-    weight, target = weight / weight.sum(), critic.normalise(v_lambda)
+    """R² () of standard values v (H, B) as guesses of V^λ (H, B), and the spread () of both."""
+    weight, target = weight / weight.sum(), critic.standardise(v_lambda)
 
     def variance(x: Tensor) -> Tensor:
         return (weight * (x - (weight * x).sum()).square()).sum()
@@ -265,7 +264,7 @@ class Agent(nn.Module):
         )
         self.proposal = P.PlanProposal(c.features, c.goal, c.plan_hidden, shape)
         self.alignment = P.Alignment(c.transformer_features, c.goal)
-        # No latent plan: no proposal, no plan input; recognition's features still align [D15].
+        # No latent plan: proposal and plan are left out; recognition's features still align [D15].
         self.with_plan = c.method != "no_latent_plan"
         n_plan = c.plan_categoricals * c.plan_classes if self.with_plan else 0
         self.actor = Actor(k + c.goal + n_plan, c.actor_hidden, c.actor_layers)
@@ -289,14 +288,15 @@ class Agent(nn.Module):
 
         gather: plan.all_gather, to compare sentences with all processes' windows in Eq. 8.
         """
-        n, c = play["s_E"].shape[1], self.config
+        n, c = play["s_E"].shape[1], self.config  # n play windows come first
         V = self.perceptual(torch.cat([play["s_E"], language["s_E"]], 1))  # (T, B, d)
         # Hindsight relabelling (Sec. III): a window's goal is its own end, or what was said of it.
+        # V[-1] is a short window's end, too: its padding repeats it [D14].
         g = torch.cat([self.goal_latent(V[-1, :n]), self.goal_language(language["emb"])])
         # Recognition sees the whole window; the KL teaches proposal, from its start, to agree.
         q, features = self.recognition(V)
         zero = q.new_zeros(())
-        plan, kl = V[0, :, :0], zero
+        plan, kl = q.new_zeros(len(q), 0), zero  # no plan
         if self.with_plan:
             p = self.proposal(V[0], g)
             plan, kl = P.sample_straight_through(q), P.kl_balanced(q, p, c.delta).mean()
@@ -309,7 +309,7 @@ class Agent(nn.Module):
     def propose(self, s: Tensor, g: Tensor) -> Tensor:
         """A plan (B, C*K) from the present s (B, k) alone, as at run time; (B, 0) without plans."""
         if not self.with_plan:
-            return s[:, :0]
+            return s.new_zeros(len(s), 0)
         return P.sample_straight_through(self.proposal(self.perceptual(s), g))
 
     # ------------------------------------------------------------------ practice
@@ -319,7 +319,8 @@ class Agent(nn.Module):
         Returns s_pi (steps + 1, B, k), s_0 first, and a (steps, B, 7), both differentiable.
         """
         context = torch.cat([g, plan], -1)
-        (h, z), s_pi, actions = world.split(s_0), [s_0], []
+        h, z = world.split(s_0)
+        s_pi, actions = [s_0], []
         for _ in range(steps):
             a = self.actor(torch.cat([s_pi[-1], context], -1))  # Eq. 4's first line
             h, z = world.imagine_step(h, z, a)
@@ -327,7 +328,7 @@ class Agent(nn.Module):
             s_pi.append(torch.cat([h, z], -1))
         return torch.stack(s_pi), torch.stack(actions)
 
-    def weights(self, batch: Batch) -> Tensor:
+    def mask(self, batch: Batch) -> Tensor:
         """(H, B): 1 for each step that counts in Eqs. 5 and 6, else 0 [D14]."""
         real = real_steps(batch).float()
         return real if self.config.mask_padding else torch.ones_like(real)
@@ -341,26 +342,25 @@ class Agent(nn.Module):
         if c.method == "no_ditto":
             return self.clone_loss(play, language)
         batch = join(play, language)
-        s_E, weight = batch["s_E"], self.weights(batch)
-        weight = weight / P.all_gather(weight.sum()[None]).mean()  # each step's share [D9]
+        s_E, weight = batch["s_E"], share(self.mask(batch))
 
         # Goals and plans in hindsight, the plan networks' KL, and Eq. 8.
         g, plan, figures = self.encode(play, language, P.all_gather)
 
         # The actor practises for H steps in the frozen world model ...
         s_pi, a = self.imagine(world, s_E[0], g, plan, len(s_E) - 1)
-        # ... and is rewarded wherever that brings it to where the expert was, step by step.
+        # ... and r_t rewards a_t by the states that it leads to, s_t+1 (Eq. 3 has s_t) [D9].
         r = intrinsic_reward(s_E[1:], s_pi[1:])  # (H, B)
 
-        # The slow critic values all states on the way: V^λ is Eq. 5's target and Eq. 6's aim.
+        # With the slow critic's values of all states, V^λ is Eq. 5's target and Eq. 6's aim.
         x = torch.cat([s_pi, g.expand(len(s_pi), -1, -1)], -1)
-        v = self.slow_critic(x if c.critic_gradient else x.detach())  # [D28]
-        v_lambda = lambda_return(r, v, c.gamma, c.lam, weight)
+        v_slow = self.slow_critic(x if c.critic_gradient else x.detach())  # [D28]
+        v_lambda = lambda_return(r, v_slow, c.gamma, c.lam, weight)
 
-        # The critic regresses it, in the returns' deviations from their mean.
-        v = self.critic.normalised(x[:-1].detach())
-        loss_critic = critic_loss(v, self.critic.normalise(v_lambda), weight)
-        # The actor climbs it, through the dynamics; plan networks and goal encoders learn with it.
+        # The critic regresses V^λ, both sides standardised [D18].
+        v = self.critic.standard_value(x[:-1].detach())
+        loss_critic = critic_loss(v, self.critic.standardise(v_lambda), weight)
+        # The actor maximises V^λ, through the dynamics; plan networks and goal encoders learn, too.
         kl, contrast = figures["plan_kl"], figures["contrast"]
         loss_actor = actor_loss(v_lambda, kl, contrast, c.alpha_1, c.alpha_2, weight)
 
@@ -371,15 +371,15 @@ class Agent(nn.Module):
         figures |= {"loss_actor": loss_actor, "loss_critic": loss_critic}
         if self.training:
             self.critic.follow(r, v_lambda, weight, c.gamma)
-            self.slow_critic.mean.copy_(self.critic.mean)  # so that it cancels in Eq. 5
+            # One mean for target and prediction; the slow critic keeps its own deviation.
+            self.slow_critic.mean.copy_(self.critic.mean)
         return loss_actor, loss_critic, {k: x.detach() for k, x in figures.items()}
 
     def clone_loss(self, play: Batch, language: Batch) -> tuple[Tensor, Tensor, Batch]:
         """No DITTO (Table I): the squared error of actions on the expert's latents takes -V_λ's
         place in Eq. 6, and nothing is imagined [D15]. Returns as `losses`, with L(ψ) = 0."""
         c, batch = self.config, join(play, language)
-        s_E, weight = batch["s_E"], self.weights(batch)
-        weight = weight / P.all_gather(weight.sum()[None]).mean()
+        s_E, weight = batch["s_E"], share(self.mask(batch))
         g, plan, figures = self.encode(play, language, P.all_gather)
         context = torch.cat([g, plan], -1).expand(len(s_E) - 1, -1, -1)
         a = self.actor(torch.cat([s_E[:-1], context], -1))
@@ -390,72 +390,39 @@ class Agent(nn.Module):
         figures |= {"action_mse": (weight * error).sum(), "loss_actor": loss}
         return loss, loss.new_zeros(()), {k: x.detach() for k, x in figures.items()}
 
-    def track(self, world, play: Batch, language: Batch) -> Batch:
-        """How well windows are followed, over their real steps: mean rewards () with either plan,
-        and of two yardsticks from the same start, holding still and replaying the expert; what the
-        critic knows of the returns; and on the expert's latents, as at run time, the error of the
-        arm's actions and of no motion, and how often the gripper's sign is right.
-
-        Both batches also have gripper (B,), the gripper's command before the window.
-        """
-        c, batch = self.config, join(play, language)
-        s_E, s_0, actions, real = batch["s_E"], batch["s_E"][0], batch["a"][:-1], real_steps(batch)
-        g, plan, figures = self.encode(play, language)
-        plans = {"proposed": self.propose(s_0, g)}
-        if self.with_plan:
-            plans["recognised"] = plan
-        for name, plan in plans.items():
-            s_pi, a = self.imagine(world, s_0, g, plan, len(actions))
-            r = intrinsic_reward(s_E[1:], s_pi[1:])
-            figures[f"reward_{name}"] = r[real].mean()
-            figures[f"mse_{name}"] = (a - actions)[real][:, :6].square().mean()
-        if c.method != "no_ditto":  # with the last plan, as in training
-            x = torch.cat([s_pi, g.expand(len(s_pi), -1, -1)], -1)
-            v_lambda = lambda_return(r, self.slow_critic(x), c.gamma, c.lam, self.weights(batch))
-            v = self.critic.normalised(x[:-1])
-            figures |= critic_figures(self.critic, v, v_lambda, real.float())
-        context = torch.cat([g, plans["proposed"]], -1).expand(len(actions), -1, -1)
-        a = self.actor(torch.cat([s_E[:-1], context], -1), sample=False)
-        figures["mse_observed"] = (a - actions)[real][:, :6].square().mean()
-        figures["mse_still"] = actions[real][:, :6].square().mean()
-        figures["gripper_observed"] = (a[real][:, 6].sign() == actions[real][:, 6]).float().mean()
-        hold = torch.zeros_like(actions)
-        hold[..., 6] = batch["gripper"]
-        for name, given in (("hold", hold), ("expert", actions)):
-            state, rewards = world.split(s_0), []
-            for a, s in zip(given, s_E[1:], strict=True):
-                state = world.imagine_step(*state, a)
-                rewards.append(intrinsic_reward(s, torch.cat(state, -1)))
-            figures[f"reward_{name}"] = torch.stack(rewards)[real].mean()
-        return figures
-
 
 def join(play: Batch, language: Batch) -> Batch:
     """What play and language windows both have, play first, along B."""
     shared = [k for k in play if k in language]
-    return {k: torch.cat([play[k], language[k]], int(play[k].dim() > 1)) for k in shared}
+    return {k: torch.cat([play[k], language[k]], 0 if play[k].dim() == 1 else 1) for k in shared}
+
+
+def share(mask: Tensor) -> Tensor:
+    """mask (H, B) -> each step's share of the mean over H and B [D9]: a sum of 1; of n with n
+    processes, because DistributedDataParallel averages over them."""
+    return mask / P.all_gather(mask.sum()[None]).mean()
 
 
 def real_steps(batch: Batch) -> Tensor:
-    """(H, B) bool: the steps of each window that are not its held end [D14]."""
+    """(H, B) bool: the steps of each window that are not its padding [D14]."""
     steps = torch.arange(len(batch["a"]) - 1, device=batch["length"].device)
     return steps[:, None] < batch["length"] - 1
 
 
 class Policy:
-    """The trained agent in a world it can only see: `reset()` at each instruction, then `act`.
+    """The trained agent in an environment: `reset()` at each instruction, then `act` at each step.
 
-    Filters observations through the world model, proposes a plan every `replan` steps [D7, D13],
-    from what it sees then alone with `reset_on_replan` [D8], and thresholds the gripper, before it
-    is sent and before it is fed back [D12].
+    Filters observations through the world model, samples a plan from the proposal every `replan`
+    steps [D13, D23], and thresholds the gripper, before it is sent and before it is fed back [D12].
     """
 
     def __init__(
         self, world, agent: Agent, skip: int = 1, sample: bool = True, replan: int = 30,
         reset_on_replan: bool = False,
     ):  # fmt: skip
-        """skip: simulator steps that each action is held for (30 Hz / the data's rate).
-        sample: sample actions, as the paper says, or take tanh of the mean [D13]."""
+        """skip: simulator steps that the caller holds each action for (30 Hz / the data's rate).
+        sample: sample actions, as the paper says, or take tanh of the mean [D13].
+        reset_on_replan: each plan starts from the present image alone, without history [D8]."""
         self.world, self.agent, self.skip, self.sample = world.eval(), agent.eval(), skip, sample
         self.replan, self.reset_on_replan = replan, reset_on_replan
         self.reset()
@@ -481,8 +448,10 @@ class Policy:
         def tensor(x, dtype=None) -> Tensor:
             return torch.as_tensor(x, dtype=dtype, device=self.a_prev.device)[None]
 
-        plans = self.steps % self.replan == 0
-        if plans and self.reset_on_replan and obs is not None:
+        new_plan = self.steps % self.replan == 0
+        if (
+            new_plan and self.reset_on_replan and obs is not None
+        ):  # in imagination s is all there is
             self.forget()
         if obs is None:
             self.state = self.world.imagine_step(*self.state, self.a_prev[0])
@@ -495,7 +464,7 @@ class Policy:
             self.state = (h[-1], z[-1])
         s = torch.cat(self.state, -1)  # (1, k)
         g = self.agent.goal_language(tensor(embedding, torch.float32))
-        if plans:
+        if new_plan:
             self.plan = self.agent.propose(s, g)
         a = self.agent.actor(torch.cat([s, g, self.plan], -1), self.sample)
         a[:, 6] = torch.where(a[:, 6] > 0, 1.0, -1.0)

@@ -30,6 +30,7 @@ import pickle
 import shutil
 import socket
 import sys
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
@@ -43,11 +44,13 @@ from torch import Tensor
 ASSETS = Path(__file__).parent / "assets"
 SIZE = 64  # pixels, App. C
 LARGEST = 2**26  # bytes of a recorded frame, all cameras and depths
+ABSURD = 1e6  # no number of play is as large
 BLOCK = 256  # rows that are packed between two notes of how far it got
 MIN_LEN, MAX_LEN = 20, 32  # Table IV: shortest and longest window
 CAMERAS = ("rgb_static", "rgb_gripper")
 TEXT_ENCODER, EMBEDDING = "paraphrase-MiniLM-L3-v2", 384  # App. B
 LANGUAGE = f"lang_{TEXT_ENCODER}"  # CALVIN's name for the folder of its annotations
+SUMS = "sums.json"  # beside files that we wrote: their checksums
 # A row of each packed array: of a frame; then of an episode or an annotated span.
 SHAPES = dict.fromkeys(CAMERAS, (SIZE, SIZE, 3))
 SHAPES |= {"actions": (7,), "robot_obs": (15,), "scene_obs": (24,)}
@@ -119,6 +122,22 @@ def read_json(path, remedy: str, kinds: dict | None = None) -> dict:
     return content
 
 
+def write_sums(folder: Path, names) -> None:
+    """Notes what these files of a folder hold: one flipped bit is seen, see check_sums."""
+    old = read_json(folder / SUMS, "Remove it") if (folder / SUMS).exists() else {}
+    new = {name: zlib.crc32(np.memmap(folder / name, mode="r")) for name in names}
+    write_json(folder / SUMS, old | new)
+
+
+def check_sums(folder: Path, remedy: str) -> None:
+    """DataError where a file is not what was written. CALVIN's have no sums: they pass."""
+    path = folder / SUMS
+    for name, crc in (read_json(path, remedy) if path.exists() else {}).items():
+        with naming(folder / name, remedy):
+            if zlib.crc32(np.memmap(folder / name, mode="r")) != crc:
+                raise ValueError("it is damaged: its checksum is wrong")
+
+
 @contextmanager
 def locked(folder: Path, wait: bool = False):
     """One command at a time writes to a folder; another one is refused, or waits. The system gives
@@ -140,14 +159,32 @@ def locked(folder: Path, wait: bool = False):
         lock.release()
 
 
+class Ignored(dict):
+    """Stands for whatever else is in a ListConfig: types, parents, flags. It calls nothing."""
+
+    def __init__(self, *_):
+        super().__init__()
+
+
+class ListConfig(list):
+    """omegaconf's, which CALVIN's annotator leaves in its files: the list of its nodes' values."""
+
+    def __setstate__(self, state: dict):
+        self.extend(node._val for node in state["_content"])
+
+
 class SafeUnpickler(pickle.Unpickler):
     """Numpy arrays and plain containers only: a stranger's pickle could otherwise run any code."""
 
     ALLOWED = ("numpy.ndarray", "numpy.dtype", "_codecs.encode", "numpy._core.numeric._frombuffer")
     ALLOWED += ("numpy._core.multiarray._reconstruct", "numpy._core.multiarray.scalar")
+    TYPES = "builtins.list builtins.dict builtins.int builtins.str typing.Any"
+    TYPES = (*TYPES.split(), "collections.defaultdict")
 
     def find_class(self, module: str, name: str):
         module = module.replace("numpy.core.", "numpy._core.")  # numpy 1's name
+        if module.startswith("omegaconf.") or f"{module}.{name}" in self.TYPES:
+            return ListConfig if name == "ListConfig" else Ignored
         if f"{module}.{name}" not in self.ALLOWED:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is refused")
         return super().find_class(module, name)
@@ -184,6 +221,11 @@ def same_text_encoder(have: str | None, want: str | None, where) -> None:
     """The encoder's name travels with data and checkpoints; vectors of two encoders never mix."""
     if Path(have or "").name != Path(want or "").name:
         raise DataError(f"{where}: text encoder is {have!r}, expected {want!r}. Use one for both.")
+
+
+def encoder_of(folder: str) -> str:
+    """The text encoder whose name a language folder bears; CALVIN's own folder is of ours."""
+    return TEXT_ENCODER if folder == "lang_annotations" else folder.removeprefix("lang_")
 
 
 def _key(sentence: str) -> str:
@@ -223,7 +265,10 @@ def read_language(folder: Path, encoder: str, ids: np.ndarray, kept: np.ndarray)
     with naming(path, f"Annotate again; or --lang-folder: one of {there}, or none (no language)"):
         d = load_pickled_npy(path)
         lang = {"sentences": list(d["language"]["ann"]), "tasks": list(d["language"]["task"])}
-        frames = np.array(d["info"]["indx"], np.int64).reshape(len(lang["tasks"]), 2)
+        if not all(isinstance(x, str) for x in lang["sentences"] + lang["tasks"]):
+            raise TypeError("a sentence or a task is no text")
+        frames = np.array(d["info"]["indx"]).reshape(len(lang["tasks"]), 2)
+        frames = frames.astype(np.int64, casting="same_kind" if len(frames) else "unsafe")
         emb = np.array(d["language"]["emb"], np.float32).reshape(len(frames), EMBEDDING)
         known = embedding_table() if encoder == TEXT_ENCODER else {}
         rows = zip(lang["sentences"], emb, strict=True)
@@ -243,7 +288,10 @@ def read_held_out(folder: Path) -> dict[str, np.ndarray]:
     with naming(folder / "embeddings.npy", "Annotate again, or --lang-folder none") as path:
         d = load_pickled_npy(path)
         emb = np.array([x["emb"] for x in d.values()], np.float32).reshape(len(d), EMBEDDING)
-        return {"tasks": [*d], "sentences": [x["ann"][0] for x in d.values()], "embeddings": emb}
+        sentences = [x["ann"][0] for x in d.values()]
+        if not all(isinstance(x, str) for x in (*d, *sentences)) or not np.isfinite(emb).all():
+            raise ValueError("a task or a sentence is no text, or an embedding is not finite")
+        return {"tasks": [*d], "sentences": sentences, "embeddings": emb}
 
 
 def annotate(folder: Path, spans: Path, encoder: str = TEXT_ENCODER) -> None:
@@ -288,6 +336,8 @@ def annotate(folder: Path, spans: Path, encoder: str = TEXT_ENCODER) -> None:
     for path, content in files.items():
         array = np.array(content, dtype=object)
         write(path, lambda file, x=array: np.save(file, x, allow_pickle=True))
+        if (path.parents[1] / SUMS).exists():
+            write_sums(path.parents[1], [f"{lang}/{path.name}"])
     print({split: len(rows) for split, rows in found.items()}, "spans,", len(asked), "tasks")
 
 
@@ -305,7 +355,7 @@ def read_frame(folder: Path, i: int, shapes: dict[str, tuple | None]) -> dict:
                 kind, ok = "uint8", x.dtype == np.uint8
                 want = want or (*(max(n, SIZE) for n in x.shape[:2]), 3)  # it is never enlarged
             else:
-                kind, ok = "finite floats", x.dtype.kind == "f" and np.isfinite(x).all()
+                kind, ok = "finite floats", x.dtype.kind == "f" and (np.abs(x) <= ABSURD).all()
             if not ok or x.shape != want:
                 raise ValueError(f"{name} is {x.dtype} {x.shape}, expected {kind} {want}")
         a = frame["actions"]
@@ -342,21 +392,30 @@ def read_episodes(folder: Path, skip: int) -> tuple[np.ndarray, np.ndarray, np.n
     return ids, np.stack([ends - rows, ends], 1), kept, digest.hexdigest()
 
 
+def check_meta(meta: dict) -> None:
+    """ValueError, TypeError: names that are no text; numbers that are none, or absurd."""
+    for k in ("source", "renderer", "text_encoder", "frame"):
+        if not isinstance(meta.get(k), str | None):
+            raise TypeError(f"{k} is {meta[k]!r}, expected a text")
+    numbers = np.array([meta["hz"], *meta["action_scale"], meta["skip"]])
+    ok = numbers.shape == (4,) and numbers.dtype.kind in "if" and (numbers > 0).all()
+    ok = ok and type(meta["skip"]) is int and type(meta["hz"]) is not bool
+    if not ok or (numbers > 10_000).any():
+        what = f"hz, action_scale, skip are {numbers.tolist()}"
+        raise ValueError(f"{what}, not 1 + 2 + 1 positive numbers, the last one whole")
+
+
 def read_about(folder: Path, skip: int, lang_folder: str) -> dict:
     """The meta of a packed recording of which every skip-th frame is kept."""
     path, base = folder / "recording.json", {"skip": 1, "frame": "base", "text_encoder": None}
     about = base | CALVIN | (read_json(path, "Correct it") if path.exists() else {})
     with naming(path, "Correct it"):
-        numbers = np.array([about["hz"], *about["action_scale"], about["skip"]])
-        ok = numbers.shape == (4,) and numbers.dtype.kind in "if" and (numbers > 0).all()
-        if not ok or not isinstance(about["skip"], int):
-            what = f"hz, action_scale, skip are {numbers.tolist()}"
-            raise ValueError(f"{what}, not 1 + 2 + 1 positive numbers, the last one whole")
+        check_meta(about)
     # The frames of a recording may last several steps already.
     meta = {k: about[k] for k in CALVIN} | {"hz": about["hz"] / skip, "skip": about["skip"] * skip}
     if about["frame"] != "base":  # of relative actions
         meta["frame"] = about["frame"]
-    encoder = None if lang_folder == "none" else lang_folder.removeprefix("lang_")
+    encoder = None if lang_folder == "none" else encoder_of(lang_folder)
     if encoder:
         same_text_encoder(about["text_encoder"] or encoder, encoder, folder)
     return meta | {"text_encoder": encoder, "format": 1}
@@ -366,6 +425,7 @@ def pack_split(src: Path, dst: Path, skip: int, meta: dict, lang_folder: str, pr
     """One split of a recording -> its arrays. Returns how many rows they have."""
     from tqdm import tqdm
 
+    check_sums(src, "Copy it anew, or record or annotate it again")
     ids, episodes, kept, digest = read_episodes(src, skip)
     N, disturbed = len(kept), np.zeros(len(kept), bool)
     spans, emb = np.zeros((0, 2), np.int64), np.zeros((0, EMBEDDING), np.float32)
@@ -374,7 +434,10 @@ def pack_split(src: Path, dst: Path, skip: int, meta: dict, lang_folder: str, pr
         spans, emb, lang = read_language(src / lang_folder, meta["text_encoder"], ids, kept)
     if (src / "disturbed.npy").exists():  # teleop.py disturbed itself; people's play has none
         with naming(src / "disturbed.npy", "Record it again, or remove that file") as path:
-            disturbed = np.load(path, allow_pickle=False)[kept].any(1)
+            x = np.load(path, allow_pickle=False)
+            if x.dtype != bool or x.ndim != 1:
+                raise TypeError(f"it is {x.dtype} {x.shape}, expected bool (N,)")
+            disturbed = x[kept].any(1)
     shapes = SHAPES | dict.fromkeys(CAMERAS)  # of the first frame's, whatever size they are
     if meta["source"] == "robot":
         del shapes["scene_obs"]  # a real scene has none: zeros stand for it
@@ -451,9 +514,13 @@ def pack(
             raise DataError(f"{src}: recording.json differs between training/ and validation/.")
         n = sum(pack_split(src / s, part / s, skip, meta, lang_folder, procs) for s in splits)
         write_json(part / "meta.json", meta)
-        for file in (*part.glob("*/packing.json"), part / ".lock", part / ".lock_holder"):
-            file.unlink()
-        os.rename(part, dst)
+        names = [f"{k}.npy" for k in SHAPES | OTHERS if k not in CAMERAS]  # a bit is but a pixel
+        for split in splits:
+            write_sums(part / split, [*names, "lang.json", "../meta.json"])
+            (part / split / "packing.json").unlink()
+        os.rename(part, dst)  # with its lock, or another command would begin in it
+        for name in (".lock", ".lock_holder"):
+            (dst / name).unlink()
         sync(dst.parent)
     print(f"{dst}: {n} frames")
 
@@ -468,11 +535,12 @@ class PlayData:
 
     def __init__(self, root, split: str):
         self.path, self.split = Path(root) / split, split
-        remedy = f"It is not packed, or not yet: python data.py pack SRC {root}"
+        remedy = f"It is not packed, or not yet: .venv/bin/python data.py pack SRC {root}"
         self.meta = read_json(Path(root) / "meta.json", remedy, META)
         again = f"Copy it anew, or pack {root} again"
         lang = read_json(self.path / "lang.json", again, {"sentences": list, "tasks": list})
         self.sentences, self.tasks = lang["sentences"], lang["tasks"]
+        check_sums(self.path, again)
         for k, shape in (SHAPES | OTHERS).items():
             with naming(self.path / f"{k}.npy", again) as path:
                 x = np.load(path, mmap_mode="r")
@@ -480,6 +548,8 @@ class PlayData:
                     want = f"{DTYPES[k].__name__} (..., {', '.join(map(str, shape))})"
                     raise ValueError(f"it is {x.dtype} {x.shape}, expected {want}")
             setattr(self, k, x)
+        with naming(Path(root) / "meta.json", again):
+            check_meta(self.meta)
         with naming(self.path, again):
             self.check()
         self.kept = {}  # arrays that lie on a device, see keep_on
@@ -500,6 +570,12 @@ class PlayData:
             raise ValueError(f"episodes do not cover its {N} frames one after the other")
         if (self.spans < 0).any() or (self.spans > N).any() or (np.diff(self.spans) <= 0).any():
             raise ValueError(f"spans are empty, or outside of its {N} frames")
+        if not all(isinstance(x, str) for x in self.sentences + self.tasks):
+            raise TypeError("lang.json: a sentence or a task is no text")
+        for k in ("actions", "robot_obs", "scene_obs", "span_emb"):
+            limit = 1.001 if k == "actions" else ABSURD
+            if not (np.abs(getattr(self, k)) <= limit).all():
+                raise ValueError(f"{k} has numbers that are not finite, or beyond {limit}")
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -679,9 +755,15 @@ def cache_latents(world, data: PlayData, key: str, precision=None) -> Latents:
                 shutil.rmtree(part, ignore_errors=True)
                 part.mkdir()
                 make_latents(world, data, part, precision or nullcontext())
+                write_sums(part, [f"{k}.npy" for k in Latents._fields])
                 os.rename(part, folder)
-    with naming(folder, "Remove that folder, it is made again"):
-        return Latents(*(np.load(folder / f"{k}.npy", mmap_mode="r") for k in Latents._fields))
+    remedy = f"Remove {folder}, it is made again"
+    check_sums(folder, remedy)
+    with naming(folder, remedy):
+        arrays = [np.load(folder / f"{k}.npy", mmap_mode="r") for k in Latents._fields]
+        if {len(x) for x in arrays} != {len(data)}:
+            raise ValueError(f"it has not {len(data)} rows")
+    return Latents(*arrays)
 
 
 @torch.random.fork_rng()  # so that a cache made anew is the same, and training goes on as before

@@ -8,8 +8,8 @@
     python diagnostics.py predict --checkpoint RUN/wm.pt --data data/play --out DIR
     python diagnostics.py probe   --checkpoint RUN/wm.pt --data data/play --out DIR
 
-World model, agent and policy are arguments. Copy this file together with data.py. Needs: torch,
-numpy, imageio, tqdm; for the commands also tyro, scikit-image and train.py.
+World model, agent and policy are arguments. Copy this file together with data.py, agent.py and
+plan.py. Needs: torch, numpy, imageio, tqdm; for the commands also tyro, scikit-image and train.py.
 """
 
 import functools
@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+import agent as A
 import data as D
 
 # Of scene_obs: sliding door, drawer, both lights, and the blocks' xyz (not their angles).
@@ -82,16 +83,63 @@ def mean(figures: list[dict]) -> dict[str, float]:
     return {k: sum(float(f[k]) for f in figures) / len(figures) for k in figures[0]}
 
 
-def track(agent, world, batches: D.WindowBatches, count: int = 4) -> dict[str, float]:
+# ---------------------------------------------------------------------------- tracking
+@torch.no_grad()
+def track(agent: A.Agent, world, batches: D.WindowBatches, count: int = 4) -> dict[str, float]:
     """How well the agent follows held-out windows, as at run time from a state without history:
-    Agent.track's figures, and its reward as a share of the expert's, of which holding still is 0.
+    `follow`'s figures, and its reward as a share of the expert's, of which holding still is 0.
     """
-    figures = mean([agent.track(world, *batches.batch(i, reset_start=1.0)) for i in range(count)])
+    windows = (batches.batch(i, reset_start=1.0) for i in range(count))
+    figures = mean([follow(agent, world, play, language) for play, language in windows])
     span = figures["reward_expert"] - figures["reward_hold"]
     for plan in ("proposed", "recognised"):
         if f"reward_{plan}" in figures:
             share = (figures[f"reward_{plan}"] - figures["reward_hold"]) / span
             figures[f"tracking_{plan}"] = share
+    return figures
+
+
+def follow(agent: A.Agent, world, play: A.Batch, language: A.Batch) -> A.Batch:
+    """One batch's figures (), over the windows' real steps. Both dicts also have gripper (B,), the
+    gripper's command before the window.
+
+    reward_proposed, reward_recognised: Eq. 3 with either plan; mse_*: of the arm's actions there.
+    reward_hold, reward_expert: the yardsticks, holding still and replaying the expert's actions.
+    critic_r2, value_std, target_std: what the critic knows of the returns.
+    mse_observed, mse_still: on the expert's latents, of the arm's actions and of no motion;
+    gripper_observed: how often the gripper's sign is right there.
+    """
+    c, batch = agent.config, A.join(play, language)
+    s_E, s_0, actions, real = batch["s_E"], batch["s_E"][0], batch["a"][:-1], A.real_steps(batch)
+    g, recognised, figures = agent.encode(play, language)
+    plans = {"proposed": agent.propose(s_0, g)}
+    if agent.with_plan:
+        plans["recognised"] = recognised
+    for name, plan in plans.items():
+        s_pi, a = agent.imagine(world, s_0, g, plan, len(actions))
+        r = A.intrinsic_reward(s_E[1:], s_pi[1:])
+        figures[f"reward_{name}"] = r[real].mean()
+        figures[f"mse_{name}"] = (a - actions)[real][:, :6].square().mean()
+    if c.method != "no_ditto":  # with the last plan, as in training
+        x = torch.cat([s_pi, g.expand(len(s_pi), -1, -1)], -1)
+        v_lambda = A.lambda_return(r, agent.slow_critic(x), c.gamma, c.lam, agent.mask(batch))
+        v = agent.critic.standard_value(x[:-1])
+        figures |= A.critic_figures(agent.critic, v, v_lambda, real.float())
+
+    context = torch.cat([g, plans["proposed"]], -1).expand(len(actions), -1, -1)
+    a = agent.actor(torch.cat([s_E[:-1], context], -1), sample=False)
+    figures["mse_observed"] = (a - actions)[real][:, :6].square().mean()
+    figures["mse_still"] = actions[real][:, :6].square().mean()
+    figures["gripper_observed"] = (a[real][:, 6].sign() == actions[real][:, 6]).float().mean()
+
+    hold = torch.zeros_like(actions)
+    hold[..., 6] = batch["gripper"]
+    for name, given in (("hold", hold), ("expert", actions)):
+        state, rewards = world.split(s_0), []
+        for a, s in zip(given, s_E[1:], strict=True):
+            state = world.imagine_step(*state, a)
+            rewards.append(A.intrinsic_reward(s, torch.cat(state, -1)))
+        figures[f"reward_{name}"] = torch.stack(rewards)[real].mean()
     return figures
 
 

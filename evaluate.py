@@ -9,6 +9,7 @@ its actions are held:   look, act   step, judge   step, judge   look, act   step
 
     python evaluate.py                                           the published policy: 20 chains
     python evaluate.py --instruction "pull out the drawer"       one sentence, filmed
+    python evaluate.py --live                                    a page to play with it
     python evaluate.py --checkpoint RUN/agent.pt --chains 200 --procs 2       Table I's figures
     torchrun --nproc-per-node 8 evaluate.py --checkpoint RUN/agent.pt --device cuda
 
@@ -28,7 +29,8 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+import zlib
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,12 +43,14 @@ from tqdm import tqdm
 
 import calvin
 import data
+import pages
 import sim
 import teleop
 import train
 
 SHIPPED = Path(__file__).resolve().parent / "assets/sim.pt"  # by train.publish
 FILM_STEPS, FILM_FPS, FILM_FRAMES = 4, 15, 240  # a picture every 4 steps, shown twice as fast
+RESULT = {"env": str, "seed": int, "chains": int, "success": list, "avg_len": int | float}
 MARKS = {None: ("#404040", ""), True: ("#188038", ": solved"), False: ("#c5221f", ": failed")}
 
 
@@ -58,6 +62,7 @@ class Options:
     policy: str = "agent"  # agent, operator, or MODULE:CLASS of a model for CALVIN
     env: Literal["sim", "calvin"] = "sim"  # real: --robot SETUP.json and deploy.py's options
     instruction: str | None = None  # a sentence to follow where it can be done, and to film
+    live: bool = False  # serve a page on this machine, to instruct the policy and watch it
     chains: int | None = None  # how many; None: all, or 20 of the published policy
     first: int | None = None  # the first chain, 0 to 999; of an instruction: its scene
     procs: int = 1  # processes
@@ -84,7 +89,7 @@ def make_environment(args, cameras: bool, small: bool, renderer: str):
         static, gripper = (64, 64) if small else (200, 84)
         return sim.PlayTable(static, gripper, cameras), sim.oracle
     shrink = data.resize_area if small else None
-    table = calvin.Table(args.scene, renderer, cameras, args.calvin_env, shrink)
+    table = calvin.make_table(args.scene, renderer, cameras, args.calvin_env, shrink, gpu())
     return table, calvin.make_oracle(args.calvin_env)
 
 
@@ -104,12 +109,17 @@ class CalvinModel:
         self.reset, self.act = model.reset, model.step
 
 
+def gpu() -> int:
+    """CUDA's number of this process's GPU: torchrun's or --procs's processes share them evenly."""
+    rank = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", 0)))
+    return rank % max(1, torch.cuda.device_count())
+
+
 def load_agent(args):
     """The policy of --checkpoint, and the checkpoint's other entries. ValueError: it was trained at
     another rate or scale, or on other pictures."""
     torch.set_num_threads(1)  # the cores are for --procs
-    gpu = os.environ.get("LOCAL_RANK")  # torchrun's
-    device = f"cuda:{gpu}" if gpu and args.device == "cuda" else args.device
+    device = f"cuda:{gpu()}" if args.device == "cuda" else args.device
     given = {"replan": args.replan, "reset_on_replan": args.reset_on_replan}
     given = {k: x for k, x in given.items() if x is not None}
     policy, c = train.load_agent(args.checkpoint, device, **given)
@@ -149,18 +159,26 @@ def attempt(env, oracle, policy, words, task: str, limit=360, push=None) -> tupl
 def read_sentences(args, encoder: str | None) -> tuple[dict, dict]:
     """{task: its sentence}, {task: what the policy is told}: the embedding (384,), or without an
     encoder the sentence. DataError: unusable, or another encoder's.
-    --sentences is {task: sentence} in JSON, or a language folder of a dataset's validation/, which
-    is the default where --scene is a dataset; else they are those of assets/."""
+    --sentences is {task: sentence} in JSON, or a language folder of a dataset's validation/, or its
+    embeddings.npy alone in a folder of that name; the default is that of --scene, where it is a
+    dataset; else they are those of assets/."""
     where, words = args.sentences, {}
     if not where and args.env == "calvin" and encoder and Path(args.scene).is_dir():
-        where = calvin.validation(args.scene) / f"lang_{Path(encoder).name}"
+        folders = calvin.validation(args.scene).glob("lang_*")
+        known = {data.encoder_of(path.name): path for path in sorted(folders)}
+        name = Path(encoder).name
+        where = known.get(name, calvin.validation(args.scene) / f"lang_{name}")
     if not where:
         sentences = {task: held_out for task, (held_out, *_) in calvin.sentences().items()}
     elif where.suffix == ".json":
-        with data.naming(where, 'It should be {"open_drawer": "pull the drawer open", ...}'):
-            sentences = {task: str(s) for task, s in json.loads(where.read_text()).items()}
+        remedy = 'It should be {"open_drawer": "pull the drawer open", ...}'
+        sentences = data.read_json(where, remedy)
+        with data.naming(where, remedy):
+            if not all(isinstance(sentence, str) for sentence in sentences.values()):
+                raise TypeError("a sentence is no text")
     else:
-        name, rows = where.name.removeprefix("lang_"), data.read_held_out(where)
+        where = where.parent if where.name == "embeddings.npy" else where
+        name, rows = data.encoder_of(where.name), data.read_held_out(where)
         data.same_text_encoder(name, encoder or name, where)
         sentences = dict(zip(rows["tasks"], rows["sentences"], strict=True))
         words = dict(zip(rows["tasks"], rows["embeddings"], strict=True))
@@ -168,16 +186,35 @@ def read_sentences(args, encoder: str | None) -> tuple[dict, dict]:
     if missing:
         raise data.DataError(f"{where}: {missing} are missing in it, or no tasks of CALVIN's 34.")
     if encoder and not words:
-        words = dict(zip(sentences, data.encode([*sentences.values()], encoder), strict=True))
+        try:
+            words = dict(zip(sentences, data.encode([*sentences.values()], encoder), strict=True))
+        except data.DataError as error:
+            raise data.DataError(f"{where}: {error}") from error
     return sentences, words if encoder else sentences
+
+
+def is_here(encoder: str) -> bool:
+    """Whether a text encoder is on this machine. Asking is quick, trying takes a minute."""
+    if Path(encoder).is_dir():
+        return True
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:
+        return False
+    return bool(
+        try_to_load_from_cache(f"sentence-transformers/{Path(encoder).name}", "modules.json")
+    )
 
 
 def embed_instruction(sentence: str, encoder: str) -> np.ndarray:
     """(384,). ValueError: it is not in the table, and the text encoder is not on this machine."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nobody waits for a hub that does not answer
     name, short = Path(encoder).name, calvin.plain(sentence)
+    known = short in data.embedding_table()
     try:
-        return data.encode([short if short in data.embedding_table() else sentence], encoder)[0]
+        if not known and not is_here(encoder):
+            raise data.DataError(f"{name} is not here")
+        return data.encode([short if known else sentence], encoder)[0]
     except data.DataError as error:
         known = [s for of_task in calvin.sentences().values() for s in of_task]
         near = "\n  ".join(difflib.get_close_matches(short, known, 5, cutoff=0))
@@ -265,7 +302,9 @@ def table_of_seeds(paths: list[Path]) -> str:
     rows: dict[tuple, dict[int, list[float]]] = {}
     for path in paths:
         with data.naming(path, "Give the results.json of evaluate.py, each seed once"):
-            r = json.loads(path.read_text())
+            r = data.read_json(path, "Give another", RESULT)
+            if not np.isfinite(np.array([*r["success"], r["avg_len"]], float)).all():
+                raise ValueError("a figure is not finite")
             step = r.get("training", {}).get("step", "")  # the operator has none
             seeds = rows.setdefault((r["env"], r.get("label", r["method"]), step, r["chains"]), {})
             if r["seed"] in seeds:
@@ -298,6 +337,8 @@ def read_log(folder: Path, identity: dict, name: str = "chains*.jsonl") -> dict[
         for n, line in enumerate(path.read_bytes().splitlines(), 1):
             with data.naming(f"{path}: line {n} is damaged", remedy):
                 row = dict(json.loads(line))
+                if n > 1:
+                    check_row(row)
                 rows[row["chain"] if n > 1 else "identity"] = row
         was = rows.pop("identity", identity)
         changed = [k for k in was | identity if was.get(k) != identity.get(k)]
@@ -305,6 +346,18 @@ def read_log(folder: Path, identity: dict, name: str = "chains*.jsonl") -> dict[
             text = [f"{k} was {was.get(k)!s:.99} and is {identity.get(k)!s:.99}" for k in changed]
             raise ValueError(f"{path} is another evaluation's ({'; '.join(text)}). Another --out?")
     return rows
+
+
+def check_row(row: dict) -> None:
+    """ValueError, TypeError: a chain's row is damaged. Takes away its checksum, if it has one."""
+    crc, steps = row.pop("crc", None), row["steps"]
+    if crc is not None and crc != zlib.crc32(json.dumps(row).encode()):
+        raise ValueError("its checksum is wrong")
+    if not all(isinstance(x, int) for x in (row["chain"], row["solved"], *steps)):
+        raise TypeError("chain, solved and steps are whole numbers")
+    known = set(row["tasks"]) <= set(calvin.TASKS)
+    if row["solved"] not in (len(steps) - 1, len(steps)) or not known:
+        raise ValueError("solved, steps and tasks do not belong together")
 
 
 # ------------------------------------------------------------------ running
@@ -329,10 +382,11 @@ class Worker:
         about["label"] = about["method"] + (f" (disturb {args.disturb})" if args.disturb else "")
         self.sentences, self.words = read_sentences(args, encoder)
         self.about = json.loads(json.dumps(about | {"sentences": self.sentences}))
+        self.embed = partial(embed_instruction, encoder=encoder) if encoder else str
         if args.instruction:
-            told = embed_instruction(args.instruction, encoder) if encoder else args.instruction
-            self.words = self.words | {args.instruction: told}
-        cameras, small = bool(self.policy or args.film), not isinstance(self.policy, CalvinModel)
+            self.words = self.words | {args.instruction: self.embed(args.instruction)}
+        cameras = bool(self.policy or args.film or args.live)
+        small = not isinstance(self.policy, CalvinModel)
         self.env, self.oracle = make_environment(args, cameras, small, renderer)
 
     def start(self, number: int, film: Path | None, oracle=None):
@@ -372,7 +426,7 @@ def evaluate(args, argv: list[str]) -> dict:
     log = args.out / (f"chains_{rank}.jsonl" if rank else "chains.jsonl")
     numbers = range(args.first or 0, (args.first or 0) + args.chains)
     films = {n: args.out / f"chain_{n:04}.gif" for n in numbers[: args.film]}
-    records, result = read_log(args.out, worker.about), {}
+    records, result, begun = read_log(args.out, worker.about), {}, time.monotonic()
     todo = [n for n in numbers[rank::ranks] if n not in records or not films.get(n, log).exists()]
     try:
         for r in started_here:
@@ -384,8 +438,9 @@ def evaluate(args, argv: list[str]) -> dict:
             record = worker.run_chain(n, films.get(n))
             if n not in records:  # else only its film was missing
                 # The whole log, written beside and renamed: no line is ever half written.
-                rows = [worker.about, *read_log(args.out, worker.about, log.name).values(), record]
-                text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+                rows = [*read_log(args.out, worker.about, log.name).values(), record]
+                rows = [row | {"crc": zlib.crc32(json.dumps(row).encode())} for row in rows]
+                text = "".join(json.dumps(row) + "\n" for row in (worker.about, *rows)).encode()
                 data.write(log, lambda file, text=text: file.write(text))
         if any(other.wait() for other in others):
             raise RuntimeError("another process failed: see above. The same command goes on")
@@ -397,12 +452,13 @@ def evaluate(args, argv: list[str]) -> dict:
         records = read_log(args.out, worker.about)
         done = [records[n] for n in numbers if n in records]
         if rank == 0 and done:
-            git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-            commit = subprocess.run(git, cwd=SHIPPED.parent, capture_output=True, text=True).stdout
-            result = worker.about | summarise(done) | {"commit": commit.strip() or None}
+            result = worker.about | summarise(done) | {"commit": pages.commit()}
             print(tables(result))
-            data.write_json(args.out / "calvin_results.json", as_calvin(result))
+            theirs = args.out / "calvin_results.json"  # it accumulates, a training step a key
+            old = data.read_json(theirs, "Remove it") if theirs.exists() else {}
+            data.write_json(theirs, old | as_calvin(result))
             data.write_json(args.out / "results.json", result)
+            pages.report(args.out, "evaluation", asdict(args), time.monotonic() - begun)
             left = "" if len(done) == args.chains else "; the same command goes on from here"
             print(f"{len(done)} of {args.chains} chains: {args.out / 'results.json'}{left}")
     return result
@@ -433,6 +489,7 @@ def follow(args) -> dict[str, int]:
     try_task(args.instruction, args.limit)
     env.snap(solved=task in seen if task else None)
     env.save()
+    pages.report(args.out, "instruction", asdict(args))
     print(*[f"{name} at step {step}" for name, step in seen.items()], f"film: {film}", sep="\n")
     verdict = "done" if task in seen else "not done" if task else f"{len(seen)} of 34 tasks seen"
     print(f"scene of chain {number}, {env.t} steps ({env.t / 30:.1f} s): {verdict}")
@@ -442,7 +499,8 @@ def follow(args) -> dict[str, int]:
 # ------------------------------------------------------------------ command line
 def parse(argv: list[str] | None = None) -> Options:
     """The command line, with the defaults that depend on it. ValueError: it makes no sense."""
-    args = tyro.cli(Options, args=argv, description=__doc__, use_underscores=True)
+    how = {"use_underscores": True, "config": (tyro.conf.FlagCreatePairsOff,)}
+    args = tyro.cli(Options, args=argv, description=__doc__, **how)
     ours = args.policy == "agent" and args.env == "sim" and not args.checkpoint  # a first look
     checkpoint = str(SHIPPED) if ours else args.checkpoint
     chains = args.chains if args.chains is not None else 20 if ours else 1000 - (args.first or 0)
@@ -486,6 +544,8 @@ def main(argv: list[str] | None = None):
         args = parse(argv)
         if args.table:
             return print(table_of_seeds(args.table))
+        if args.live:
+            return pages.live(Worker(args))
         args.out.mkdir(parents=True, exist_ok=True)
         first = os.environ.get("RANK", "0") == "0"  # it keeps others out of the folder
         with data.locked(args.out) if first else contextlib.nullcontext():

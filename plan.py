@@ -8,7 +8,7 @@
              features  (B, F)       what the transformer says of the whole window  App. B
              plan      (B, C*K)     latent plan: C one-hot categoricals, flat      Sec. IV-B
     x_i, y_j x, y      (M, 32)      projections of features and of language goals  Eq. 8
-    τ        tau       ()           trainable temperature (its logarithm)          Eq. 8
+    τ        tau       ()           trainable logarithm of 1 / temperature         Eq. 8
 
     training:  window s_0..s_T-1 -> V -> recognition -> plan      (hindsight: sees all of it)
     run time:  s_0 -> v_0, goal -> g  -> proposal    -> plan      (the KL teaches it to agree)
@@ -42,28 +42,25 @@ def kl_balanced(q: Tensor, p: Tensor, delta: float) -> Tensor:
     return (1 - delta) * kl(q, p.detach()) + delta * kl(q.detach(), p)
 
 
-def contrastive_loss(
-    x: Tensor, y: Tensor, tau: Tensor, some: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def contrastive_loss(x: Tensor, y: Tensor, tau: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """½ ( mean_i CE(logits_per_latent(i), i) + mean_i CE(logits_per_text(i), i) ),
     logit(x_i, y_j) = cos_sim(x_i, y_j) · exp(τ).
 
     x: (M, n) latent features, y: (M, n) language features of the same M windows; only the diagonal
-    pairs are true. Means over M where the paper prints sums [D9]. some (M,) bool: which windows
-    take part, if not all; the others are masked, for selecting them would wait for a GPU. Returns
-    the loss () and the accuracy () with which a window finds its own sentence, wherever in the
-    batch that stands; zeros where fewer than two take part.
+    pairs are true. Means over M where the paper prints sums [D9]. mask (M,) bool: which windows
+    take part; they are not selected, because that would wait for the GPU. Returns the loss () and
+    the accuracy (): how often a window's own sentence scores highest, ties with equal sentences
+    included; zeros where fewer than two take part.
     """
-    some = torch.ones(len(x), dtype=torch.bool, device=x.device) if some is None else some
     with without_autocast(x):
         logits = F.normalize(x.float(), dim=-1) @ F.normalize(y.float(), dim=-1).T * tau.exp()
-    logits = logits.masked_fill(~(some[:, None] & some), -1e9)
-    pairs = torch.arange(len(x), device=x.device).where(some, -100)  # which cross_entropy ignores
-    M = some.sum()
+    logits = logits.masked_fill(~(mask[:, None] & mask), -1e9)
+    pairs = torch.arange(len(x), device=x.device).masked_fill(~mask, -100)  # -100 is ignored
+    M = mask.sum()
     per_latent = F.cross_entropy(logits, pairs, reduction="sum") / M.clamp(min=1)
     per_text = F.cross_entropy(logits.T, pairs, reduction="sum") / M.clamp(min=1)
     loss = 0.5 * (per_latent + per_text)  # Eq. 8: rows are latents, then sentences
-    found = (logits.diagonal() >= logits.amax(-1) - 1e-3) & some
+    found = (logits.diagonal() >= logits.amax(-1) - 1e-3) & mask  # ties count
     return loss, found.sum() / M.clamp(min=1) * (M > 1)
 
 
@@ -73,7 +70,7 @@ def sample_straight_through(logits: Tensor) -> Tensor:
     As in world_model.py, without its softness; a test compares the two.
     """
     probabilities = logits.float().softmax(-1)
-    u = torch.rand_like(probabilities[..., :1])  # the class in whose share of 0..1 it falls:
+    u = torch.rand_like(probabilities[..., :1])  # inverse of the cumulative distribution
     index = (probabilities.cumsum(-1) < u).sum(-1).clamp_max(logits.shape[-1] - 1)
     sample = F.one_hot(index, logits.shape[-1]).to(probabilities.dtype)
     return (sample + probabilities - probabilities.detach()).flatten(-2)
@@ -83,7 +80,7 @@ def all_gather(x: Tensor) -> Tensor:
     """The rows (M, ...) of all processes that train together; alone, x itself. All must call it.
 
     Every process has the whole loss, and keeps the gradient of its own rows, times the number of
-    processes, for DistributedDataParallel takes the mean: together, one process's gradient with
+    processes, because DistributedDataParallel averages: together, one process's gradient with
     all rows. (torch's differentiable all_gather does the same by a second collective, and warns.)
     """
     if not (dist.is_available() and dist.is_initialized()):
@@ -96,7 +93,7 @@ def all_gather(x: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------------------- modules
 def without_autocast(x: Tensor) -> torch.autocast:
-    """Around what makes logits and losses: bf16 has three digits, which are too few for them."""
+    """For logits and losses: bf16's 8 bits of precision are too few for them."""
     return torch.autocast(x.device.type if x.device.type != "meta" else "cpu", enabled=False)
 
 
@@ -178,7 +175,7 @@ class PlanProposal(nn.Module):
 class Alignment(nn.Module):
     """Projects window features and language goals into one space of 32 numbers and compares them.
 
-    Eq. 8's logits; projections of one hidden layer of 128, temperature starting at 1/0.07 [D7].
+    Eq. 8's logits; projections of one hidden layer of 128, a temperature of 0.07 at first [D7].
     """
 
     def __init__(self, features: int, goal: int, out: int = 32):

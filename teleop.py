@@ -16,10 +16,9 @@ is answered from what is seen.
 
 frame      t                t+1              rel_actions[t]: commanded at t, held for `skip` steps
            o_t -- a_t -->   o_{t+1}          actions[t]: the tcp pose of frame t+1, and the gripper
-Copy this file together with sim.py, calvin.py and data.py. Needs: numpy, scipy, tqdm.
+Copy this file together with sim.py, calvin.py and data.py. Needs: numpy, scipy, torch, tqdm, tyro.
 """
 
-import argparse
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -27,28 +26,25 @@ import os
 import signal
 import sys
 import threading
+import zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import partial
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
 import calvin
+import data
 import sim
 
 BLOCKS = ("block_red", "block_blue", "block_pink")
-SIZES = {
-    "block_red": (0.056, 0.04, 0.04),
-    "block_blue": (0.04,) * 3,
-    "block_pink": (0.08, 0.04, 0.04),
-}
+SIZES = {b: (length, 0.04, 0.04) for b, length in zip(BLOCKS, (0.056, 0.04, 0.08), strict=True)}
 UP, SLOPE = np.array([0.0, 0.0, 1.0]), np.array([0.0, 0.5, 0.866])  # the second: up the cabinet
 DOWN = np.array([np.pi, 0.0, 1.5])  # euler xyz: fingers down, opening along the world's x
-NEUTRAL = np.array([0.026, -0.231, 0.571])  # m, the benchmark's start
 OPEN, CLOSE = 1, -1
 SPEED, TURN, GAIN = 0.036, 0.1, 0.35  # m, rad and share of the error, per action
 LEASH = 0.05  # m, how far the commanded pose may be ahead of the hand
@@ -59,10 +55,8 @@ ROOM = np.array([(-0.25, -0.26, 0.45), (0.32, 0.0, 0.58)])  # m, where a burst m
 BURSTS = ("push", 6), ("fingers", 6), ("belief", 15), ("astray", 12)  # most frames of each
 EPISODE = 200, 600  # steps, then a new scene: what a world model finds hard is scenes, not motion
 SPAN = 64  # steps that an annotated span has at most, as CALVIN's
-LANG = "lang_paraphrase-MiniLM-L3-v2"
 PATIENCE = 180  # steps, then a skill has failed
 PLACES = (0.40, 0.13, 0.13, 0.22, 0.12)  # a block on the table, left, right, in the drawer, on top
-ASSETS = Path(__file__).resolve().parent / "assets"
 
 
 # ------------------------------------------------------------------------------------ what is seen
@@ -108,8 +102,8 @@ def held(seen):
     """The block between the closed fingers, or None."""
     if seen.grip == OPEN or not 0.03 < seen.width < 0.062:
         return None
-    level = [b for b in BLOCKS if abs(seen.at[b][2] - seen.tcp[2]) < 0.048]
-    return nearest(seen, [b for b in level if gap(seen, b, seen.tcp) < 0.008])
+    low = [b for b in BLOCKS if abs(seen.at[b][2] - seen.tcp[2]) < 0.048]
+    return nearest(seen, [b for b in low if gap(seen, b, seen.tcp) < 0.008])
 
 
 def nearest(seen, blocks):
@@ -154,7 +148,7 @@ def clear(seen):
 
 # ----------------------------------------------------------------------------------------- the laws
 # A law returns where the hand should go: position (3,), euler (3,), gripper.
-def cone(seen, goal, axis, aside, along, off, far, slope, tol=0.010):
+def cone(goal, axis, aside, along, off, far, slope, tol=0.010):
     """The one idea: kept from `goal` along `axis`, at most by `far`, by slope times what is off.
 
     aside (3,), along: where the hand is, across and along the axis from the goal. Sideways it goes
@@ -176,7 +170,7 @@ def funnel(seen, goal, axis, far, euler, fingers=0.0, tol=0.010, slope=2.5):
     along = (seen.tcp - goal) @ axis
     aside = seen.tcp - goal - along * axis
     off = amiss(seen, aside, euler, fingers)
-    return cone(seen, goal, axis, aside, along, off, far, slope, tol), off, along
+    return cone(goal, axis, aside, along, off, far, slope, tol), off, along
 
 
 def travel(seen, pos, off, euler, grip):
@@ -208,7 +202,7 @@ def stroke(seen, at, way, axis, far, euler, lead, ahead=0.025, back=0.03, slope=
     wrong = max(0.0, t - ahead, -t - back)
     off = amiss(seen, aside, euler, seen.width - 0.01) + wrong
     aside = aside + t * way * (wrong > 0)
-    pos = cone(seen, at, axis, aside, along, off, far, slope)
+    pos = cone(at, axis, aside, along, off, far, slope)
     push = np.clip(1.5 - along / 0.012, 0, 1) * np.clip(1.7 - off / GATE, 0, 1)
     return travel(seen, pos + way * (push * (max(t, 0) + lead)), off, euler, CLOSE)
 
@@ -337,8 +331,7 @@ def beside(seen, block, sign):
 
 
 def push(seen, block, sign):
-    at = beside(seen, block, sign)
-    way = np.array([sign, 0.0, 0.0])
+    at, way = beside(seen, block, sign), np.array([sign, 0.0, 0.0])
     return stroke(seen, at, way, UP, clear(seen) - 0.462, lean(at), 0.055)
 
 
@@ -527,7 +520,6 @@ def feasible(seen, alone):
             room = [gap(seen, o, beside(seen, b, sign)) for o in BLOCKS if o != b]
             free_way = x < 0.27 if sign > 0 else x > 0.045
             ok[f"push_{name}_block_{side}"] = loose and free_way and min(room) > 0.015
-        for side in ("left", "right"):
             ok[f"rotate_{name}_block_{side}"] = loose and x > -0.05 and far < 0.76
     return [task for task in sim.TASKS if ok.get(task)]
 
@@ -550,12 +542,12 @@ def random_scene(rng, task=None):
         scene[5 if words[2] == "led" else 4] = words[1] == "off"
     scene[3] = 0.088 * scene[4]
     inside = "left" if scene[0] < 0.14 else "right"  # the half of the cabinet that stands open
-    put = {}
+    put = {}  # block: its position; first the one that the task is about
     for block in sorted(rng.permutation(BLOCKS), key=lambda b: b[6:] not in words):
         kind = str(rng.choice(["table", "left", "right", "drawer", "top"], p=PLACES))
-        if task and not put:  # the block that it is about
+        if task and not put:
             lifted = words[-1] if words[0] == "lift" else "table"
-            kind = {"slider": inside}.get(lifted, lifted)
+            kind = inside if lifted == "slider" else lifted
         elif words[0] in ("stack", "unstack") and len(put) == 1:
             kind = "table" if words[0] == "stack" else "top"
         elif task == "push_into_drawer":
@@ -570,9 +562,8 @@ def random_scene(rng, task=None):
             if kind == "top":
                 at, yaw = put[low[0]] + 0.041 * UP, scene[11 + 6 * BLOCKS.index(low[0])]
             elif kind == "drawer":
-                at = np.array(
-                    [rng.uniform(0.06, 0.30), rng.uniform(-0.11 - scene[1], -0.23), 0.363]
-                )
+                x, y = rng.uniform(0.06, 0.30), rng.uniform(-0.11 - scene[1], -0.23)
+                at = np.array([x, y, 0.363])
             elif kind != "table":  # turned no more than the operator, or the benchmark, puts it
                 at = np.array([rng.uniform(*SHELVES[kind]), rng.uniform(0.08, 0.095), 0.462])
                 yaw = np.pi / 2 + rng.uniform(-1, 1) * np.pi / 8
@@ -602,32 +593,53 @@ def prepare(env, oracle, task, rng, kind):
     for _ in range(4):
         obs, _, _, info = env.step(np.array([0, 0, 0, 0, 0, 0, 1.0]), render=False)
     now = feasible(see(env, obs), free_blocks(info))
-    others = [t for t in now if t != task]
-    lifts = [t for t in others if t.startswith("lift")]
-    if task.startswith("place") or task == "stack_block" or kind == 3:
-        others = [t for t in lifts if t.split("_")[1] not in task]
-    elif kind != 1:
+    in_hand = kind == 3 or task == "stack_block" or task.startswith("place")
+    if kind != 1 and not in_hand:
         return task in now
-    else:
-        others = [t for t in others if t not in lifts]
-    done = bool(others) and attempt(env, oracle, str(rng.choice(others)))[0]
+    before = [t for t in now if t != task and t.startswith("lift") == in_hand]
+    if in_hand:
+        before = [t for t in before if t.split("_")[1] not in task]
+    if not before or not attempt(env, oracle, str(rng.choice(before)))[0]:
+        return False
     seen = see(env, env.get_obs(render=False))
-    return done and task in feasible(seen, free_blocks(env.get_info()))
+    return task in feasible(seen, free_blocks(env.get_info()))
 
 
 # -------------------------------------------------------------------------------- in many processes
-_worker = {}  # of a worker process: its environment and its oracle
+@dataclass(frozen=True)
+class Where:
+    """The simulator that is played in."""
+
+    env: Literal["sim", "calvin"] = "sim"
+    calvin_env: Path | None = None  # clone of mees/calvin_env; None: in this folder, or installed
+    scene: str = calvin.SCENE  # CALVIN's: a folder of its dataset, or a name in conf/scene
+    renderer: Literal["egl", "tiny"] = "tiny"  # CALVIN's
+
+    def make(self, cameras):
+        """(environment, oracle)."""
+        if self.env == "sim":
+            return sim.PlayTable(render=cameras), sim.oracle
+        table = calvin.make_table(self.scene, self.renderer, cameras, self.calvin_env)
+        return table, calvin.make_oracle(self.calvin_env)
+
+    def about(self, skip):
+        """What recording.json says of it."""
+        looks = {"source": "sim", "renderer": sim.LOOK}
+        if self.env == "calvin":
+            looks = {"source": "calvin", "renderer": self.renderer}
+        about = looks | {"hz": 30, "action_scale": [0.02, 0.05]}
+        about |= {"scene": self.scene} if self.env == "calvin" else {}
+        return about | ({"hz": 30 / skip, "skip": skip} if skip > 1 else {})
 
 
-def make_sim(render):
-    """The embedded play table and its oracle."""
-    return sim.PlayTable(render=render), sim.oracle
+TWIN = Where()
+_worker = []  # of a worker process: its environment and its oracle
 
 
-def _start_worker(make, render):
+def _start(where, cameras):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker["env"], _worker["oracle"] = make(render)
+    _worker.extend(where.make(cameras))
 
 
 def _end_with_parent():
@@ -637,25 +649,23 @@ def _end_with_parent():
 
 
 def _work(function, job):
-    return function(_worker["env"], _worker["oracle"], *job)
+    return function(*_worker, *job)
 
 
-def _parallel(function, jobs, sizes, procs, make, render, done=0, what=""):
-    """function(env, oracle, *job) for every job, in `procs` processes, each with an environment of
-    its own from make(render). Returns the results, in any order; the bar counts `sizes`."""
-    context, out = multiprocessing.get_context("spawn"), []
-    with (
-        tqdm(total=done + sum(sizes), initial=done, desc=what) as bar,
-        ProcessPoolExecutor(procs, context, _start_worker, (make, render)) as pool,
-    ):
-        futures = {pool.submit(_work, function, job): n for job, n in zip(jobs, sizes, strict=True)}
+def in_parallel(function, jobs, procs, where, cameras):
+    """Yields function(env, oracle, *job) of every job as it is done, in `procs` processes, each
+    with an environment of its own."""
+    if procs < 1:
+        raise ValueError(f"--procs {procs}: at least 1")
+    if where.env == "calvin":
+        calvin.home(where.calvin_env)  # an error here is clearer than one of a worker
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(procs, context, _start, (where, cameras)) as pool:
         try:
-            for future in as_completed(futures):
-                out.append(future.result())
-                bar.update(futures[future])
+            for future in as_completed([pool.submit(_work, function, job) for job in jobs]):
+                yield future.result()
         finally:
             pool.shutdown(cancel_futures=True)
-    return out
 
 
 # -------------------------------------------------------------------------------------------- rates
@@ -663,50 +673,44 @@ def _one_rate(env, oracle, task, n, seed):
     for again in range(30):
         rng = np.random.default_rng([seed, sim.TASKS.index(task), n, again])
         if prepare(env, oracle, task, rng, n % 4):
-            return task, n, *attempt(env, oracle, task)
+            return task, *attempt(env, oracle, task)
     raise RuntimeError(f"{task}: no feasible start in 30 random scenes (seed {seed}, trial {n})")
 
 
-def rates(n=20, procs=2, seed=0, out=None, make=make_sim):
-    """Attempts every task n times: prints, returns and writes to `out` (JSON) {task: figures}."""
+def rates(n: int = 20, procs: int = 2, seed: int = 0, out: Path | None = None, where: Where = TWIN):
+    """Success and steps of every task.
+
+    Args:
+        n: trials of each task
+        procs: processes
+        seed: of the scenes
+        out: JSON file to write
+    """
+    if n < 1:
+        raise ValueError(f"--n {n}: at least 1")
     jobs = [(task, k, seed) for task in sim.TASKS for k in range(n)]
-    rows = _parallel(_one_rate, jobs, [1] * len(jobs), procs, make, False, what="rates")
-    table = {}
+    done = in_parallel(_one_rate, jobs, procs, where, cameras=False)
+    rows = [*tqdm(done, "rates", len(jobs), mininterval=1)]
+    table, names = {}, ("success", "median", "p95", "within64")
     print(f"{'task':26s} {'n':>5s} {'success':>8s} {'median':>7s} {'95 %':>6s} {'<= 64':>7s}")
-    for task in [*sim.TASKS, "all"]:
+    for task in (*sim.TASKS, "all"):
         some = [row for row in rows if task in (row[0], "all")]
-        solved = np.array([row[2] for row in some])
-        steps = np.array([row[3] for row in some])  # a failure counts as the whole budget
-        figures = [solved.mean(), *np.percentile(steps, (50, 95)), np.mean(steps <= 64)]
-        names = ("success", "median", "p95", "within64")
+        steps = np.array([row[2] for row in some])  # a failure counts as the whole budget
+        figures = [np.mean([row[1] for row in some]), *np.percentile(steps, (50, 95))]
+        figures += [np.mean(steps <= 64)]
         table[task] = dict(zip(names, map(float, figures), strict=True))
-        line = f"{task:26s} {len(some):5d} {figures[0]:8.3f} {figures[1]:7.0f} {figures[2]:6.0f}"
-        print(f"{line} {figures[3]:7.2f}")
+        share, median, p95, within = figures
+        print(f"{task:26s} {len(some):5d} {share:8.3f} {median:7.0f} {p95:6.0f} {within:7.2f}")
     if out:
-        text = json.dumps({"seed": seed, "n": n, "tasks": table}, indent=1)
-        write(Path(out), lambda file: file.write(text.encode()))
-    return table
+        data.write_json(out, {"seed": seed, "n": n, "tasks": table})
 
 
 # ---------------------------------------------------------------------------------------- recording
-SIM = {"source": "sim", "renderer": sim.LOOK, "hz": 30, "action_scale": [0.02, 0.05]}
+LANG = f"lang_{data.TEXT_ENCODER}"
 REMEDY = "Free some space (up to 150 kB a frame) or fix the permissions, and repeat the command"
 
 
-def write(path, fill):
-    """Writes a file beside its place and renames it, so that nobody ever sees half of it."""
-    part = path.with_name(path.name + ".tmp")
-    try:
-        with open(part, "wb") as file:
-            fill(file)
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        why = f"cannot write {path}: {error.strerror}. {REMEDY}: it goes on where it stopped"
-        raise OSError(error.errno, why) from None
-
-
-class _Full(Exception):
+class Full(Exception):
     """The block of frames that a worker was to record is full."""
 
 
@@ -720,7 +724,7 @@ class Recorder:
     def __init__(self, env, oracle, folder, first, length, rng, skip=1, pictures=True):
         self.env, self.oracle, self.folder, self.rng, self.skip = env, oracle, folder, rng, skip
         self.t, self.end, self.pictures = first, first + length, pictures
-        self.episodes, self.spans, self.bursts_at, self.rows = [], [], [], []
+        self.episodes, self.spans, self.disturbed, self.rows = [], [], [], []
         self.infos = {}  # frame: what the oracle wants to know of it
         self.count = dict.fromkeys(sim.TASKS, 0)
         self.pairs, self.last = {}, None  # how often a task came after a kind of task; that kind
@@ -732,65 +736,76 @@ class Recorder:
     # ---- one frame ----
     def tick(self, action, start=None, task=None, disturbed=False):
         """Holds an action for one frame and writes it; whether the oracle saw `task` done."""
-        seen, solved = self.obs, False
+        before, solved = self.obs, False
         for k in range(self.skip):
-            last = k == self.skip - 1
-            obs, _, _, info = self.env.step(action, render=last and self.pictures)
+            render = self.pictures and k == self.skip - 1
+            self.obs, _, _, info = self.env.step(action, render=render)
             solved = solved or (task is not None and self.oracle(start, info, task))
-        pose = np.append(obs["robot_obs"][:6], action[6])
-        frame = {"actions": pose, "rel_actions": action} | seen.get("rgb_obs", {})
-        frame |= {key: seen[key] for key in ("robot_obs", "scene_obs")}
-        if self.pictures:
-            path = self.folder / f"episode_{self.t:07d}.npz"
-            write(path, lambda file: np.savez(file, **frame))
-        self.rows.append({k: v for k, v in frame.items() if not k.startswith("rgb")})
-        self.bursts_at += [self.t] * disturbed
-        self.obs, self.t = obs, self.t + 1
+        row = {"actions": np.append(self.obs["robot_obs"][:6], action[6]), "rel_actions": action}
+        state = {key: before[key] for key in ("robot_obs", "scene_obs")}
+        self.rows.append(row | state)
+        if self.pictures:  # no fsync: a block without its part file is recorded again
+            name = f"episode_{self.t:07d}.npz"
+            with data.naming(self.folder / name, REMEDY):
+                np.savez(self.folder / f"part_{name}", **row, **before["rgb_obs"], **state)
+                os.replace(self.folder / f"part_{name}", self.folder / name)
+        self.disturbed += [self.t] * disturbed
+        self.t += 1
         self.infos[self.t] = info
         self.infos.pop(self.t - SPAN - 1, None)
         if self.t == self.end:
-            raise _Full
+            raise Full
         return solved
-
-    def reset(self, task):
-        """Begins an episode. Its first frame carries the state that it was reset to, not what the
-        reset's one step of physics made of it, so that a replay from there is exact."""
-        start = {"robot_obs": sim.ROBOT_OBS0, "scene_obs": random_scene(self.rng, task)}
-        self.obs = self.env.reset(*start.values()) | start
-        self.infos = {self.t: self.env.get_info()}
 
     # ---- play ----
     def play(self):
         """Fills the block. Returns what the parent must know about it, as plain numbers."""
-        shortest = EPISODE[0] // self.skip
-        try:
-            while True:
-                start, stuck, task = self.t, 0, self.choose(sim.TASKS)
-                full = start + self.rng.integers(*EPISODE) // self.skip
-                self.reset(task if self.rng.random() < 0.7 else None)
-                self.idle(2)  # blocks come to rest
-                if self.rng.random() < 0.5:  # half of the episodes begin away from the start pose
-                    self.wander()
-                # Over when it is long enough, stuck, or has lost a block, unless this episode or
-                # the next would be too short.
-                while (stuck < 4 and self.t < full) or (
-                    min(self.t - start, self.end - self.t) < shortest
-                ):
-                    stuck = 0 if self.segment() else stuck + 1
-                    stuck += 4 * bool(lying(self.seen, "lost"))
-                self.episodes.append((start, self.t - 1))
-        except _Full:
+        while self.t < self.end:
+            start = self.t
+            try:
+                self.episode()
+            except Full:
+                pass
             self.episodes.append((start, self.t - 1))
-        inside = [any(a <= s[1] <= s[2] <= b for a, b in self.episodes) for s in self.spans]
-        spans = [s for s, ok in zip(self.spans, inside, strict=True) if ok]
+            self.spans = [s for s in self.spans if s[2] < self.t]  # whose last frame it still holds
         states = {k: np.array([row[k] for row in self.rows]) for k in self.rows[0]}
-        both = np.concatenate([states["robot_obs"], states["scene_obs"]], 1)
+        both, actions = np.hstack([states["robot_obs"], states["scene_obs"]]), states["actions"]
         part = {
-            "episodes": self.episodes, "spans": spans, "disturbed": self.bursts_at,
+            "episodes": self.episodes, "spans": self.spans, "disturbed": self.disturbed,
             "sums": [both.sum(0).tolist(), (both**2).sum(0).tolist()],
-            "low": states["actions"].min(0).tolist(), "high": states["actions"].max(0).tolist(),
+            "low": actions.min(0).tolist(), "high": actions.max(0).tolist(),
         }  # fmt: skip
         return part, states
+
+    def episode(self):
+        """A new scene, and play in it until it is long enough, stuck, or has lost a block, unless
+        this episode or the next would be too short."""
+        start, shortest, stuck = self.t, EPISODE[0] // self.skip, 0
+        task = self.choose(sim.TASKS)
+        full = start + self.rng.integers(*EPISODE) // self.skip
+        scene = random_scene(self.rng, task if self.rng.random() < 0.7 else None)
+        # The first frame carries the state that it was reset to, not what the reset's one step of
+        # physics made of it, so that a replay from there is exact.
+        state = {"robot_obs": sim.ROBOT_OBS0, "scene_obs": scene}
+        self.obs = self.env.reset(*state.values()) | state
+        self.infos = {self.t: self.env.get_info()}
+        self.idle(2)  # blocks come to rest
+        if self.rng.random() < 0.5:  # half of the episodes begin away from the start pose
+            self.wander()
+        while (stuck < 4 and self.t < full) or min(self.t - start, self.end - self.t) < shortest:
+            stuck = 0 if self.segment() else stuck + 1
+            stuck += 4 * bool(lying(self.seen, "lost"))
+
+    def segment(self):
+        """One piece of play, mostly a skill. False if it failed."""
+        kind = self.rng.random()
+        if kind > 0.17:
+            return self.skill()
+        if kind < 0.03:
+            self.idle(self.rng.integers(2, 12))
+        else:
+            self.wander(home=kind > 0.09)
+        return True
 
     def idle(self, frames):
         for _ in range(frames):
@@ -804,7 +819,7 @@ class Recorder:
         grip = CLOSE if held(seen) else int(rng.choice([OPEN, CLOSE]))
         speed, frames = rng.uniform(0.012, SPEED), rng.integers(4, 20)
         if home:
-            pos, euler, speed, frames = NEUTRAL, DOWN, SPEED, 25
+            pos, euler, speed, frames = np.array([0.026, -0.231, 0.571]), DOWN, SPEED, 25
             grip = CLOSE if held(seen) else OPEN
         for _ in range(frames):
             way = travel(seen, pos, 1.0 * home, euler, grip)
@@ -815,26 +830,13 @@ class Recorder:
 
     def choose(self, tasks):
         """A task, the rather the rarer it is, by itself and after what was done before."""
-        rare = [
-            (1 + 2 * self.count[t]) ** -1.5 / (1 + self.pairs.get((self.last, t), 0)) for t in tasks
-        ]
+        pairs = [1 + self.pairs.get((self.last, t), 0) for t in tasks]
+        rare = [(1 + 2 * self.count[t]) ** -1.5 / n for t, n in zip(tasks, pairs, strict=True)]
         return str(self.rng.choice(tasks, p=np.array(rare) / sum(rare)))
-
-    def segment(self):
-        """One piece of play, mostly a skill. False if it failed."""
-        kind = self.rng.random()
-        if kind > 0.17:
-            return self.skill()
-        if kind < 0.03:
-            self.idle(self.rng.integers(2, 12))
-        else:
-            self.wander(home=kind > 0.09)
-        return True
 
     def skill(self):
         """Does one task, disturbed in bursts or not; annotates it if the oracle agrees."""
-        rng, seen = self.rng, self.seen
-        start = self.infos[self.t]
+        rng, seen, start = self.rng, self.seen, self.infos[self.t]
         free = free_blocks(start)
         tasks = feasible(seen, free)
         if held(seen) and rng.random() < 0.7:  # mostly it is put somewhere
@@ -846,7 +848,7 @@ class Recorder:
         begin, bursts = self.t, self.bursts()
         for frame in range(PATIENCE // self.skip):
             if frame in bursts:
-                a, begin = self.disturbed(task, free, *bursts[frame]), self.t + 1
+                a, begin = self.stray(task, free, *bursts[frame]), self.t + 1
             else:
                 a = act(task, self.seen, free, self.skip)
             if self.tick(a, start, task, frame in bursts):
@@ -875,21 +877,20 @@ class Recorder:
             out |= dict.fromkeys(range(first, first + rng.integers(1, longest)), (kind, off))
         return out
 
-    def disturbed(self, task, free, kind, off):
+    def stray(self, task, free, kind, off):
         """What the operator does in a burst."""
         seen = self.seen
         if kind == "belief":
             wrong = {"tcp": seen.tcp + off[:3], "euler": seen.euler + off[3:]}
-            wrong["target"] = seen.target + off[:3]
-            return act(task, seen._replace(**wrong), free, self.skip)
+            seen = seen._replace(**wrong, target=seen.target + off[:3])
         if kind == "astray":
             grip = CLOSE if off[0] > 0 and not held(seen) else seen.grip
             return towards(seen, off[:3], DOWN + off[3:], grip, self.skip)
         a = act(task, seen, free, self.skip)
-        if kind == "fingers":
-            return a * [1, 1, 1, 1, 1, 1, -1]
-        inside = np.clip(seen.tcp + off[:3], *ROOM) - seen.tcp
-        return action(seen, inside, 0.2 * off[3:], a[6], self.skip)
+        if kind == "push":
+            inside = np.clip(seen.tcp + off[:3], *ROOM) - seen.tcp
+            return action(seen, inside, 0.2 * off[3:], a[6], self.skip)
+        return a * [1, 1, 1, 1, 1, 1, -1] if kind == "fingers" else a
 
     def annotate(self, task, begin):
         """A span from `begin`, behind the last burst, to this success, of at most 64 steps."""
@@ -900,72 +901,104 @@ class Recorder:
         return solved
 
 
-def _block(env, oracle, folder, split, index, first, length, seed, skip, pictures):
-    """Records one block of frames, then its part file, which says that it is finished."""
-    rng = np.random.default_rng([seed, ("training", "validation").index(split), index])
-    part, states = Recorder(env, oracle, folder, first, length, rng, skip, pictures).play()
-    name = folder / "parts" / f"{index:05d}"
-    if not pictures:
-        write(name.with_suffix(".npz"), lambda file: np.savez(file, **states))
-    write(name.with_suffix(".json"), lambda file: file.write(json.dumps(part).encode()))
+def _part(path):
+    """What _block wrote. DataError: damaged."""
+    with data.naming(path, "Remove that file: its frames are recorded again"):
+        part = dict(json.loads(path.read_text()))
+        if part.pop("crc", None) != zlib.crc32(json.dumps(part).encode()):
+            raise ValueError("its checksum is wrong")
+    return part
 
 
 def record(
-    folder, frames, val_frames, procs=2, seed=0, make=make_sim, about=SIM, skip=1, pictures=True
-):
-    """Records play into folder/training and folder/validation; goes on where it was stopped.
+    folder: Path, frames: int = 100_000, val_frames: int = 10_000, skip: int = 1,
+    pictures: bool = True, procs: int = 2, seed: int = 0, where: Where = TWIN,
+):  # fmt: skip
+    """Play in CALVIN's format, in folder/training and folder/validation. Killed at any moment, the
+    same call goes on where it was.
 
-    make: function(render) -> (environment, oracle). about: what recording.json says of it.
-    skip: steps of the simulator, at 30 Hz, that one frame lasts.
+    Args:
+        folder: the recording's
+        frames: of training/
+        val_frames: of validation/
+        skip: steps of 1/30 s that each frame lasts
+        pictures: no: states only, for tests/imitable.py
+        procs: processes
+        seed: of scenes, skills and bursts
     """
-    folder, jobs, done = Path(folder), [], 0
-    if skip > 10:
-        raise ValueError(f"--skip {skip}: at most 10, or episodes are shorter than a window")
-    about = about | ({"hz": about["hz"] / skip, "skip": skip} if skip > 1 else {})
-    for split, n in (("training", frames), ("validation", val_frames)):
-        place = folder / split
-        _claim(place, n, seed, about)
+    if not 1 <= skip <= 10:
+        raise ValueError(f"--skip {skip}: 1 to 10, or episodes are shorter than a window")
+    with data.locked(Path(folder)):
+        _record(Path(folder), {"training": frames, "validation": val_frames}, skip, pictures, procs,
+                seed, where)  # fmt: skip
+
+
+def _record(folder, splits, skip, pictures, procs, seed, where):
+    jobs, done = [], 0
+    for split, n in splits.items():
+        claim(folder / split, where.about(skip), n, seed)
         blocks = max(1, round(n / 2000))  # of 1000 to 3000 frames
         shares = np.random.default_rng([seed, n]).uniform(0.5, 1.5, blocks)
         ends = np.round(np.cumsum(shares) / shares.sum() * n).astype(int).tolist()
         for k, (first, end) in enumerate(pairwise([0, *ends])):
-            if (place / "parts" / f"{k:05d}.json").exists():
+            if (folder / split / f"parts/{k:05d}.json").exists():
                 done += end - first
             else:
-                jobs.append((place, split, k, first, end - first, seed, skip, pictures))
-    if jobs:
-        sizes = [job[4] for job in jobs]
-        _parallel(_block, jobs, sizes, procs, make, pictures, done, "recording")
+                jobs.append((folder / split, k, first, end - first, skip, pictures, seed))
+    work = in_parallel(_block, jobs, procs, where, pictures) if jobs else []
+    with tqdm(desc="recording", total=sum(splits.values()), initial=done, mininterval=1) as bar:
+        for length in work:
+            bar.update(length)
     print(f"recorded in {folder} (seed {seed}):")
-    for split in ("training", "validation"):
-        _finish(folder / split, split, seed, skip, pictures)
+    for split in splits:
+        finish(folder / split, skip, pictures, seed)
     thin = "" if skip > 1 else " --skip 2    (15 Hz, as --preset sim)"
-    print(f"next: python data.py pack {folder} PACKED{thin}" if pictures else "no pictures")
+    command = f".venv/bin/python data.py pack {folder} PACKED{thin}"
+    print(f"next: {command}" if pictures else "no pictures")
 
 
-def _claim(place, n, seed, about):
+def claim(place, about, n, seed):
     """Makes sure that the folder is new, or holds the beginning of the very same recording."""
-    if n < 64:
-        raise ValueError(f"{place}: {n} frames are too few, a span alone may have 64")
-    about = about | {"text_encoder": LANG[5:], "frames": n, "seed": seed}
-    if place.exists() and any(place.iterdir()):
-        try:
-            found = json.loads((place / "recording.json").read_text())
-        except (OSError, ValueError):
-            found = "no readable recording.json"
+    if n < SPAN:
+        raise ValueError(f"{place}: {n} frames are too few, a span alone may have {SPAN}")
+    about, file = about | {"text_encoder": data.TEXT_ENCODER}, place / "recording.json"
+    about |= {"frames": n, "seed": seed}
+    place.mkdir(parents=True, exist_ok=True)
+    if any(p.suffix != ".tmp" for p in place.iterdir()):  # those a kill left half written
+        remedy = "Choose another folder, delete it, or repeat the command that began it"
+        found = data.read_json(file, remedy)
         if found != about:
-            remedy = "choose another folder, delete it, or repeat the command that began it"
-            raise FileExistsError(f"{place} holds something else ({found}; not {about}): {remedy}")
-    (place / "parts").mkdir(parents=True, exist_ok=True)
-    write(place / "recording.json", lambda f: f.write(json.dumps(about).encode()))
+            raise data.DataError(f"{file} is {found}, not {about}. {remedy}.")
+    write_text(file, json.dumps(about))
+    (place / "parts").mkdir(exist_ok=True)
 
 
-def _finish(place, split, seed, skip, pictures):
+def write_text(path, text):
+    data.write(path, lambda file: file.write(text.encode()))
+
+
+def save(path, array):
+    data.write(path, lambda file: np.save(file, array, allow_pickle=True))
+
+
+def _block(env, oracle, place, index, first, length, skip, pictures, seed):
+    """Records one block of frames, then its part file, which says that it is finished."""
+    rng = np.random.default_rng([seed, ("training", "validation").index(place.name), index])
+    part, states = Recorder(env, oracle, place, first, length, rng, skip, pictures).play()
+    if not pictures:
+        data.write(place / f"parts/{index:05d}.npz", lambda file: np.savez(file, **states))
+    part["crc"] = zlib.crc32(json.dumps(part).encode())
+    write_text(place / f"parts/{index:05d}.json", json.dumps(part))
+    return length
+
+
+def finish(place, skip, pictures, seed):
     """Everything but the frames: episode bounds, statistics, language."""
-    parts = [json.loads(p.read_text()) for p in sorted((place / "parts").glob("*.json"))]
+    parts = [_part(p) for p in sorted((place / "parts").glob("*.json"))]
     episodes = np.array([e for p in parts for e in p["episodes"]])  # (E, 2), both ends inclusive
     lengths = episodes[:, 1] - episodes[:, 0] + 1
-    mean, square = np.sum([p["sums"] for p in parts], axis=0) / lengths.sum()
+    n = lengths.sum()
+    mean, square = np.sum([p["sums"] for p in parts], axis=0) / n
     std = np.sqrt(np.maximum(square - mean**2, 0))
     text = ""
     for name, part in (("robot_obs", slice(0, 15)), ("scene_obs", slice(15, 39))):
@@ -973,114 +1006,60 @@ def _finish(place, split, seed, skip, pictures):
         text += f"    mean: {mean[part].tolist()}\n    std: {std[part].tolist()}\n"
     text += f"act_min_bound: {np.min([p['low'] for p in parts], axis=0).tolist()}\n"
     text += f"act_max_bound: {np.max([p['high'] for p in parts], axis=0).tolist()}\n"
-    write(place / "statistics.yaml", lambda f: f.write(text.encode()))
-    bounds = {"calvin_scene_D": [int(episodes.min()), int(episodes.max())]}  # whose twin this is
-    (place / LANG).mkdir(exist_ok=True)
-    language, found = _language(parts, skip * lengths.sum(), split, seed)
-    arrays = {"ep_start_end_ids": episodes, "ep_lens": lengths, "scene_info": bounds}
-    for name, value in (arrays | language).items():
-        write(place / f"{name}.npy", lambda f, v=value: np.save(f, v, allow_pickle=True))
-    chosen = language[f"{LANG}/auto_lang_ann"]["language"]["task"]
-    disturbed = np.zeros(lengths.sum(), bool)
+    write_text(place / "statistics.yaml", text)
+    disturbed = np.zeros(n, bool)
     disturbed[[t for p in parts for t in p["disturbed"]]] = True
-    write(place / "disturbed.npy", lambda f: np.save(f, disturbed))
+    bounds = {"calvin_scene_D": [int(episodes.min()), int(episodes.max())]}  # whose twin this is
+    spans, tasks = annotations(place, parts, max(1, int(skip * n // 100)), seed)
+    arrays = {"ep_start_end_ids": episodes, "ep_lens": lengths, "scene_info": bounds}
+    for name, array in (arrays | {"disturbed": disturbed}).items():
+        save(place / f"{name}.npy", array)
     if not pictures:
         states = [np.load(p) for p in sorted((place / "parts").glob("*.npz"))]
-        spans = np.array(language[f"{LANG}/auto_lang_ann"]["info"]["indx"])
-        arrays = {
-            "robot_obs": np.concatenate([x["robot_obs"] for x in states]),
-            "scene_obs": np.concatenate([x["scene_obs"] for x in states]),
-            "actions": np.concatenate([x["rel_actions"] for x in states]),
-            "spans": spans, "tasks": np.array(chosen), "disturbed": disturbed,
-        }  # fmt: skip
-        write(place / "states.npz", lambda f: np.savez(f, **arrays))
-    print(
-        f"  {split}: {lengths.sum()} frames, {len(lengths)} episodes, {len(chosen)} annotated spans"
-    )
-    for task in sim.TASKS:
-        print(f"    {task:26s} {found[task]:5d} skills, {chosen.count(task):4d} annotated")
+        names = {"robot_obs": "robot_obs", "scene_obs": "scene_obs", "actions": "rel_actions"}
+        arrays = {k: np.concatenate([x[name] for x in states]) for k, name in names.items()}
+        arrays |= {"spans": np.array(spans), "tasks": np.array(tasks), "disturbed": disturbed}
+        data.write(place / "states.npz", lambda file: np.savez(file, **arrays))
+    files = [p.relative_to(place).as_posix() for p in place.glob("**/*.npy")]
+    data.write_sums(place, ["recording.json", *sorted(files)])
+    print(f"  {place.name}: {n} frames, {len(lengths)} episodes, {len(tasks)} annotated spans;")
+    fewest = sorted(sim.TASKS, key=tasks.count)[:4]
+    print("  fewest:", ", ".join(f"{tasks.count(task)} {task}" for task in fewest))
 
 
-def _language(parts, steps, split, seed):
-    """CALVIN's language files {name: content}, and how many spans of each task there were."""
-    import data  # brings torch, which no worker needs
-
+def annotations(place, parts, wanted, seed):
+    """Writes CALVIN's language files. Returns spans [start, end) and their tasks: at most `wanted`,
+    about one per hundred steps, in turn one of each task, as long as there are any."""
     rng = np.random.default_rng([seed, 99])
-    spans = {
-        t: [(a, b) for p in parts for task, a, b in p["spans"] if task == t] for t in sim.TASKS
-    }
-    found = {t: len(s) for t, s in spans.items()}
-    for s in spans.values():
-        rng.shuffle(s)
-    # About one span per hundred steps: in turn one of each task, as long as there are any.
-    chosen, wanted = [], max(1, int(steps // 100))
-    while len(chosen) < wanted and any(spans.values()):
-        for task in rng.permutation([t for t in spans if spans[t]]):
-            chosen.append((*map(int, spans[task].pop()), str(task)))
+    pool = {t: [s[1:] for p in parts for s in p["spans"] if s[0] == t] for t in sim.TASKS}
+    chosen = []
+    for spans in pool.values():
+        rng.shuffle(spans)
+    while len(chosen) < wanted and any(pool.values()):
+        for task in rng.permutation([t for t in pool if pool[t]]):
+            chosen.append((*pool[task].pop(), str(task)))
     chosen = sorted(chosen[:wanted])
-    sentences = json.loads((ASSETS / "sentences.json").read_text())["tasks"]
-    key = "train" if split == "training" else "validation"
-    ann = [str(rng.choice(sentences[task][key])) for *_, task in chosen]
-    files = {
-        "auto_lang_ann": {
-            "language": {
-                "ann": ann,
-                "task": [c[2] for c in chosen],
-                "emb": data.encode(ann)[:, None],
-            },
-            "info": {"episodes": [], "indx": [(a, b + 1) for a, b, _ in chosen]},  # end exclusive
-        }
-    }
-    if split == "validation":
-        held_out = {t: sentences[t]["validation"] for t in sim.TASKS}
-        files["embeddings"] = {
-            t: {"emb": data.encode(s)[None], "ann": s} for t, s in held_out.items()
-        }
-    return {f"{LANG}/{name}": value for name, value in files.items()}, found
+    spans, tasks = [(a, b + 1) for a, b, _ in chosen], [task for *_, task in chosen]
+    phrases = {t: told[1:] for t, told in calvin.sentences().items()}
+    if place.name == "validation":  # the sentence of each task that is held out from training
+        phrases = {t: told[:1] for t, told in calvin.sentences().items()}
+        asked = {t: {"emb": data.encode(s)[None], "ann": s} for t, s in phrases.items()}
+        save(place / LANG / "embeddings.npy", asked)
+    ann = [str(rng.choice(phrases[task])) for task in tasks]
+    language = {"ann": ann, "task": tasks, "emb": data.encode(ann)[:, None]}
+    info = {"episodes": [], "indx": spans}
+    save(place / LANG / "auto_lang_ann.npy", {"language": language, "info": info})
+    return spans, tasks
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    r = commands.add_parser("rates", help="success and frames of every task")
-    r.add_argument("--n", type=int, default=20, help="trials of each task")
-    r.add_argument("--out", help="JSON file to write")
-    w = commands.add_parser("record", help="record play in CALVIN's format")
-    w.add_argument("folder")
-    w.add_argument("--frames", type=int, default=100_000)
-    w.add_argument("--val-frames", type=int, default=10_000)
-    w.add_argument("--skip", type=int, default=1, help="steps of 1/30 s for each frame")
-    w.add_argument("--no-pictures", action="store_true", help="states only: tests/imitable.py")
-    for p in (r, w):
-        p.add_argument("--procs", type=int, default=2)
-        p.add_argument("--seed", type=int, default=0)
-        p.add_argument("--env", choices=("sim", "calvin"), default="sim")
-        calvin.add_options(p)
-    a = parser.parse_args(argv)
-    for name, least in (("n", 1), ("procs", 1), ("skip", 1), ("seed", 0)):
-        if getattr(a, name, least) < least:
-            parser.error(f"--{name} {getattr(a, name)}: at least {least}")
-    make, about = make_sim, SIM
+def main(arguments=None):
+    import tyro
+
+    how = (tyro.conf.OmitArgPrefixes, tyro.conf.PositionalRequiredArgs)
+    commands = {"rates": rates, "record": record}
     try:
-        if a.env == "calvin":
-            calvin.home(a.calvin_env)  # an error here is clearer than one of a worker
-            make = partial(calvin.make, args=a)
-            about = SIM | {"source": "calvin", "renderer": a.renderer or "tiny", "scene": a.scene}
-        if a.command == "rates":
-            rates(a.n, a.procs, a.seed, a.out, make)
-        else:
-            record(
-                a.folder,
-                a.frames,
-                a.val_frames,
-                a.procs,
-                a.seed,
-                make,
-                about,
-                a.skip,
-                not a.no_pictures,
-            )
-    except (OSError, ValueError, ImportError) as error:
+        tyro.extras.subcommand_cli_from_dict(commands, args=arguments, config=how)
+    except (OSError, ValueError, ImportError, RuntimeError) as error:  # also of a killed worker
         sys.exit(f"error: {error}")
 
 

@@ -32,15 +32,17 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-import tyro
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from tqdm import tqdm
 
 import agent as A
 import baselines as B
 import data as D
 import diagnostics
+import pages
+import plan as P
 import world_model as W
 
 
@@ -57,7 +59,7 @@ class RunConfig:
     seed: int = 0  # of weights, batches and samples
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of matrix products; auto: the faster
-    compile: bool = False  # torch.compile the losses: a minute or more, again for every new shape
+    graph: bool = True  # on CUDA, in one process: a step is recorded once and replayed
     log_every: int = 50  # steps between two records of the log
     validate_every: int = 500  # steps between two looks at held-out play
     checkpoint_every: int = 250  # steps between two checkpoints
@@ -70,7 +72,7 @@ STEPS = {
     "tiny": {"wm": 300, "agent": 200, "baseline": 200},
 }
 # What may change when a run goes on. Its schedules are shares of its steps [D7, D25].
-RESUMABLE = "steps log_every validate_every checkpoint_every device precision compile out data wm"
+RESUMABLE = "steps log_every validate_every checkpoint_every device precision graph out data wm"
 RESUMABLE = (*RESUMABLE.split(), "learning_rate", "actor_lr", "critic_lr")
 
 # Fields of older checkpoints: their new names, and the value that today's code has (None: any).
@@ -79,6 +81,9 @@ RETIRED = {
     "proprioception": True, "reward_on": "s", "clone_imagined": False, "binary_gripper": False,
     "critic_weight_decay": None, "critic_sees_plan": None, "replan": None, "forget": None,
 }  # fmt: skip
+# Types of a checkpoint's entries.
+KINDS = {"config": dict, "model": dict, "meta": dict, "run": dict, "step": int}
+KINDS |= {"seconds": int | float, "text_encoder": str | None}
 
 
 # ---------------------------------------------------------------------------- checkpoints
@@ -108,7 +113,7 @@ def check_device(device: str) -> None:
 def load_checkpoint(path: Path, stage: str | None, device: str) -> dict:
     """A plain dict of a stage (None: of any), and its path. Raises ValueError naming the file and
     the remedy."""
-    command = f"python train.py --stage {stage or '|'.join(STAGES)}"
+    command = f".venv/bin/python train.py --stage {stage or '|'.join(STAGES)}"
     if not Path(path).exists():
         raise ValueError(f"{path} does not exist; make it with: {command}")
     check_device(device)
@@ -124,13 +129,21 @@ def load_checkpoint(path: Path, stage: str | None, device: str) -> dict:
     if got not in ([stage] if stage else STAGES):
         need = f"this needs one of --stage {stage or ', '.join(STAGES)}"
         raise ValueError(f"{path} holds stage {got!r}; {need}")
-    needs = {"config", "model", "meta", "run", "step", "seconds", "text_encoder"}
-    missing = (needs | {"world_model"} if got == "agent" else needs) - c.keys()
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}; {remedy}")
-    for name, x in (c["model"] | c.get("world_model", {}).get("model", {})).items():
-        if not x.isfinite().all():
-            raise ValueError(f"{path}: {name} is not finite; {remedy}")
+    kinds = KINDS | ({"world_model": dict} if got == "agent" else {})
+    wrong = [k for k in kinds if k not in c or not isinstance(c[k], kinds[k])]
+    if wrong:
+        raise ValueError(f"{path} lacks {', '.join(wrong)}; {remedy}")
+    with fitting(path, "train.py"):
+        D.check_meta(c["meta"])
+        replan = c.get("policy", {}).get("replan", 1)
+        if not 0 <= c["step"] < 10**9 or not (isinstance(replan, int) and replan >= 1):
+            raise ValueError(f"step {c['step']}, replan {replan}")
+        STEPS[c["run"]["preset"]], c["run"]["steps"] + c["run"]["seed"]
+        world = c.get("world_model", {"config": {}, "model": {}, "step": 0})
+        weights = (c["model"] | world["model"]).items()
+        bad = [name for name, x in weights if not (x.float().abs() <= 1e6).all()]
+    if bad:
+        raise ValueError(f"{path}: {bad[0]} is not finite, or beyond 1e6; {remedy}")
     return c | {"path": str(path)}
 
 
@@ -149,7 +162,7 @@ def fitting(path, file: str):
     """ValueError, with its name, for a checkpoint that is not of this code's model."""
     try:
         yield
-    except (RuntimeError, TypeError, KeyError, ValueError) as error:
+    except Exception as error:
         what = f"{path} was trained by another version of {file}, or is damaged"
         what += "; train it again, or use the code that it was trained with"
         raise ValueError(f"{what}: {type(error).__name__}: {error}") from error
@@ -246,6 +259,53 @@ class Losses(torch.nn.Module):
         self.module, self.forward = module, loss
 
 
+class Captured:
+    """An update of the weights as a CUDA graph: its kernels, some 10,000, are launched as one.
+
+    The first calls run as they are, for libraries and optimisers allocate then. The next one is
+    recorded, which computes nothing; from then on the record is replayed. It reads arguments where
+    they were copied to, and its results are overwritten by the next call. Arguments are tensors
+    and numbers, in tuples, lists and dicts; where a shape changes, all begins anew.
+    """
+
+    WARM_UP = 3
+
+    def __init__(self, update, device: str):
+        self.update, self.device, self.shapes = update, device, None
+        self.stream = torch.cuda.Stream(device)
+
+    def __call__(self, *arguments):
+        given, structure = tree_flatten(arguments)
+        shapes = [x.shape if isinstance(x, Tensor) else () for x in given]
+        if shapes != self.shapes:
+            torch.cuda.synchronize()
+            fixed = [torch.as_tensor(x, device=self.device).clone() for x in given]
+            self.arguments, self.fixed = tree_unflatten(fixed, structure), fixed
+            self.shapes, self.calls, self.graph, self.result = shapes, 0, None, None
+        for fixed, x in zip(self.fixed, given, strict=True):
+            if isinstance(x, Tensor):
+                fixed.copy_(x)
+            else:
+                fixed.fill_(x)
+        self.calls += 1
+        if self.calls <= self.WARM_UP:  # on the stream of the record, as autograd wants it
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                result = self.update(*self.arguments)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return result
+        if self.graph is None:  # thread_local: the next batch is being read by another thread
+            self.graph, how = torch.cuda.CUDAGraph(), {"capture_error_mode": "thread_local"}
+            try:
+                with torch.cuda.graph(self.graph, stream=self.stream, **how):
+                    self.result = self.update(*self.arguments)
+            except RuntimeError as error:
+                what = f"a step could not be recorded as a CUDA graph: {error}"
+                raise ValueError(f"{what}. Repeat the command with --graph false.") from error
+        self.graph.replay()
+        return self.result
+
+
 class Run:
     """Device, processes, folder, log and checkpoints of one stage: all but its losses."""
 
@@ -291,19 +351,19 @@ class Run:
 
     def parallel(self, module: torch.nn.Module, loss):
         """`loss`, whose backward averages the gradients of `module` over all processes."""
-        if self.config.compile:
-            loss = torch.compile(loss, dynamic=False)
         if self.ranks == 1:
             return loss
         return DistributedDataParallel(Losses(module, loss), find_unused_parameters=True)
 
-    def all_gather(self, x: Tensor) -> Tensor:
-        """The rows of all processes, without gradients."""
-        if self.ranks == 1:
-            return x.clone()
-        parts = [torch.empty_like(x) for _ in range(self.ranks)]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
+    def captured(self, update):
+        """`update`, which must ask for no number, as a CUDA graph where that can be."""
+        if "cuda" not in self.device or not self.config.graph:
+            return update
+        if self.ranks > 1:
+            if self.rank == 0:
+                print("note: several processes train without a CUDA graph")
+            return update
+        return Captured(update, self.device)
 
     @contextmanager
     def rank_zero_first(self):
@@ -350,6 +410,16 @@ class Run:
         """How long this run has taken until now, also before it was resumed."""
         return time.monotonic() - self.began
 
+    def validated(self, step: int, figures: dict) -> None:
+        self.log.write("validate", step, figures, self.seconds())
+        self.report()
+
+    def report(self) -> None:
+        settings = dataclasses.asdict(self.model_config) | dataclasses.asdict(self.config)
+        settings |= {"steps": self.steps, "processes": self.ranks, "bf16": self.bf16}
+        if self.rank == 0:
+            pages.report(self.out, self.config.stage, settings | {"device": self.device})
+
     @contextmanager
     def aside(self, module: torch.nn.Module):
         """Validation: evaluation mode, no gradients, fixed random numbers, and the training's own
@@ -374,7 +444,7 @@ class Run:
                 what += f" at step {done - len(table) + row}. The last checkpoint is kept"
                 raise ValueError(f"{what}; try a lower learning rate, or --precision fp32.")
         if logs:
-            mean = self.all_gather(table.mean(0)[None]).mean(0)
+            mean = P.all_gather(table.mean(0)[None]).mean(0)
             means = dict(zip(figures, mean.tolist(), strict=True))
             self.log.write("train", done, means, self.seconds())
             self.figures = []
@@ -423,9 +493,9 @@ class Run:
                 for p, state in optimizer.state.items():  # moments in the parameters' layout
                     moments = {k: x for k, x in state.items() if x.shape == p.shape}
                     state.update({k: torch.empty_like(p).copy_(x) for k, x in moments.items()})
-        torch.set_rng_state(c["random"]["cpu"])
-        if "cuda" in self.device and "cuda" in c["random"]:
-            torch.cuda.set_rng_state(c["random"]["cuda"])
+            torch.set_rng_state(c["random"]["cpu"])
+            if "cuda" in self.device and "cuda" in c["random"]:
+                torch.cuda.set_rng_state(c["random"]["cuda"])
         if self.rank == 0:
             print(f"going on from step {c['step']} of {c['path']}")
         return c["step"], c
@@ -513,7 +583,35 @@ def left(step: int, steps: int, share: float) -> float:
     return min(1.0, (steps - step) / max(1.0, share * steps))
 
 
+def take_step(optimizer: torch.optim.Optimizer, rate: float | Tensor, clip: float) -> Tensor:
+    """Clips the gradients and moves the weights at a learning rate. Returns their norm ()."""
+    (group,) = optimizer.param_groups
+    group["lr"] = rate
+    group["capturable"] = isinstance(rate, Tensor) and torch.cuda.is_current_stream_capturing()
+    norm = torch.nn.utils.clip_grad_norm_(group["params"], clip)
+    optimizer.step()
+    return norm
+
+
 # ---------------------------------------------------------------------------- stage wm
+def world_model_update(run: Run, world: W.WorldModel, optimizer):
+    """update(batch, state, rate, softness) -> Eq. 2's terms, the last state: one step."""
+    c, losses = run.model_config, run.parallel(world, world.loss)
+
+    def update(batch: dict, state: W.State, rate, softness: Tensor) -> tuple[dict, W.State]:
+        schedules = {}
+        if isinstance(c, W.SimWorldModelConfig):
+            schedules = {"softness": softness, "decode_every": c.decode_every}
+        # Eq. 2, over B sequences of L frames, and its gradient
+        with run.precision:
+            loss, terms, state = losses(batch, state, **schedules)
+        optimizer.zero_grad()
+        loss.backward()
+        return terms | {"gradient": take_step(optimizer, rate, c.gradient_clip)}, state
+
+    return run.captured(update)
+
+
 def train_world_model(run: Run) -> None:
     """Phase one, Sec. IV-A: Eq. 2 by AdamW (Table III) over sequences of play."""
     c, data, device = run.model_config, run.data, run.device
@@ -537,11 +635,9 @@ def train_world_model(run: Run) -> None:
     held_out = D.Sequences(run.held_out, min(B, len(run.held_out) // L), L, 0, carry=False)
     clips = diagnostics.eventful(run.held_out, min(55, run.held_out.longest))
 
-    state = [x[run.shard(B)].to(device) for x in checkpoint.get("state") or world.initial(B)]
-    schedules = {}
-    if isinstance(c, W.SimWorldModelConfig):
-        schedules = {"softness": torch.zeros((), device=device), "decode_every": c.decode_every}
-    losses = run.parallel(world, world.loss)
+    with fitting(checkpoint.get("path"), "train.py"):
+        state = [x[run.shard(B)].to(device) for x in checkpoint.get("state") or world.initial(B)]
+    update, softness = world_model_update(run, world, optimizer), torch.zeros((), device=device)
     world.train()
     for step in run.progress(start):
         if run.validates(step):
@@ -554,30 +650,22 @@ def train_world_model(run: Run) -> None:
                         figures.append(world.loss(batch, fresh)[1])
                 picture = diagnostics.prediction_picture(world, D.to_device(clips, device))
             run.log.picture("prediction", step, picture)
-            run.log.write("validate", step, diagnostics.mean(figures), run.seconds())
+            run.validated(step, diagnostics.mean(figures))
         if step == run.steps:
             break
 
         # Schedules [D25]: the learning rate falls to 0; the posterior's mean turns into samples.
-        optimizer.param_groups[0]["lr"] = c.learning_rate * left(step, run.steps, c.anneal)
-        if schedules:
-            share = max(1.0, c.sample_anneal * run.steps)
-            schedules["softness"].fill_(max(0.0, 1 - (step + 1) / share))
+        rate = c.learning_rate * left(step, run.steps, c.anneal)
+        softness.fill_(max(0.0, 1 - (step + 1) / max(1.0, c.sample_anneal * run.steps)))
 
-        # Eq. 2, over B sequences of L frames, and its gradient
         (batch,) = next(batches)
         if not c.carry_state:
             state = world.initial(batch["reset"].shape[1])
-        with run.precision:
-            loss, terms, state = losses(batch, state, **schedules)
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(world.parameters(), c.gradient_clip)
-        optimizer.step()
+        figures, state = update(batch, state, rate, softness)
 
-        run.record(step + 1, terms | {"gradient": norm})
+        run.record(step + 1, figures)
         if run.saves(step + 1):
-            carried = [run.all_gather(x) for x in state]
+            carried = [P.all_gather(x) for x in state]
             run.save(step + 1, {"model": world}, {"world": optimizer}, state=carried)
 
     # What the agent needs: the latents of every frame. And do they know the scene?
@@ -590,8 +678,9 @@ def train_world_model(run: Run) -> None:
         probe = diagnostics.probe(world, *zip(latents, splits, strict=True))
         D.write_json(run.out / "probe.json", {"step": run.steps} | probe)
         print(f"probe of held-out latents (median errors; chance: the training split's): {probe}")
-    print(f"\nworld model: {run.checkpoint_path}\nnext: python train.py --stage agent --preset "
-          f"{run.config.preset} --data {run.config.data} --out {run.config.out}")  # fmt: skip
+    options = f"--preset {run.config.preset} --data {run.config.data} --out {run.config.out}"
+    print(f"\nworld model: {run.checkpoint_path}")
+    print(f"next: .venv/bin/python train.py --stage agent {options}")
 
 
 # ---------------------------------------------------------------------------- stage agent
@@ -603,6 +692,25 @@ def rounded(world: W.WorldModel) -> W.WorldModel:
         if type(module) in (torch.nn.Linear, torch.nn.GRUCell):  # subclasses stay in fp32
             module.bfloat16()
     return world
+
+
+def agent_update(run: Run, agent: A.Agent, windows: D.WindowBatches, optimizers: dict):
+    """update(play, language, rates) -> figures: one step, from two of `windows.read`'s."""
+    c, losses = run.model_config, run.parallel(agent, agent.losses)
+
+    def update(play: dict, language: dict, rates: dict) -> dict:
+        # Eqs. 3 to 6, over play windows and windows with a sentence, and their gradients
+        with run.precision:
+            play, language = windows.states(play), windows.states(language)
+            loss_actor, loss_critic, figures = losses(windows.world, play, language)
+        for optimizer in optimizers.values():
+            optimizer.zero_grad()
+        (loss_actor + loss_critic).backward()  # they share no parameter: see test_eq5, test_eq6
+        for name, optimizer in optimizers.items():
+            figures[f"gradient_{name}"] = take_step(optimizer, rates[name], c.gradient_clip)
+        return figures
+
+    return run.captured(update)
 
 
 def train_agent(run: Run) -> None:
@@ -628,43 +736,28 @@ def train_agent(run: Run) -> None:
         what = f"{old['path']} was trained in another world model than {wm['path']}"
         raise ValueError(f"{what}; remove it, or give another --out.")
 
-    dynamics = rounded(world) if run.bf16 else world  # under autocast only
     n = c.batch_size // 2
     shards = run.shard(c.batch_size - n), run.shard(n)
     windows = D.WindowBatches(data, latents[0], world, c, run.config.seed, shards)
-    windows.world = dynamics
+    windows.world = rounded(world) if run.bf16 else world  # under autocast only
     held_out = D.WindowBatches(run.held_out, latents[1], world, c, 0)
     batches = prefetched((windows.read(step) for step in range(start, run.steps)), device)
-    losses = run.parallel(agent, agent.losses)
+    update = agent_update(run, agent, windows, optimizers)
     agent.train()
     for step in run.progress(start):
         if run.validates(step):
             with run.aside(agent):
                 figures = diagnostics.track(agent, world, held_out)
             D.write_json(run.out / "tracking.json", {"step": step} | figures)
-            run.log.write("validate", step, figures, run.seconds())
+            run.validated(step, figures)
         if step == run.steps:
             break
 
         if step % c.slow_critic_interval == 0:
             agent.update_slow_critic()  # [D18]
-        for optimizer, rate in ((actor_optimizer, c.actor_lr), (critic_optimizer, c.critic_lr)):
-            optimizer.param_groups[0]["lr"] = rate * left(step, run.steps, c.anneal)  # [D25]
-
-        # Eqs. 3 to 6, over play windows and windows with a sentence, and their gradients
-        with run.precision:
-            play, language = (windows.states(x) for x in next(batches))
-            loss_actor, loss_critic, figures = losses(dynamics, play, language)
-        for optimizer in optimizers.values():
-            optimizer.zero_grad()
-        (loss_actor + loss_critic).backward()  # they share no parameter: see test_eq5, test_eq6
-        for name, optimizer in optimizers.items():
-            parameters = optimizer.param_groups[0]["params"]
-            norm = torch.nn.utils.clip_grad_norm_(parameters, c.gradient_clip)
-            figures[f"gradient_{name}"] = norm
-            optimizer.step()
-
-        run.record(step + 1, figures)
+        share = left(step, run.steps, c.anneal)  # [D25]
+        rates = {"actor": c.actor_lr * share, "critic": c.critic_lr * share}
+        run.record(step + 1, update(*next(batches), rates))
         if run.saves(step + 1):
             part = {k: wm[k] for k in ("config", "model", "step", "seconds")}
             policy = A.POLICY_PRESETS[run.config.preset]
@@ -672,7 +765,7 @@ def train_agent(run: Run) -> None:
     if run.rank == 0:
         source = data.meta["source"]
         env = "real --robot SETUP.json" if source == "robot" else source
-        print(f"\nagent: {run.checkpoint_path}\nnext: python evaluate.py --env {env} "
+        print(f"\nagent: {run.checkpoint_path}\nnext: .venv/bin/python evaluate.py --env {env} "
               f"--checkpoint {run.checkpoint_path}")  # fmt: skip
 
 
@@ -698,7 +791,7 @@ def train_baseline(run: Run) -> None:
                 for i in range(4):
                     both = (D.to_device(D.with_images(w, i), device) for w in held_out)
                     figures.append(model.loss(*both)[1])
-            run.log.write("validate", step, diagnostics.mean(figures), run.seconds())
+            run.validated(step, diagnostics.mean(figures))
         if step == run.steps:
             break
 
@@ -728,6 +821,8 @@ for name, switches in B.METHODS.items():
 
 def parse(arguments: list[str] | None = None) -> tuple[RunConfig, object]:
     """The command line, made from the dataclasses' fields. A typo is an error."""
+    import tyro
+
     arguments = sys.argv[1:] if arguments is None else arguments
     words = [re.sub("(^|=)(true|false)$", lambda found: found[0].title(), x) for x in arguments]
     # Stage and preset come first: they say which model's fields are options, and their defaults.
@@ -755,6 +850,7 @@ def main(arguments: list[str] | None = None) -> None:
         with D.locked(Path(config.out)) if first else nullcontext():
             run = Run(config, model_config)
             STAGES[config.stage][1](run)
+            run.report()
             if run.ranks > 1:  # the others wait for rank 0; leaving threads behind aborts a process
                 dist.barrier()
                 dist.destroy_process_group()

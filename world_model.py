@@ -9,12 +9,14 @@
     s_t       s           (T, B, k)        latent state (h_t, z_t), k = H + Z            Eq. 1
     q, p      q, p        (T, B, C, K)     logits of the posterior and of the prior      Eq. 1
 
-              x_0        x_1        x_2            One step: first h from the step before, then
-               |          |          |             z from h and the image (posterior) or from h
-    NO_ACTION->h_0 --a_0->h_1 --a_1->h_2 ...       alone (prior). The action a_{t-1} enters h_t.
+              x_0        x_1        x_2
+               |          |          |
+    no action->h_0 --a_0->h_1 --a_1->h_2 ...
                z_0        z_1        z_2
 
-`WorldModel` is the paper's. What preset `sim` needs beside it stands at the end: `SimWorldModel`.
+One step: h_t from the state before and a_{t-1}; then z_t from h_t and the image (posterior), or
+from h_t alone (prior). Shape () is a scalar. `WorldModel` is the paper's; what preset `sim` needs
+beside it stands at the end, `SimWorldModel`.
 Copy this file alone. Needs: torch.
 """
 
@@ -50,10 +52,12 @@ class WorldModelConfig:
     # ------------------------------------------------------------------ not in Table III
     hidden: int = 1000  # width of the RSSM's one-hidden-layer heads [D7]
     depth: int = 48  # channels of the first convolution; the last has 8 times as many [D7]
-    carry_state: bool = True  # sequences continue, with their state, from batch to batch [D10]
+    carry_state: bool = True  # batches continue each other, as in the authors' code [D10]
 
-    anneal: ClassVar[float] = 0.0  # train.py's schedules: the paper has none,
-    length_curriculum: ClassVar[int] = 1  # SimWorldModelConfig makes fields of them
+    # train.py's schedules; the paper has none, and only SimWorldModelConfig sets them [D25]
+    anneal: ClassVar[float] = 0.0
+    sample_anneal: ClassVar[float] = 0.0
+    length_curriculum: ClassVar[int] = 1
 
     @property
     def stochastic(self) -> int:
@@ -71,7 +75,7 @@ def kl_balanced(q: Tensor, p: Tensor, delta: float) -> Tensor:
     """D_KL(q ‖ p) = (1-δ) D_KL(q ‖ sg(p)) + δ D_KL(sg(q) ‖ p)   with δ on the prior's term [D1].
 
     q, p: (..., C, K) logits of C independent categoricals. Returns (...,): summed over the C
-    categoricals, averaged over nothing. Its value is the plain KL whatever δ is; δ only decides
+    categoricals, not averaged. Its value is the plain KL whatever δ is; δ only decides
     how much of the gradient moves p (the prior, fast) and how much q (the posterior, slowly).
     """
 
@@ -88,10 +92,10 @@ def sample_straight_through(logits: Tensor, softness: float | Tensor = 0.0) -> T
     """One-hot samples (..., C*K) of the logits (..., C, K), with the gradient of the probabilities.
 
     Straight-through estimation [26]: forward the sample, backward as if it were softmax(logits).
-    softness > 0: forward, the sample is drawn so far towards its mean, the probabilities [D25].
+    softness: forward, (1 - softness) * sample + softness * probabilities [D25]; 0 in the paper.
     """
     probabilities = logits.float().softmax(-1)
-    u = torch.rand_like(probabilities[..., :1])  # the class in whose share of 0..1 it falls:
+    u = torch.rand_like(probabilities[..., :1])  # inverse of the cumulative distribution
     index = (probabilities.cumsum(-1) < u).sum(-1).clamp_max(logits.shape[-1] - 1)
     one_hot = F.one_hot(index, logits.shape[-1]).to(probabilities.dtype)
     sample = torch.lerp(one_hot, probabilities.detach(), softness)
@@ -99,17 +103,18 @@ def sample_straight_through(logits: Tensor, softness: float | Tensor = 0.0) -> T
 
 
 def elbo_loss(x: Batch, decoded: Batch, q: Tensor, p: Tensor, beta: float, delta: float):
-    """min_φ E_q[ Σ_t -log p_φ(x_t | ŝ_t) + β D_KL(q_φ(z_t | h_t, x_t) ‖ p_φ(ẑ_t | h_t)) ]
+    """min_φ E_q[ Σ_t -log p_φ(x_t | ŝ_t) + β D_KL(q_φ(z_t | h_t, x_t) ‖ p_φ(ẑ_t | h_t)) ]   [D9]
 
     x, decoded: per camera (T, B, 3, 64, 64) in [-1, 1]. q, p: (T, B, C, K) logits. The likelihoods
-    are Gaussians of unit variance, so -log p is half the squared error; it is summed over pixels,
-    channels and cameras, the KL over categoricals; both are averaged over T and B [D9].
-    Returns the loss () and its terms.
+    are Gaussians of unit variance, so -log p is half the squared error, up to a constant; it is
+    summed over pixels, channels and cameras, the KL over categoricals; both are averaged over T and
+    B [D9]. Returns the loss () and its terms.
     """
     terms = {}
-    for name, true in x.items():
-        error = F.mse_loss(decoded[name].float(), true, reduction="sum")
-        terms[f"x_{name}"] = 0.5 * error / (true.shape[0] * true.shape[1])
+    for name, target in x.items():
+        T, B = target.shape[:2]
+        squared_error = F.mse_loss(decoded[name].float(), target, reduction="sum")
+        terms[f"x_{name}"] = 0.5 * squared_error / (T * B)
     kl = kl_balanced(q, p, delta).mean()
     loss = sum(terms.values()) + beta * kl  # Eq. 2: the negative variational lower bound
     terms |= {"kl": kl, "loss": loss}
@@ -150,17 +155,17 @@ class ImageDecoder(nn.Module):
             for n, ((i, o), kernel) in enumerate(zip(pairwise(sizes), kernels, strict=True))
         )
 
-    def forward(self, x: Tensor, more: Tensor | float = 0.0) -> Tensor:
-        """more: is added behind the first layer."""
+    def forward(self, x: Tensor, extra: Tensor | float = 0.0) -> Tensor:
+        """extra: added after the first layer."""
         first, *others = self.layers
-        x = one_pixel(x, first) + more
+        x = one_pixel(x, first) + extra
         for layer in others:
             x = layer(F.elu(x))
         return x
 
 
 def without_autocast(x: Tensor) -> torch.autocast:
-    """Around what makes logits and losses: bf16 has three digits, which are too few for them."""
+    """For logits and losses: bf16's 8 bits of precision are too few for them."""
     return torch.autocast(x.device.type if x.device.type != "meta" else "cpu", enabled=False)
 
 
@@ -197,7 +202,7 @@ class WorldModel(nn.Module):
         super().__init__()
         self.config = c = config
         if c.classes > 256:
-            raise ValueError("classes: at most 256, for latents are cached as bytes")
+            raise ValueError("classes: at most 256, because latents are cached as bytes")
         E, logits = 32 * c.depth, c.categoricals * c.classes
         # x_t -> e_t: a CNN for each camera; their features are concatenated and fused (App. A).
         self.encoders = nn.ModuleDict({k: ImageEncoder(c.depth) for k in CAMERAS})
@@ -245,7 +250,7 @@ class WorldModel(nn.Module):
         return {k: to_float(batch[f"rgb_{k}"]) for k in CAMERAS}
 
     def encode(self, x: Batch) -> Tensor:
-        """`see`'s x_t -> e_t (T, B, hidden), up to the layer of q that does not need h_t."""
+        """x_t -> e_t (T, B, hidden), with what q's first layer makes of it, for all t at once."""
         maps = [self.encoders[k](x[k].flatten(0, 1)).flatten(1) for k in CAMERAS]
         fused = self.fuse(torch.cat(maps, -1)).unflatten(0, x["static"].shape[:2])
         return self.posterior_head.inputs[1](fused)
@@ -269,7 +274,7 @@ class WorldModel(nn.Module):
         return self.prior_head(h).unflatten(-1, (-1, self.config.classes))
 
     def decode(self, h: Tensor, z: Tensor) -> Batch:
-        """x̂_t ~ p_φ(x̂_t | ŝ_t): h (T, B, H), z (T, B, Z) -> per camera the mean, as `see`'s."""
+        """x̂_t ~ p_φ(x̂_t | ŝ_t): h (T, B, H), z (T, B, Z) -> the mean image of each camera, as x."""
         x = self.decoder_in(torch.cat([h, z], -1)).flatten(0, 1)
         return {k: self.decoders[k](x).unflatten(0, h.shape[:2]) for k in CAMERAS}
 
@@ -280,8 +285,9 @@ class WorldModel(nn.Module):
         state: before them; where reset is true, it is forgotten (h = z = 0). how: see `represent`.
         Returns h (T, B, H), z (T, B, Z), q's logits (T, B, C, K).
         """
-        (h, z), keep, steps = state, (~reset)[..., None].float(), []
-        for t in range(len(e)):
+        h, z = state
+        keep, steps = (~reset)[..., None].float(), []
+        for t in range(len(e)):  # a_prev stays as it is at a reset [D10]
             h = self.recurrent(h * keep[t], z * keep[t], a_prev[t])  # what is known before x_t
             z, q = self.represent(h, e[t], **how)  # and what x_t adds
             steps.append((h, z, q))
@@ -472,7 +478,7 @@ class SimWorldModel(WorldModel):
     def loss(self, batch: Batch, state: State, softness: float | Tensor = 0.0, decode_every=1):
         """`WorldModel.loss`, with -log p of the arm's motion, and with two schedules [D25].
 
-        softness: of the posterior's samples; a tensor (), for a number would be compiled in.
+        softness: of the posterior's samples; a tensor (), for a CUDA graph would keep a number.
         decode_every: the sum over t of Eq. 2 is estimated, without bias, from every n-th frame:
         neighbours tell almost the same, and decoding is most of a step's work.
         """

@@ -49,9 +49,9 @@ def seconds(function, device: str, least: float) -> float:
     return statistics.median(times)
 
 
-def machine(device: str, dtype: torch.dtype) -> dict:
-    """Floating-point operations per second of a matrix product; bytes per second of a copy."""
-    n = 8192 if device == "cuda" else 2048
+def machine(device: str, dtype: torch.dtype, n: int | None = None) -> dict:
+    """Floating-point operations per second of a matrix product (n x n); bytes per second copied."""
+    n = n or (8192 if device == "cuda" else 2048)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     x, y = (torch.zeros(2**28, dtype=torch.uint8, device=device) for _ in range(2))
     return {
@@ -111,8 +111,9 @@ def stages(args: argparse.Namespace, folder: Path):
     B, L, windows = args.batch_size, args.sequence_length, args.windows
     c = dataclasses.replace(c, batch_size=B or c.batch_size, sequence_length=L or c.sequence_length)
     a = dataclasses.replace(a, batch_size=windows or a.batch_size)
-    few, many = (random_play(folder / str(n), n) for n in (2000, 40000))
+    few, many = (random_play(folder / str(i), n) for i, n in enumerate(args.frames))
     options = {"preset": args.preset, "precision": args.precision, "data": few}
+    options |= {"device": args.device, "graph": args.graph}
     run = T.Run(T.RunConfig("wm", **options, out=str(folder / "run")), c)
     world = W.make_world_model(c).to(run.device)
     optimizer = torch.optim.AdamW(world.parameters(), c.learning_rate, fused=True)
@@ -121,17 +122,13 @@ def stages(args: argparse.Namespace, folder: Path):
     load = {d: D.Sequences(D.PlayData(d, "training"), B, L, 0, c.carry_state) for d in (few, many)}
     batch, step = D.to_device(load[few].batch(0), run.device), iter(range(10**9))
     moved = sum(x.nbytes for x in batch.values())
-    sim = isinstance(c, W.SimWorldModelConfig)
-    schedules = {"decode_every": c.decode_every} if sim else {}
+    update, softness = T.world_model_update(run, world, optimizer), torch.zeros(())
+    softness = softness.to(run.device)
 
     def world_step():
         world.train()
-        with run.precision:
-            loss, _, _ = world.loss(batch, world.initial(B), **schedules)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(world.parameters(), c.gradient_clip)
-        optimizer.step()
-        optimizer.zero_grad()  # last: a call leaves nothing behind that `peak` would miss
+        update(batch, world.initial(B), c.learning_rate, softness)
+        optimizer.zero_grad()  # a call leaves nothing behind that `peak` would miss
 
     yield "load", lambda: load[few].batch(next(step)), moved, shape
     yield "load, 20 x", lambda: load[many].batch(next(step)), moved, shape
@@ -144,10 +141,9 @@ def stages(args: argparse.Namespace, folder: Path):
 
     yield "latents", extract, 0, f"{B * L} frames"
     agent = A.Agent(a, c.latent).to(run.device)
-    optimizers = [
-        torch.optim.Adam(p, 1e-4, fused=True)
-        for p in (agent.actor_parameters(), agent.critic.parameters())
-    ]
+    parameters = {"actor": agent.actor_parameters(), "critic": agent.critic.parameters()}
+    optimizers = {k: torch.optim.Adam(p, 1e-4, fused=True) for k, p in parameters.items()}
+    rates, run.model_config = {"actor": a.actor_lr, "critic": a.critic_lr}, a
     latents = D.cache_latents(world, run.data, run.key(world), run.precision)
     windows = D.WindowBatches(run.data, latents, world, a, 0)
     windows.world = T.rounded(world) if run.bf16 else world
@@ -157,15 +153,13 @@ def stages(args: argparse.Namespace, folder: Path):
             return windows.batch(next(step))
 
     play, language = load_windows()
+    both = [D.to_device(x, run.device) for x in windows.read(0)]
+    learn = T.agent_update(run, agent, windows, optimizers)
 
     def agent_step():
-        with run.precision:
-            actor, critic, _ = agent.losses(windows.world, play, language)
-        (actor + critic).backward()
-        for o in optimizers:
-            torch.nn.utils.clip_grad_norm_(o.param_groups[0]["params"], a.gradient_clip)
-            o.step()
-            o.zero_grad()
+        learn(*both, rates)
+        for optimizer in optimizers.values():
+            optimizer.zero_grad()
 
     shape = f"{a.batch_size} windows of {a.sequence_length}"
     bytes_ = sum(x.nbytes for x in (*play.values(), *language.values()))
@@ -203,6 +197,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="at least, per stage")
     parser.add_argument("--out", type=Path, help="JSON of this run")
     parser.add_argument("--against", type=Path, help="JSON of an earlier run")
+    parser.set_defaults(frames=(2000, 40000), device="auto", graph=True)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.plain:

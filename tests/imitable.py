@@ -7,16 +7,16 @@ PLAY is a packed folder of data.py, or a recording of `teleop.py record --no-pic
 that learns from pictures loses by its world model, it hardly gains. Ten minutes on one core.
 """
 
-import argparse
 import json
 import sys
 import time
-from itertools import pairwise
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import calvin
@@ -36,8 +36,7 @@ def load(folder, split, frames=None):
     """States and spans of a split: dict of robot_obs, scene_obs, actions (N, .), spans, tasks."""
     folder = Path(folder) / split
     if (folder / "states.npz").exists():
-        with np.load(folder / "states.npz", allow_pickle=False) as file:
-            play = dict(file)
+        play = dict(np.load(folder / "states.npz", allow_pickle=False))
     else:
         names = ("robot_obs", "scene_obs", "actions", "spans")
         play = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
@@ -75,8 +74,8 @@ class Clone(torch.nn.Module):
         super().__init__()
         self.skip, self.mean, self.std = skip, x.mean(0), x.std(0) + 1e-3
         layers = []
-        for i, o in pairwise([x.shape[1] + len(sim.TASKS), 512, 512, 512]):
-            layers += [torch.nn.Linear(i, o), torch.nn.ELU()]
+        for n in (x.shape[1] + len(sim.TASKS), 512, 512):
+            layers += [torch.nn.Linear(n, 512), torch.nn.ELU()]
         self.net = torch.nn.Sequential(*layers, torch.nn.Linear(512, 7))
 
     def forward(self, x, task):
@@ -93,9 +92,8 @@ class Clone(torch.nn.Module):
         return np.append(out[:6].tanh().numpy(), 1.0 if out[6] > 0 else -1.0)
 
 
-def train(play, held_out, skip, steps, seed):
+def train(play, held_out, skip, steps):
     """The clone, and its errors on training and held-out spans."""
-    torch.manual_seed(seed)
     data = examples(play)
     clone = Clone(data[0], skip)
     optimizer = torch.optim.AdamW(clone.parameters(), 1e-3, weight_decay=1e-3)
@@ -105,9 +103,8 @@ def train(play, held_out, skip, steps, seed):
         x, task, a = (part[rows] for part in data)
         out = clone(x, task)
         grip = F.binary_cross_entropy_with_logits(out[:, 6], (a[:, 6] > 0).float())
-        loss = F.mse_loss(out[:, :6].tanh(), a[:, :6]) + 0.1 * grip
         optimizer.zero_grad()
-        loss.backward()
+        (F.mse_loss(out[:, :6].tanh(), a[:, :6]) + 0.1 * grip).backward()
         optimizer.step()
         schedule.step()
     figures = {"frames_in_spans": len(data[0])}
@@ -138,45 +135,41 @@ def run_chains(policy, numbers):
     return rows
 
 
-def share(rows):
-    return f"{sum(row[3] for row in rows)} of {len(rows)}"
-
-
 def summary(rows):
     """Avg. Len. with its standard error, then who succeeded where."""
     lengths = np.array([sum(r[3] for r in rows if r[0] == n) for n in sorted({r[0] for r in rows})])
-    table = {"avg_len": lengths.mean(), "se": lengths.std() / len(lengths) ** 0.5}
-    table |= {"first": share([r for r in rows if r[1] == 0])}
-    table |= {
-        "later": share([r for r in rows if r[1]]),
-        "in hand": share([r for r in rows if r[4]]),
-    }
+    groups = {"first": [r for r in rows if r[1] == 0], "later": [r for r in rows if r[1]]}
+    groups["in hand"] = [r for r in rows if r[4]]
     for name, (kinds, end) in FAMILIES.items():
         words = [(r, r[2].split("_")) for r in rows]
-        table[name] = share([r for r, w in words if w[0] in kinds.split() and w[-1].endswith(end)])
-    return table
+        groups[name] = [r for r, w in words if w[0] in kinds.split() and w[-1].endswith(end)]
+    shares = {name: f"{sum(r[3] for r in some)} of {len(some)}" for name, some in groups.items()}
+    return {"avg_len": lengths.mean(), "se": lengths.std() / len(lengths) ** 0.5} | shares
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("play")
-    parser.add_argument("--frames", type=int, help="use only the first so many; default: all")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and batches")
-    parser.add_argument("--steps", type=int, default=8000)
-    parser.add_argument("--chains", type=int, default=100)
-    parser.add_argument("--skip", type=int, default=2, help="simulator steps per frame")
-    parser.add_argument("--out", help="JSON file to write")
-    args = parser.parse_args()
+@dataclass
+class Options:
+    play: tyro.conf.Positional[str]
+    frames: int | None = None  # use only the first so many; None: all
+    seed: int = 0  # of weights and batches
+    steps: int = 8000
+    chains: int = 100
+    skip: int = 2  # simulator steps per frame
+    out: Path | None = None  # JSON file to write
+
+
+def main(args):
     torch.set_num_threads(1)
+    torch.manual_seed(args.seed)
     began, play = time.time(), load(args.play, "training", args.frames)
-    clone, figures = train(play, load(args.play, "validation"), args.skip, args.steps, args.seed)
+    clone, figures = train(play, load(args.play, "validation"), args.skip, args.steps)
     result = vars(args) | {"spans": len(play["spans"])} | figures
     result |= summary(run_chains(clone, range(args.chains)))
-    result["seconds"] = round(time.time() - began)
-    print(json.dumps(result, indent=1))
+    text = json.dumps(result | {"seconds": round(time.time() - began)}, indent=1, default=str)
+    print(text)
     if args.out:
-        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+        args.out.write_text(text + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Options, description=__doc__))

@@ -9,6 +9,7 @@ import torch
 
 import agent as A
 import data
+import diagnostics
 import world_model as W
 
 CONFIG = replace(A.PRESETS["tiny"], batch_size=8, sequence_length=12, min_window=12, max_window=12)
@@ -181,14 +182,18 @@ def test_the_critic_finds_what_returns_owe_to_the_state(bf16):
         r = (0.8 + 0.0015 * s[:, 0]).expand(20, -1)  # 0.0015 / (1 - γ) = 0.3
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             v_lambda = A.lambda_return(r, slow(s).expand(21, -1), 0.995, 0.95)
-            v = critic.normalised(s).expand(20, -1)
-            loss = A.critic_loss(v, critic.normalise(v_lambda), weight)
+            v = critic.standard_value(s).expand(20, -1)
+            loss = A.critic_loss(v, critic.standardise(v_lambda), weight)
         optimizer.zero_grad(), loss.backward(), optimizer.step()
         critic.follow(r, v_lambda, weight, 0.995)
         slow.mean.copy_(critic.mean)
     s = torch.randn(1000, 4)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16), torch.no_grad():
-        target, v, weight = 160 + 0.3 * s[:, :1], critic.normalised(s)[:, None], torch.ones(1000, 1)
+        target, v, weight = (
+            160 + 0.3 * s[:, :1],
+            critic.standard_value(s)[:, None],
+            torch.ones(1000, 1),
+        )
         assert (critic(s)[:, None] - target).square().mean().sqrt() < 0.06
         figures = A.critic_figures(critic, v, target, weight)
     expected = {"critic_r2": 1.0, "value_std": 0.3, "target_std": 0.3}
@@ -341,7 +346,8 @@ def test_policy_in_the_world_model_sees_what_training_saw(world, monkeypatch):
 def test_tracking_has_its_yardsticks(world):
     """In a world that stands still whatever is done, nobody can do better than holding."""
     play, language = windows()
-    figures = make_agent().eval().track(world_of(lambda h, z, a: (h, z)), play, language)
+    still = world_of(lambda h, z, a: (h, z))
+    figures = diagnostics.follow(make_agent().eval(), still, play, language)
     for name in ("proposed", "recognised", "expert"):
         assert torch.allclose(figures[f"reward_{name}"], figures["reward_hold"], atol=1e-6)
     assert {"critic_r2", "value_std", "target_std"} < figures.keys()
@@ -354,11 +360,11 @@ def test_tracking_has_its_yardsticks(world):
     for length in (12, 6):  # the held end of a short window does not count
         for batch in (play, language):
             batch["length"][:], batch["s_E"][length:] = length, 0
-        figures = make_agent().eval().track(replay, play, language)
+        figures = diagnostics.follow(make_agent().eval(), replay, play, language)
         assert torch.allclose(figures["reward_expert"], torch.tensor(1.0), atol=1e-5)
         assert figures["reward_hold"] < 0.9
-    still = torch.cat([b["a"][:5, :, :6] for b in (play, language)]).square().mean()
-    assert torch.allclose(figures["mse_still"], still)
+    motion = torch.cat([b["a"][:5, :, :6] for b in (play, language)]).square().mean()
+    assert torch.allclose(figures["mse_still"], motion)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What data.py promises: recordings in, exact batches out, and errors that name the file."""
 
+import base64
 import json
 import os
 import pickle
@@ -7,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,21 @@ ROOT = Path(D.__file__).parent
 EPISODES = {"training": [(553_567, 553_767), (600_000, 600_063)], "validation": [(37_682, 37_781)]}
 SPANS = {"training": [(553_600, 553_664), (553_700, 553_730), (600_000, 600_064)]}
 SPANS["validation"] = [(37_700, 37_764)]
+
+
+# embeddings.npy of omegaconf 2.3: a task with one sentence, one with two. zlib, base 85.
+LIST_CONFIG = (
+    "c-p0t-A@xi5Wufra#DgZs82rBL{c!=pusPqX%xhS%AtY}KHz2VZp)lrcQ1Q;kVZ)Gfk2ae>-zWV?6!OeG(NbOYiD"
+    "O>e=|FC)Av5FefUyvcAOveh-RUvFV^aN>-D)>z0HLbg!x=V)TmcTl2O!WKvIhPnc2D8e(nF(_(A#CyRu`Ky2J8L+"
+    "HLqD7qrpI6B!dBNLQ-~U(k@VOo}{|y02BmdTKSsqJc|ax12-0R0#Bu{-kGGg;^-6N+i1}HU7o*=el=1FqKqcPkWx"
+    "X`Wu)1X*Hz|dRuy5&!{R-Df1&icB!z6672*Uicm2DU~GuDPw_}YRTbL{=h-hWupPr*a-HGQxK$;>m{zxVhi((RSG"
+    "$qKnKVMYt=0H@+$;??eLefrW^vu`P)Q;piB^+m=K_*Zt!|>XBr&66?ZoNypetzGw`EY*@GoW<q4b)Wis4;@Z#0xc"
+    "vm4|wmYii;l}$dz!{w=rIU|WaR;BN>t6@r2+6mdt5U$3p<O|NF?x{&ZGoI{F;fEvy1Xe?yB*;eqGOH176YOae+ZM"
+    "uORUV3mSUTk*eUJ!RN-?wHCul-Dlnpb4`8-f#eo6$Y{wkjVotAGIHy6qWb$Bq89>P34f+jpUhNm7p+t=`-2aE6un"
+    "kEf+gXXs;5UhC0#V?Ub6U>~Pf@xKixxj&7enKM+_eandEFCtk!Y`lTVHG}ZVS{d*U4wC)K>Vn&JsyhZ)5k_$>g^z"
+    "!XM?qzOTlcAO;z@Huzku+u{~KWmPY^elp9=uDvUq@sEKShmLVXf#u=(<9^`1mi~NH*BE4zDO!FkMM4UWS6J)}M0o"
+    ")!vc6aSa9W>2rMhfo1W}Xw28h-#7>c}q"
+)  # fmt: skip
 
 
 def frame(i: int, static: int = 200, gripper: int = 84) -> dict:
@@ -287,6 +304,21 @@ def test_annotations_of_any_numpy_are_read(protocol, tmp_path):
     assert got["names"].tolist() == ["a", "bc"]
 
 
+def test_sentences_that_are_omegaconfs_are_read_as_plain_lists(tmp_path):
+    (tmp_path / "embeddings.npy").write_bytes(zlib.decompress(base64.b85decode(LIST_CONFIG)))
+    got = D.load_pickled_npy(tmp_path / "embeddings.npy")
+    told = {task: row["ann"] for task, row in got.items()}
+    assert told == {"open_drawer": ["pull it open"], "turn_on_led": ["press it", "switch it on"]}
+    assert [row["emb"].tolist() for row in got.values()] == [[[[0, 0]]], [[[1, 1]]]]
+
+
+def test_calvins_own_language_folder_is_known_as_our_encoders(copy, tmp_path):
+    for split in EPISODES:
+        (copy / split / LANG).rename(copy / split / "lang_annotations")
+    D.pack(copy, tmp_path / "packed", lang_folder="lang_annotations")
+    assert D.PlayData(tmp_path / "packed", "training").meta["text_encoder"] == D.TEXT_ENCODER
+
+
 def test_another_text_encoder_is_an_error():
     D.same_text_encoder("sentence-transformers/" + D.TEXT_ENCODER, D.TEXT_ENCODER, "checkpoint")
     with pytest.raises(D.DataError, match="all-MiniLM"):
@@ -301,6 +333,10 @@ def test_a_full_disk_is_found_before_anything_is_written(calvin, tmp_path, monke
     with pytest.raises(D.DataError, match=r"rgb_static\.npy.*No space left.*Make room"):
         D.pack(calvin, tmp_path / "packed")
     assert not (tmp_path / "packed").exists()
+
+
+def edit(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def numbers(path: Path, change) -> None:
@@ -318,6 +354,10 @@ def numbers(path: Path, change) -> None:
         ("episodes.npy", lambda p: numbers(p, lambda x: x[:1]), "episodes do not cover"),
         ("spans.npy", lambda p: numbers(p, lambda x: x + 10), "outside of its 265 frames"),
         ("span_emb.npy", lambda p: numbers(p, lambda x: x[:2]), r"\[3, 2, 3, 3\]"),
+        ("span_emb.npy", lambda p: numbers(p, lambda x: x * np.nan), "span_emb has .* not finite"),
+        ("actions.npy", lambda p: numbers(p, lambda x: x * 1e9), "actions has .* beyond 1.001"),
+        ("../meta.json", lambda p: edit(p, hz=-3), r"meta\.json: .*positive numbers"),
+        ("lang.json", lambda p: edit(p, tasks=[1, 2, 3]), r"lang\.json: .* is no text"),
         ("lang.json", lambda p: p.write_text("[]"), r"lang\.json: it holds a list.*Copy it anew"),
         ("../meta.json", lambda p: p.write_text('{"hz": "3"}'), r"meta\.json: source is None"),
     ],
@@ -326,9 +366,20 @@ def test_packed_arrays_that_are_damaged_or_do_not_belong_together_are_named(
     name, damage, message, packed, tmp_path
 ):
     copy = Path(shutil.copytree(packed, tmp_path / "copy"))
+    (copy / "training" / D.SUMS).unlink()  # for what else would find it
     damage(copy / "training" / name)
     with pytest.raises(D.DataError, match=message):
         D.PlayData(copy, "training")
+
+
+@pytest.mark.parametrize("name", ["actions.npy", "spans.npy", "lang.json", "../meta.json"])
+def test_one_flipped_bit_of_a_packed_file_is_seen(name, packed, tmp_path):
+    copy = Path(shutil.copytree(packed, tmp_path / "copy")) / "training"
+    raw = bytearray((copy / name).read_bytes())
+    raw[-9] ^= 1
+    (copy / name).write_bytes(raw)
+    with pytest.raises(D.DataError, match=rf"{Path(name).name}: "):
+        D.PlayData(copy.parent, "training")
 
 
 def test_folders_and_numbers_that_do_not_fit_are_told(calvin, packed, tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import sys
 from types import SimpleNamespace
@@ -111,6 +112,7 @@ def fake(monkeypatch, tmp_path):
     monkeypatch.setattr(calvin, "chain", chain)
     monkeypatch.setattr(train, "load_agent", load_agent)
     monkeypatch.setattr(data, "encode", encode)
+    monkeypatch.setattr(E, "is_here", lambda encoder: True)
     command = ["--checkpoint", "agent.pt", "--out", str(out)]
     world.run = lambda *more: E.main([*command, *more])
     return world
@@ -235,6 +237,37 @@ def test_another_configuration_in_the_same_folder_is_an_error(fake, tmp_path):
     with pytest.raises(SystemExit, match="training was"):
         fake.run("--chains", "1")
     assert fake.log.read_text() == before
+
+
+def test_a_changed_digit_in_the_record_is_seen_and_old_records_without_checksums_are_read(fake):
+    whole = fake.run("--chains", "2")
+    text = fake.log.read_text()
+    fake.log.write_text(text.replace('"steps": [1, 1', '"steps": [1, 2'))
+    with pytest.raises(SystemExit, match=r"line 2 is damaged: its checksum is wrong"):
+        fake.run("--chains", "2")
+    fake.log.write_text(re.sub(r', "crc": \d+', "", text))
+    assert fake.run("--chains", "2") == whole and fake.env.resets == 2
+    fake.log.write_text(re.sub(r', "crc": \d+', "", text).replace('"solved": 5', '"solved": 3'))
+    with pytest.raises(SystemExit, match="do not belong together"):
+        fake.run("--chains", "2")
+
+
+def test_the_benchmarks_results_accumulate_a_training_step_a_key(fake):
+    fake.run("--chains", "1")
+    fake.log.unlink()
+    fake.checkpoint["step"] = 10
+    fake.run("--chains", "1")
+    assert [*json.loads((fake.out / "calvin_results.json").read_text())] == ["9", "10"]
+
+
+def test_processes_spread_over_the_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for variables, number in (({}, 0), ({"RANK": "3"}, 1), ({"RANK": "9", "LOCAL_RANK": "0"}, 0)):
+        for name in ("RANK", "LOCAL_RANK"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        assert E.gpu() == number
 
 
 @pytest.mark.parametrize("garbage", [b'{"chain": 1, "sol', b"\xff\x00", b"3", b"{}"])
@@ -422,12 +455,20 @@ def test_sentences_come_from_assets_from_json_or_from_a_datasets_language_folder
         args.sentences, args.scene = None, str(scene)  # a dataset brings its own
         sentences, words = E.read_sentences(args, "an-encoder")
         assert sentences[task] == task and words[task].tolist() == [3] * 384
+    args.sentences, args.scene = folder / "embeddings.npy", "calvin_scene_D"  # without its dataset
+    assert E.read_sentences(args, "an-encoder")[1][task].tolist() == [3] * 384
+    folder.rename(tmp_path / "validation/lang_annotations")  # CALVIN's own name for our encoder's
+    args.sentences, args.scene = None, str(tmp_path)
+    assert E.read_sentences(args, data.TEXT_ENCODER)[1][task].tolist() == [3] * 384
+    (tmp_path / "validation/lang_annotations").rename(folder)
+    (tmp_path / "numbers.json").write_text(json.dumps(dict.fromkeys(calvin.TASKS, 3)))
     (tmp_path / "bad.json").write_text("[]")
     rows.pop("open_drawer")
     (tmp_path / "lang_short").mkdir()
     np.save(tmp_path / "lang_short/embeddings.npy", np.array(rows, dtype=object))
     for where, encoder, message in (
         (tmp_path / "bad.json", "short", r"bad\.json"),
+        (tmp_path / "numbers.json", "short", r"numbers\.json: a sentence is no text"),
         (folder, "another", "text encoder is 'an-encoder'"),
         (tmp_path / "lang_short", "short", "open_drawer.*missing"),
     ):

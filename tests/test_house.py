@@ -15,7 +15,7 @@ ALONE = {
     "agent": ["plan"],
     "data": [],
     "sim": ["calvin"],
-    "teleop": ["sim", "calvin"],
+    "teleop": ["sim", "calvin", "data"],
     "baselines": ["plan"],
     "deploy": ["robot", "agent", "plan", "data"],
     "robot": [],

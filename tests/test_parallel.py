@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,11 +17,10 @@ sys.path.insert(0, sys.argv[1])
 import torch
 import agent, train
 torch.rand_like = lambda x: torch.full_like(x, 0.3)
-torch.randn_like = lambda x: torch.full_like(x, 0.0)  # zeros_like could not be compiled
+torch.randn_like = torch.zeros_like
 agent.P.sample_straight_through = lambda logits: logits.softmax(-1).flatten(-2)
 agent.Agent.train = lambda self, mode=True: torch.nn.Module.train(self, False)  # no dropout
 train.main(sys.argv[2:])
-print("compiled graphs:", torch._dynamo.utils.counters["stats"]["unique_graphs"])
 """
 SAME = "--preset tiny --precision fp32 --log_every 1 --validate_every 100 --checkpoint_every 2"
 SAME = [*SAME.split(), "--batch_size", "8"]
@@ -75,23 +73,6 @@ def test_n_processes_share_a_batch_and_learn_the_same(first, then, packed, alone
         assert torch.allclose(ours, theirs, rtol=2e-3, atol=1e-4), (stage, ours, theirs)
     assert theirs[:, 2].min() > 0  # there were pairs to tell apart
     assert torch.load(out / "wm.pt", weights_only=True)["state"][0].shape[0] == 8
-
-
-COMPILED = {  # less to compile
-    "wm": "--sequence_length 4 --zeta 0 --sample_anneal 1",
-    "agent": "--sequence_length 4 --min_window 3 --max_window 4 --reset_start 0",
-}
-
-
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler here")
-@pytest.mark.parametrize("stage", COMPILED)
-def test_compiled_losses_are_the_plain_ones(stage, packed, alone, tmp_path):
-    rows, more = [], [*COMPILED[stage].split(), "--wm", str(alone / "wm.pt"), "--steps", "3"]
-    for how in ("false", "true"):
-        done = run(1, packed, tmp_path / how, stage, *more, "--compile", how)
-        assert ("compiled graphs: 0" in done.stdout) == (how == "false")
-        rows.append(losses(tmp_path / how, stage, *NAMES[stage]))
-    assert torch.allclose(*rows, rtol=2e-3, atol=1e-4), rows
 
 
 def test_a_batch_that_cannot_be_shared_evenly_is_refused(packed, tmp_path):

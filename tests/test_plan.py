@@ -8,6 +8,11 @@ import torch.nn.functional as F
 import plan as P
 
 
+def eq8(x, y, tau):
+    """Eq. 8 where all windows take part."""
+    return P.contrastive_loss(x, y, tau, torch.ones(len(x)) > 0)
+
+
 def test_eq8_matches_a_double_loop():
     M, tau = 5, torch.tensor(1.3)
     x, y = torch.randn(M, 7), torch.randn(M, 7)
@@ -16,16 +21,16 @@ def test_eq8_matches_a_double_loop():
     for i in range(M):
         for others in (logit[i], [row[i] for row in logit]):  # per latent, per text
             expected += 0.5 / M * (-logit[i][i] + math.log(sum(math.exp(v) for v in others)))
-    assert math.isclose(float(P.contrastive_loss(x, y, tau)[0]), expected, rel_tol=1e-5)
+    assert math.isclose(float(eq8(x, y, tau)[0]), expected, rel_tol=1e-5)
 
 
 def test_eq8_true_pairs_are_found_and_shuffled_ones_are_not():
     x, tau = torch.eye(6), torch.tensor(math.log(1 / 0.07))
-    right, accuracy = P.contrastive_loss(x, 3 * x, tau)  # length does not matter
-    wrong, miss = P.contrastive_loss(x, x.roll(1, 0), tau)
+    right, accuracy = eq8(x, 3 * x, tau)  # length does not matter
+    wrong, miss = eq8(x, x.roll(1, 0), tau)
     assert accuracy == 1 and miss == 0 and right < 0.01 < wrong
     twice = x[[0, 0, 2, 3, 4, 5]]  # the same sentence at two places: either is right
-    assert P.contrastive_loss(twice, twice, tau)[1] == 1
+    assert eq8(twice, twice, tau)[1] == 1
 
 
 def test_the_temperature_is_trained_and_starts_at_one_over_007():
@@ -40,7 +45,7 @@ def test_windows_that_do_not_enter_eq_8_do_not_matter_and_one_alone_has_no_negat
     align, x, y = P.Alignment(16, 8), torch.randn(5, 16), torch.randn(5, 8)
     some = torch.tensor([True, False, True, True, False])
     loss, accuracy = align(x, y, some)
-    expected = P.contrastive_loss(align.latent(x[some]), align.text(y[some]), align.tau)
+    expected = eq8(align.latent(x[some]), align.text(y[some]), align.tau)
     assert torch.allclose(loss, expected[0]) and accuracy == expected[1]
     loss, accuracy = align(x, y, torch.arange(5) == 3)
     assert loss == 0 and accuracy == 0 and loss.requires_grad
@@ -53,9 +58,9 @@ def test_under_autocast_eq_8_and_plan_logits_are_not_rounded_to_bf16():
         P.PlanProposal(16, 8, 32, (4, 5)),
     )
     with torch.autocast("cpu", torch.bfloat16):
-        loss, _ = P.contrastive_loss(x, y, tau)
+        loss, _ = eq8(x, y, tau)
         logits = recognition(torch.randn(10, 2, 16))[0], proposal(x[:, :16], y[:, :8])
-    assert torch.equal(loss, P.contrastive_loss(x, y, tau)[0])
+    assert torch.equal(loss, eq8(x, y, tau)[0])
     for q in logits:
         assert q.dtype == torch.float32 and not torch.equal(q, q.bfloat16().float())
 

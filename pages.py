@@ -1,0 +1,357 @@
+"""Pages to look at: report.html beside each training and evaluation, and `evaluate.py --live`.
+
+report   settings, curves, pictures, tables and films of a folder; needs no server, no network
+live     a page on 127.0.0.1: both cameras, what the world model imagines, a field to instruct
+
+    visitors --ask--> Robot.wanted      one robot for all of them: the last wish counts
+    visitors <--events-- Robot.shown    what changed, 15 times a second
+
+Templates: assets/report.html, assets/live.html. Needs: torch, jinja2, matplotlib, flask, imageio.
+"""
+
+import base64
+import copy
+import difflib
+import io
+import json
+import logging
+import math
+import os
+import platform
+import random
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import calvin
+import data as D
+
+ROOT = Path(__file__).resolve().parent
+ASSETS = ROOT / "assets"
+# Title of a curve: the figures of the log that it shows, those that there are.
+CURVES = {
+    "Loss": ("loss",),
+    "KL": ("kl",),
+    "Error of the images": ("x_static", "x_gripper"),
+    "Tracking of held-out play": ("tracking_proposed", "tracking_recognised"),
+    "Critic's R²": ("critic_r2",),
+    "Reward": ("reward", "reward_proposed", "reward_hold", "reward_expert"),
+    "Actor's loss": ("loss_actor",),
+    "Critic's loss": ("loss_critic",),
+    "KL of the plans": ("plan_kl",),
+    "Error of the actions": ("action_mse", "mse_observed", "mse_still"),
+}
+POINTS = 400  # of a curve, at most: the means of neighbours
+COLOURS = ("#2f7de1", "#e8710a", "#0f9d75", "#b455c9", "#c9372c", "#8a8d91")
+TEXT = "#010203"  # stands for the page's own colour of text
+HZ, AHEAD = 30, 2.0  # simulator steps per second; seconds that the world model imagines
+
+
+# ------------------------------------------------------------------ the report
+def commit() -> str | None:
+    """This code's commit, "-dirty" if files were changed; None without git."""
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip() or None
+    except OSError:
+        return None
+
+
+def machine() -> str:
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    software = f"Python {platform.python_version()}, torch {torch.__version__}"
+    return f"{platform.machine()}, {os.cpu_count()} cores{gpu}; {platform.system()}, {software}"
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def report(folder: Path, name: str, settings: dict, seconds: float = 0.0) -> None:
+    """Writes folder/report.html anew, and that of the folder above it if there is one.
+    name: a stage, or evaluation. settings: its own, kept in settings.json. seconds: that this call
+    took; they add up. Never raises, for a training is worth more; what went wrong is printed."""
+    try:
+        path = folder / "settings.json"
+        known = read(path)
+        seconds += known.get(name, {}).get("seconds", 0.0)
+        about = {"commit": commit(), "machine": machine(), "seconds": seconds}
+        plain = json.loads(json.dumps(settings, default=str))
+        D.write_json(path, known | {name: about | {"settings": plain}})
+        write_report(folder)
+        if (folder.parent / "report.html").exists():  # it shows this folder, too
+            write_report(folder.parent)
+    except Exception as error:
+        what = f"note: {folder / 'report.html'} was not written: {type(error).__name__}: {error}"
+        tqdm.write(what, file=sys.stderr)
+
+
+def write_report(folder: Path) -> None:
+    import jinja2
+
+    known = read(folder / "settings.json")
+    below = sorted(path.parent for path in folder.glob("*/results.json"))
+    evaluated = ([folder] if (folder / "results.json").exists() else []) + below
+    content = {
+        "title": folder.resolve().name,
+        "stages": [stage(path, known) for path in sorted(folder.glob("*.jsonl"), reverse=True)
+                   if not path.name.startswith("chains")],
+        "pictures": [f"pictures/{p.name}" for p in sorted(folder.glob("pictures/*.png"))[::-1]],
+        "probe": read(folder / "probe.json"),
+        "evaluations": [evaluation(path, folder) for path in evaluated],
+        "films": [{"file": p.name, "caption": p.stem.replace("_", " ")}
+                  for p in sorted(folder.glob("*.gif")) if not p.name.startswith("chain_")],
+        "written": time.strftime("%Y-%m-%d %H:%M"),
+    }  # fmt: skip
+    content["running"] = any(s["step"] < s["steps"] for s in content["stages"])
+    loader = jinja2.FileSystemLoader(ASSETS)
+    pages = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    text = pages.get_template("report.html").render(content)
+    D.write(folder / "report.html", lambda file: file.write(text.encode()))
+
+
+def stage(path: Path, known: dict) -> dict:
+    """What a stage's log says: how far it is, its curves as SVG, its settings."""
+    lines = path.read_text().splitlines(keepends=True)
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be half there
+    about = known.get(path.stem, {})
+    settings, last = about.get("settings", {}), rows[-1] if rows else {"step": 0, "hours": 0.0}
+    curves = {title: curve(f"{path.stem} {title}", rows, keys) for title, keys in CURVES.items()}
+    return {
+        "name": path.stem, "step": last["step"], "steps": settings.get("steps") or last["step"],
+        "hours": last["hours"], "about": about, "settings": settings,
+        "curves": {title: svg for title, svg in curves.items() if svg},
+    }  # fmt: skip
+
+
+def curve(salt: str, rows: list[dict], keys: tuple[str, ...]) -> str:
+    """Figures over steps, as SVG; "" if the log has none of them. salt: for ids in the page."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    names = {(kind, key): [(r["step"], r[key]) for r in rows if r["kind"] == kind and key in r]
+             for key in keys for kind in ("train", "validate")}  # fmt: skip
+    lines = {name: np.array(points) for name, points in names.items() if points}
+    if not lines:
+        return ""
+    colours = dict.fromkeys(("text.color", "axes.edgecolor", "xtick.color", "ytick.color"), TEXT)
+    how = {"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 9}
+    with matplotlib.rc_context(colours | how):
+        figure = Figure((4.4, 2.5), layout="constrained")
+        axes = figure.subplots()
+        for ((kind, key), xy), colour in zip(lines.items(), 2 * COLOURS, strict=False):
+            parts = np.array_split(xy, min(len(xy), POINTS))
+            xy = np.array([part.mean(0) for part in parts])
+            label = kind if len(keys) == 1 else f"{key.replace('_', ' ')}, {kind}"
+            marker = "o" if len(xy) < 20 else ""
+            axes.plot(*xy.T, label=label, color=colour, lw=1.3, marker=marker, markersize=2.5)
+        values = np.concatenate([xy[:, 1] for xy in lines.values()])
+        if values.min() > 0 and values.max() > 20 * values.min():
+            axes.set_yscale("log")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.15, color=TEXT)
+        figure.legend(loc="outside lower center", ncols=2, frameon=False)
+        file = io.StringIO()
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+    svg = file.getvalue()
+    return svg[svg.index("<svg") :].replace(TEXT, "currentColor")
+
+
+def wilson(ok: float, n: int) -> tuple[float, float]:
+    """The 95 % confidence interval of a rate of ok in n."""
+    z2 = 1.96**2
+    middle, half = ok + z2 / 2, math.sqrt(z2 * (ok * (n - ok) / n + z2 / 4))
+    return max(0.0, (middle - half) / (n + z2)), min(1.0, (middle + half) / (n + z2))
+
+
+def evaluation(path: Path, folder: Path) -> dict:
+    """An evaluation's folder, as the report of `folder` shows it."""
+    result, chains = json.loads((path / "results.json").read_text()), {}
+    for log in sorted(path.glob("chains*.jsonl")):
+        rows = [json.loads(line) for line in log.read_text().splitlines()]
+        chains |= {row["chain"]: row for row in rows if "chain" in row}
+    n, shares, sentences = result["chains"], result["success"], result.get("sentences", {})
+    squares = sum((2 * k - 1) * share for k, share in enumerate(shares, 1))
+    spread = 1.96 * math.sqrt(max(0.0, squares - result["avg_len"] ** 2) / n)
+    films = []
+    for number, row in sorted(chains.items()):
+        gif = path / f"chain_{number:04}.gif"
+        if gif.exists():
+            told = [(sentences[t], k < row["solved"]) for k, t in enumerate(row["tasks"])]
+            about = {"file": gif.relative_to(folder).as_posix(), "caption": f"chain {number}"}
+            films.append(about | {"told": told[: row["solved"] + 1]})
+    return {
+        "where": "" if path == folder else f"{path.name}/", "result": result, "films": films,
+        "shares": [(str(k), x, *wilson(x * n, n), "", "") for k, x in enumerate(shares, 1)],
+        "tasks": [(task.replace("_", " "), ok / m, *wilson(ok, m), f"{ok}/{m}", sentences.get(task))
+                  for task, (ok, m) in result["tasks"].items()],
+        "chains": [chains[number] for number in sorted(chains)],
+        "spread": spread, "about": read(path / "settings.json").get("evaluation", {}),
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------ the live page
+class Interrupted(Exception):
+    """A visitor wants something else."""
+
+
+def png(image: np.ndarray) -> str:
+    """(H, W, 3) uint8 -> a data URI."""
+    import imageio.v3 as imageio
+
+    file = imageio.imwrite("<bytes>", image, extension=".png")
+    return "data:image/png;base64," + base64.b64encode(file).decode()
+
+
+@torch.no_grad()
+def imagine(policy, embedding) -> np.ndarray:
+    """What the policy's own actions lead to in its world model, from its latent on: (128, 64 n, 3)
+    uint8, the static camera above the gripper's. Policy and random numbers stay as they are."""
+    dreamer, states = copy.copy(policy), []  # act() replaces the state, and changes nothing in it
+    with torch.random.fork_rng():
+        for _ in range(round(AHEAD * HZ / policy.skip)):
+            dreamer.act(None, embedding)
+            states.append(dreamer.state)
+        h, z = (torch.stack(x) for x in zip(*states, strict=True))  # (n, 1, H), (n, 1, Z)
+        images = policy.world.show(h, z)
+    rows = [torch.cat([*images[k][:, 0]], 1) for k in ("static", "gripper")]
+    return torch.cat(rows).cpu().numpy()
+
+
+class Robot:
+    """What all visitors watch and instruct. It stands between the policy and the environment, as
+    evaluate.Filmed does: step() keeps the pace, shows what is seen, and can be interrupted."""
+
+    def __init__(self, worker):
+        """worker: evaluate.Worker."""
+        self.worker, self.env, self.known = worker, worker.env, calvin.sentences()
+        worker.env = self
+        self.task, self.words = None, None  # of the instruction; what the policy is told
+        self.t, self.due = 0, 0.0  # steps of it; when the next one may begin
+        self.wanted, self.shown = ("scene", worker.args.first), {}
+        self.changed = threading.Condition()  # wanted or shown
+
+    def __getattr__(self, name):
+        return getattr(self.env, name)
+
+    def ask(self, what: str, wish=None) -> None:
+        """what: follow (wish: a sentence), scene or stop. It takes the place of what was asked."""
+        with self.changed:
+            self.wanted = (what, wish)
+            self.changed.notify_all()
+
+    def show(self, **news) -> None:
+        with self.changed:
+            self.shown = self.shown | news
+            self.changed.notify_all()
+
+    def events(self):
+        """For one visitor, for ever: what changed, in the format of server-sent events."""
+        sent = {}
+        while True:
+            with self.changed:
+                if self.shown is sent:
+                    self.changed.wait(timeout=10)
+                news = {k: x for k, x in self.shown.items() if sent.get(k) != x}
+                sent = self.shown
+            yield f"data: {json.dumps(news)}\n\n"
+
+    def step(self, action, render: bool = True):
+        if self.wanted:
+            raise Interrupted
+        out, self.t = self.env.step(action, render=render), self.t + 1
+        if self.t % 2 == 0:
+            self.look(out[0])
+        policy = self.worker.policy
+        if self.t % HZ == 2 and hasattr(policy, "world"):
+            self.show(dream=png(imagine(policy, self.words)))
+        self.due = max(self.due + 1 / HZ, time.monotonic())  # it is never faster than real time
+        time.sleep(max(0.0, self.due - time.monotonic()))
+        return out
+
+    def look(self, obs: dict) -> None:
+        rgb = obs["rgb_obs"] if "rgb_obs" in obs else self.env.get_obs()["rgb_obs"]
+        static, gripper = png(rgb["rgb_static"]), png(rgb["rgb_gripper"])
+        self.show(static=static, gripper=gripper, seconds=self.t / HZ)
+
+    def oracle(self, start, info, _) -> bool:
+        return bool(self.task) and self.worker.oracle(start, info, self.task)
+
+    def run(self) -> None:
+        """Does what is asked, one wish after the other, for ever."""
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.wanted)
+                (what, wish), self.wanted = self.wanted, None
+            try:
+                if what == "follow":
+                    self.follow(str(wish))
+                elif what == "scene":
+                    self.scene(random.randrange(1000) if wish is None else wish)
+                else:
+                    self.show(state="stopped", message="Stopped.")
+            except Interrupted:
+                pass
+
+    def scene(self, number: int) -> None:
+        _, self.attempt = self.worker.start(number, None, self.oracle)
+        self.t = 0
+        self.look({})
+        self.show(state="ready", message=f"Scene {number}.", instruction="", dream="")
+
+    def follow(self, sentence: str) -> None:
+        tasks = {calvin.plain(s): task for task, told in self.known.items() for s in told}
+        self.task = tasks.get(calvin.plain(sentence))
+        self.show(state="acting", message="Acting ...", instruction=sentence, dream="")
+        try:
+            if not self.worker.policy and not self.task:
+                near = difflib.get_close_matches(sentence, tasks, 5, cutoff=0)
+                raise ValueError("\n  ".join([f"{sentence!r} is not known. The nearest:", *near]))
+            self.words = self.worker.words[sentence] = self.worker.embed(sentence)
+        except ValueError as error:
+            return self.show(state="refused", message=str(error))
+        self.t, self.due = 0, time.monotonic()
+        name = sentence if self.worker.policy else self.task
+        done, _ = self.attempt(name, self.worker.args.limit)
+        self.look({})
+        verdict = "Done" if done else "Not done" if self.task else "No task of the 34: you judge"
+        self.show(state="done" if done else "failed", message=f"{verdict}, {self.t / HZ:.1f} s.")
+
+
+def live(worker) -> None:
+    """Serves the page, on this machine alone, until Ctrl-C."""
+    import flask
+    from werkzeug.serving import make_server
+
+    robot, app = Robot(worker), flask.Flask(__name__, template_folder=str(ASSETS))
+    app.config["TRUSTED_HOSTS"] = ["127.0.0.1", "localhost"]  # no other site may pose as this one
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # no line per request
+    about = [worker.about["label"], *Path(worker.args.checkpoint or "").parts[-2:]]
+    shown = {"sentences": [*worker.sentences.values()], "about": " / ".join(about)}
+    shown |= {"ahead": AHEAD, "dreams": hasattr(worker.policy, "world")}
+
+    @app.post("/ask")
+    def ask():
+        wish = flask.request.get_json()  # refuses what another site's form can send
+        robot.ask(wish["what"], wish["sentence"] if wish["what"] == "follow" else None)
+        return "", 204
+
+    @app.get("/events")
+    def events():
+        return flask.Response(robot.events(), mimetype="text/event-stream")
+
+    @app.get("/")
+    def page():
+        return flask.render_template("live.html", **shown)
+
+    server = make_server("127.0.0.1", 0, app, threaded=True)  # 0: any free port
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    print(f"open http://127.0.0.1:{server.server_port}   Ctrl-C ends it", flush=True)
+    robot.run()
