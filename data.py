@@ -447,7 +447,7 @@ def pack_split(src: Path, dst: Path, skip: int, meta: dict, lang_folder: str, pr
     state = {"source": str(src), "meta": meta, "digest": digest, "done": 0}  # rows
     if progress.exists():
         before = read_json(progress, f"Remove {dst.parent}", {"done": int})
-        if before | {"done": 0} != state:
+        if before | {"done": 0} != state or not 0 <= before["done"] <= N:
             raise DataError(f"{dst.parent} is of another recording or options. Remove it.")
         state = before
     else:
