@@ -255,7 +255,8 @@ def encode(sentences: list[str], encoder: str = TEXT_ENCODER) -> np.ndarray:
 
             made = SentenceTransformer(encoder, device="cpu").encode(new)
         known |= {_key(s): e for s, e in zip(new, made, strict=True)}
-    return np.stack([known[_key(s)] for s in sentences]).astype(np.float32)
+    rows = [known[_key(s)] for s in sentences]
+    return np.array(rows, np.float32) if rows else np.zeros((0, EMBEDDING), np.float32)
 
 
 def read_language(folder: Path, encoder: str, ids: np.ndarray, kept: np.ndarray) -> tuple:
