@@ -764,6 +764,8 @@ def cache_latents(world, data: PlayData, key: str, precision=None) -> Latents:
         arrays = [np.load(folder / f"{k}.npy", mmap_mode="r") for k in Latents._fields]
         if {len(x) for x in arrays} != {len(data)}:
             raise ValueError(f"it has not {len(data)} rows")
+        if not np.isfinite(arrays[0].sum(dtype=np.float32)):
+            raise ValueError("h is not finite")
     return Latents(*arrays)
 
 
