@@ -122,6 +122,11 @@ def read_json(path, remedy: str, kinds: dict | None = None) -> dict:
     return content
 
 
+def checksum(row: dict) -> int:
+    """Of a line of a log or the like, as JSON."""
+    return zlib.crc32(json.dumps(row).encode())
+
+
 def write_sums(folder: Path, names) -> None:
     """Notes what these files of a folder hold: one flipped bit is seen, see check_sums."""
     old = read_json(folder / SUMS, "Remove it") if (folder / SUMS).exists() else {}

@@ -29,7 +29,6 @@ import re
 import subprocess
 import sys
 import time
-import zlib
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -351,7 +350,7 @@ def read_log(folder: Path, identity: dict, name: str = "chains*.jsonl") -> dict[
 def check_row(row: dict) -> None:
     """ValueError, TypeError: a chain's row is damaged. Takes away its checksum, if it has one."""
     crc, steps = row.pop("crc", None), row["steps"]
-    if crc is not None and crc != zlib.crc32(json.dumps(row).encode()):
+    if crc is not None and crc != data.checksum(row):
         raise ValueError("its checksum is wrong")
     if not all(isinstance(x, int) for x in (row["chain"], row["solved"], *steps)):
         raise TypeError("chain, solved and steps are whole numbers")
@@ -439,7 +438,7 @@ def evaluate(args, argv: list[str]) -> dict:
             if n not in records:  # else only its film was missing
                 # The whole log, written beside and renamed: no line is ever half written.
                 rows = [*read_log(args.out, worker.about, log.name).values(), record]
-                rows = [row | {"crc": zlib.crc32(json.dumps(row).encode())} for row in rows]
+                rows = [row | {"crc": data.checksum(row)} for row in rows]
                 text = "".join(json.dumps(row) + "\n" for row in (worker.about, *rows)).encode()
                 data.write(log, lambda file, text=text: file.write(text))
         if any(other.wait() for other in others):

@@ -26,7 +26,6 @@ import os
 import signal
 import sys
 import threading
-import zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import pairwise
@@ -905,7 +904,7 @@ def _part(path):
     """What _block wrote. DataError: damaged."""
     with data.naming(path, "Remove that file: its frames are recorded again"):
         part = dict(json.loads(path.read_text()))
-        if part.pop("crc", None) != zlib.crc32(json.dumps(part).encode()):
+        if part.pop("crc", None) != data.checksum(part):
             raise ValueError("its checksum is wrong")
     return part
 
@@ -987,7 +986,7 @@ def _block(env, oracle, place, index, first, length, skip, pictures, seed):
     part, states = Recorder(env, oracle, place, first, length, rng, skip, pictures).play()
     if not pictures:
         data.write(place / f"parts/{index:05d}.npz", lambda file: np.savez(file, **states))
-    part["crc"] = zlib.crc32(json.dumps(part).encode())
+    part["crc"] = data.checksum(part)
     write_text(place / f"parts/{index:05d}.json", json.dumps(part))
     return length
 
