@@ -32,9 +32,9 @@ chaos: .venv/ready
 robot: .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.txt $(ROBOT)
 
-# The real robot's tests, against a simulated arm.
+# The real robot's tests, against a simulated arm, which is driven for a minute in real time: on an idle machine.
 robot-test: robot
-	$(BIN)/python -m pytest -q -s -rs tests/test_robot.py tests/test_deploy.py
+	LUMOS_ROBOT_SECONDS=$${LUMOS_ROBOT_SECONDS:-60} $(BIN)/python -m pytest -q -s -rs tests/test_robot.py tests/test_deploy.py
 
 # Every step resumes or is skipped when it was done, so an interrupted demo can be started again.
 demo: .venv/ready
