@@ -61,7 +61,6 @@ ALL = slice(None)
 NO_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)  # before the first step: the gripper is open
 # What recording.json says of our recordings. CALVIN's have no such file, and are like this:
 CALVIN = {"source": "calvin", "renderer": "egl", "hz": 30, "action_scale": [0.02, 0.05]}
-META = {k: type(x) for k, x in CALVIN.items()} | {"hz": float | int, "skip": int}  # once packed
 MAKE_ROOM = "Make room, or correct the permissions, and repeat the command"
 
 
@@ -104,9 +103,17 @@ def sync(path: Path) -> None:
     os.close(descriptor)
 
 
-def write_json(path: Path, content) -> None:
-    text = json.dumps(content, indent=1) + "\n"
+def write_text(path: Path, text: str) -> None:
     write(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path: Path, content) -> None:
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_array(path: Path, array) -> None:
+    """array: also an object, as CALVIN keeps its annotations; it is pickled."""
+    write(path, lambda file: np.save(file, array))
 
 
 def read_json(path, remedy: str, kinds: dict | None = None) -> dict:
@@ -313,7 +320,7 @@ def annotate(folder: Path, spans: Path, encoder: str = TEXT_ENCODER) -> None:
         encoder: name on the hub, or a local folder
     """
     folder, lang = Path(folder), f"lang_{Path(encoder).name}"
-    found, asked, files = {"validation": [], "training": []}, {}, {}
+    found, asked = {"validation": [], "training": []}, {}
     with naming(spans, "Columns: start,end,sentence,task; `end` is the first frame after the span"):
         table = {s: folder / s / "ep_start_end_ids.npy" for s in found}
         episodes = {s: np.load(x, allow_pickle=False).reshape(-1, 2) for s, x in table.items()}
@@ -332,18 +339,16 @@ def annotate(folder: Path, spans: Path, encoder: str = TEXT_ENCODER) -> None:
                 asked.setdefault(task, sentence)  # task: its sentence at run time
     every = [sentence for rows in found.values() for *_, sentence, _ in rows]
     emb = dict(zip(every, encode(every, encoder)[:, None], strict=True))  # sentence: (1, 384)
+    told = {task: {"emb": emb[s][None], "ann": [s]} for task, s in asked.items()}
+    write_array(folder / "validation" / lang / "embeddings.npy", told)
     for split, rows in found.items():
         *_, ann, task = zip(*rows, strict=True)
         language = {"ann": [*ann], "task": [*task], "emb": np.stack([emb[s] for s in ann])}
         info = {"episodes": [], "indx": [row[:2] for row in rows]}
-        files[folder / split / lang / "auto_lang_ann.npy"] = {"language": language, "info": info}
-    told = {task: {"emb": emb[s][None], "ann": [s]} for task, s in asked.items()}
-    files[folder / "validation" / lang / "embeddings.npy"] = told
-    for path, content in files.items():
-        array = np.array(content, dtype=object)
-        write(path, lambda file, x=array: np.save(file, x, allow_pickle=True))
-        if (path.parents[1] / SUMS).exists():
-            write_sums(path.parents[1], [f"{lang}/{path.name}"])
+        place = folder / split / lang
+        write_array(place / "auto_lang_ann.npy", {"language": language, "info": info})
+        if (folder / split / SUMS).exists():
+            write_sums(folder / split, [f"{lang}/{path.name}" for path in place.glob("*.npy")])
     print({split: len(rows) for split, rows in found.items()}, "spans,", len(asked), "tasks")
 
 
@@ -480,7 +485,7 @@ def pack_split(src: Path, dst: Path, skip: int, meta: dict, lang_folder: str, pr
             write_json(progress, state | {"done": rows.stop})
     small = {"episodes": episodes, "spans": spans, "span_emb": emb, "disturbed": disturbed}
     for k, x in small.items():
-        write(dst / f"{k}.npy", lambda file, x=x: np.save(file, x))
+        write_array(dst / f"{k}.npy", x)
     write_json(dst / "lang.json", lang)
     return N
 
@@ -542,8 +547,10 @@ class PlayData:
     def __init__(self, root, split: str):
         self.path, self.split = Path(root) / split, split
         remedy = f"It is not packed, or not yet: .venv/bin/python data.py pack SRC {root}"
-        self.meta = read_json(Path(root) / "meta.json", remedy, META)
+        self.meta = read_json(Path(root) / "meta.json", remedy, {"source": str, "renderer": str})
         again = f"Copy it anew, or pack {root} again"
+        with naming(Path(root) / "meta.json", again):
+            check_meta(self.meta)
         lang = read_json(self.path / "lang.json", again, {"sentences": list, "tasks": list})
         self.sentences, self.tasks = lang["sentences"], lang["tasks"]
         check_sums(self.path, again)
@@ -554,8 +561,6 @@ class PlayData:
                     want = f"{DTYPES[k].__name__} (..., {', '.join(map(str, shape))})"
                     raise ValueError(f"it is {x.dtype} {x.shape}, expected {want}")
             setattr(self, k, x)
-        with naming(Path(root) / "meta.json", again):
-            check_meta(self.meta)
         with naming(self.path, again):
             self.check()
         self.kept = {}  # arrays that lie on a device, see keep_on

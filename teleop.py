@@ -21,12 +21,13 @@ Copy this file together with sim.py, calvin.py and data.py. Needs: numpy, scipy,
 
 import json
 import multiprocessing
-import multiprocessing.connection
 import os
 import signal
 import sys
 import threading
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -275,8 +276,7 @@ def put(seen, block, xy, z, pitch, yaw=None, far=0.06, axis=UP, gate=GATE, slope
     pos, off, along = funnel(seen, goal, axis, far, euler, tol=0.6 * gate, slope=slope)
     if off < gate and along < 0.010:
         return seen.tcp, euler, OPEN
-    pos, euler, _ = travel(seen, pos, off, euler, CLOSE)
-    return pos, euler, CLOSE
+    return travel(seen, pos, off, euler, CLOSE)
 
 
 def spot(seen, block, xs, ys):
@@ -623,12 +623,12 @@ class Where:
 
     def about(self, skip):
         """What recording.json says of it."""
-        looks = {"source": "sim", "renderer": sim.LOOK}
+        about = {"source": self.env, "renderer": sim.LOOK, "hz": 30, "action_scale": [0.02, 0.05]}
         if self.env == "calvin":
-            looks = {"source": "calvin", "renderer": self.renderer}
-        about = looks | {"hz": 30, "action_scale": [0.02, 0.05]}
-        about |= {"scene": self.scene} if self.env == "calvin" else {}
-        return about | ({"hz": 30 / skip, "skip": skip} if skip > 1 else {})
+            about |= {"renderer": self.renderer, "scene": self.scene}
+        if skip > 1:
+            about |= {"hz": 30 / skip, "skip": skip}
+        return about
 
 
 TWIN = Where()
@@ -643,7 +643,7 @@ def _start(where, cameras):
 
 def _end_with_parent():
     """Who repeats the command of a killed parent must not meet its workers at the same files."""
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    multiprocessing.parent_process().join()
     os._exit(1)
 
 
@@ -690,25 +690,20 @@ def rates(n: int = 20, procs: int = 2, seed: int = 0, out: Path | None = None, w
     jobs = [(task, k, seed) for task in sim.TASKS for k in range(n)]
     done = in_parallel(_one_rate, jobs, procs, where, cameras=False)
     rows = [*tqdm(done, "rates", len(jobs), mininterval=1)]
-    table, names = {}, ("success", "median", "p95", "within64")
+    table = {}
     print(f"{'task':26s} {'n':>5s} {'success':>8s} {'median':>7s} {'95 %':>6s} {'<= 64':>7s}")
     for task in (*sim.TASKS, "all"):
         some = [row for row in rows if task in (row[0], "all")]
         steps = np.array([row[2] for row in some])  # a failure counts as the whole budget
-        figures = [np.mean([row[1] for row in some]), *np.percentile(steps, (50, 95))]
-        figures += [np.mean(steps <= 64)]
-        table[task] = dict(zip(names, map(float, figures), strict=True))
-        share, median, p95, within = figures
+        share, within = np.mean([row[1] for row in some]), np.mean(steps <= SPAN)
+        median, p95 = np.percentile(steps, (50, 95))
+        table[task] = {"success": share, "median": median, "p95": p95, "within64": within}
         print(f"{task:26s} {len(some):5d} {share:8.3f} {median:7.0f} {p95:6.0f} {within:7.2f}")
     if out:
         data.write_json(out, {"seed": seed, "n": n, "tasks": table})
 
 
 # ---------------------------------------------------------------------------------------- recording
-LANG = f"lang_{data.TEXT_ENCODER}"
-REMEDY = "Free some space (up to 150 kB a frame) or fix the permissions, and repeat the command"
-
-
 class Full(Exception):
     """The block of frames that a worker was to record is full."""
 
@@ -725,8 +720,8 @@ class Recorder:
         self.t, self.end, self.pictures = first, first + length, pictures
         self.episodes, self.spans, self.disturbed, self.rows = [], [], [], []
         self.infos = {}  # frame: what the oracle wants to know of it
-        self.count = dict.fromkeys(sim.TASKS, 0)
-        self.pairs, self.last = {}, None  # how often a task came after a kind of task; that kind
+        self.count, self.pairs = Counter(), Counter()  # tasks; (the last kind of task, task)
+        self.last = None
 
     @property
     def seen(self):
@@ -745,10 +740,11 @@ class Recorder:
         self.rows.append(row | state)
         if self.pictures:  # no fsync: a block without its part file is recorded again
             name = f"episode_{self.t:07d}.npz"
-            with data.naming(self.folder / name, REMEDY):
+            with data.naming(self.folder / name, data.MAKE_ROOM):
                 np.savez(self.folder / f"part_{name}", **row, **before["rgb_obs"], **state)
                 os.replace(self.folder / f"part_{name}", self.folder / name)
-        self.disturbed += [self.t] * disturbed
+        if disturbed:
+            self.disturbed.append(self.t)
         self.t += 1
         self.infos[self.t] = info
         self.infos.pop(self.t - SPAN - 1, None)
@@ -761,10 +757,8 @@ class Recorder:
         """Fills the block. Returns what the parent must know about it, as plain numbers."""
         while self.t < self.end:
             start = self.t
-            try:
+            with suppress(Full):
                 self.episode()
-            except Full:
-                pass
             self.episodes.append((start, self.t - 1))
             self.spans = [s for s in self.spans if s[2] < self.t]  # whose last frame it still holds
         states = {k: np.array([row[k] for row in self.rows]) for k in self.rows[0]}
@@ -829,8 +823,7 @@ class Recorder:
 
     def choose(self, tasks):
         """A task, the rather the rarer it is, by itself and after what was done before."""
-        pairs = [1 + self.pairs.get((self.last, t), 0) for t in tasks]
-        rare = [(1 + 2 * self.count[t]) ** -1.5 / n for t, n in zip(tasks, pairs, strict=True)]
+        rare = [(1 + 2 * self.count[t]) ** -1.5 / (1 + self.pairs[self.last, t]) for t in tasks]
         return str(self.rng.choice(tasks, p=np.array(rare) / sum(rare)))
 
     def skill(self):
@@ -842,7 +835,7 @@ class Recorder:
             tasks = [t for t in tasks if t.startswith(("place", "stack"))] or tasks
         task = self.choose(tasks)
         self.count[task] += 1  # whatever comes of it: what fails is not tried again and again
-        self.pairs[self.last, task] = self.pairs.get((self.last, task), 0) + 1
+        self.pairs[self.last, task] += 1
         self.last = task.rsplit("_", 1)[0]
         begin, bursts = self.t, self.bursts()
         for frame in range(PATIENCE // self.skip):
@@ -927,30 +920,26 @@ def record(
     """
     if not 1 <= skip <= 10:
         raise ValueError(f"--skip {skip}: 1 to 10, or episodes are shorter than a window")
-    with data.locked(Path(folder)):
-        _record(Path(folder), {"training": frames, "validation": val_frames}, skip, pictures, procs,
-                seed, where)  # fmt: skip
-
-
-def _record(folder, splits, skip, pictures, procs, seed, where):
-    jobs, done = [], 0
-    for split, n in splits.items():
-        claim(folder / split, where.about(skip), n, seed)
-        blocks = max(1, round(n / 2000))  # of 1000 to 3000 frames
-        shares = np.random.default_rng([seed, n]).uniform(0.5, 1.5, blocks)
-        ends = np.round(np.cumsum(shares) / shares.sum() * n).astype(int).tolist()
-        for k, (first, end) in enumerate(pairwise([0, *ends])):
-            if (folder / split / f"parts/{k:05d}.json").exists():
-                done += end - first
-            else:
-                jobs.append((folder / split, k, first, end - first, skip, pictures, seed))
-    work = in_parallel(_block, jobs, procs, where, pictures) if jobs else []
-    with tqdm(desc="recording", total=sum(splits.values()), initial=done, mininterval=1) as bar:
-        for length in work:
-            bar.update(length)
-    print(f"recorded in {folder} (seed {seed}):")
-    for split in splits:
-        finish(folder / split, skip, pictures, seed)
+    folder, splits = Path(folder), {"training": frames, "validation": val_frames}
+    with data.locked(folder):
+        jobs, done = [], 0
+        for split, n in splits.items():
+            claim(folder / split, where.about(skip), n, seed)
+            blocks = max(1, round(n / 2000))  # of 1000 to 3000 frames
+            shares = np.random.default_rng([seed, n]).uniform(0.5, 1.5, blocks)
+            ends = np.round(np.cumsum(shares) / shares.sum() * n).astype(int).tolist()
+            for k, (first, end) in enumerate(pairwise([0, *ends])):
+                if (folder / split / f"parts/{k:05d}.json").exists():
+                    done += end - first
+                else:
+                    jobs.append((folder / split, k, first, end - first, skip, pictures, seed))
+        work = in_parallel(_block, jobs, procs, where, pictures) if jobs else []
+        with tqdm(desc="recording", total=frames + val_frames, initial=done, mininterval=1) as bar:
+            for length in work:
+                bar.update(length)
+        print(f"recorded in {folder} (seed {seed}):")
+        for split in splits:
+            finish(folder / split, skip, pictures, seed)
     thin = "" if skip > 1 else " --skip 2    (15 Hz, as --preset sim)"
     command = f".venv/bin/python data.py pack {folder} PACKED{thin}"
     print(f"next: {command}" if pictures else "no pictures")
@@ -960,24 +949,16 @@ def claim(place, about, n, seed):
     """Makes sure that the folder is new, or holds the beginning of the very same recording."""
     if n < SPAN:
         raise ValueError(f"{place}: {n} frames are too few, a span alone may have {SPAN}")
-    about, file = about | {"text_encoder": data.TEXT_ENCODER}, place / "recording.json"
-    about |= {"frames": n, "seed": seed}
+    file = place / "recording.json"
+    about = about | {"text_encoder": data.TEXT_ENCODER, "frames": n, "seed": seed}
     place.mkdir(parents=True, exist_ok=True)
     if any(p.suffix != ".tmp" for p in place.iterdir()):  # those a kill left half written
         remedy = "Choose another folder, delete it, or repeat the command that began it"
         found = data.read_json(file, remedy)
         if found != about:
             raise data.DataError(f"{file} is {found}, not {about}. {remedy}.")
-    write_text(file, json.dumps(about))
+    data.write_text(file, json.dumps(about))
     (place / "parts").mkdir(exist_ok=True)
-
-
-def write_text(path, text):
-    data.write(path, lambda file: file.write(text.encode()))
-
-
-def save(path, array):
-    data.write(path, lambda file: np.save(file, array, allow_pickle=True))
 
 
 def _block(env, oracle, place, index, first, length, skip, pictures, seed):
@@ -987,7 +968,7 @@ def _block(env, oracle, place, index, first, length, skip, pictures, seed):
     if not pictures:
         data.write(place / f"parts/{index:05d}.npz", lambda file: np.savez(file, **states))
     part["crc"] = data.checksum(part)
-    write_text(place / f"parts/{index:05d}.json", json.dumps(part))
+    data.write_text(place / f"parts/{index:05d}.json", json.dumps(part))
     return length
 
 
@@ -1005,14 +986,14 @@ def finish(place, skip, pictures, seed):
         text += f"    mean: {mean[part].tolist()}\n    std: {std[part].tolist()}\n"
     text += f"act_min_bound: {np.min([p['low'] for p in parts], axis=0).tolist()}\n"
     text += f"act_max_bound: {np.max([p['high'] for p in parts], axis=0).tolist()}\n"
-    write_text(place / "statistics.yaml", text)
+    data.write_text(place / "statistics.yaml", text)
     disturbed = np.zeros(n, bool)
     disturbed[[t for p in parts for t in p["disturbed"]]] = True
     bounds = {"calvin_scene_D": [int(episodes.min()), int(episodes.max())]}  # whose twin this is
     spans, tasks = annotations(place, parts, max(1, int(skip * n // 100)), seed)
     arrays = {"ep_start_end_ids": episodes, "ep_lens": lengths, "scene_info": bounds}
     for name, array in (arrays | {"disturbed": disturbed}).items():
-        save(place / f"{name}.npy", array)
+        data.write_array(place / f"{name}.npy", array)
     if not pictures:
         states = [np.load(p) for p in sorted((place / "parts").glob("*.npz"))]
         names = {"robot_obs": "robot_obs", "scene_obs": "scene_obs", "actions": "rel_actions"}
@@ -1029,7 +1010,7 @@ def finish(place, skip, pictures, seed):
 def annotations(place, parts, wanted, seed):
     """Writes CALVIN's language files. Returns spans [start, end) and their tasks: at most `wanted`,
     about one per hundred steps, in turn one of each task, as long as there are any."""
-    rng = np.random.default_rng([seed, 99])
+    rng, folder = np.random.default_rng([seed, 99]), place / data.LANGUAGE
     pool = {t: [s[1:] for p in parts for s in p["spans"] if s[0] == t] for t in sim.TASKS}
     chosen = []
     for spans in pool.values():
@@ -1043,11 +1024,11 @@ def annotations(place, parts, wanted, seed):
     if place.name == "validation":  # the sentence of each task that is held out from training
         phrases = {t: told[:1] for t, told in calvin.sentences().items()}
         asked = {t: {"emb": data.encode(s)[None], "ann": s} for t, s in phrases.items()}
-        save(place / LANG / "embeddings.npy", asked)
+        data.write_array(folder / "embeddings.npy", asked)
     ann = [str(rng.choice(phrases[task])) for task in tasks]
     language = {"ann": ann, "task": tasks, "emb": data.encode(ann)[:, None]}
     info = {"episodes": [], "indx": spans}
-    save(place / LANG / "auto_lang_ann.npy", {"language": language, "info": info})
+    data.write_array(folder / "auto_lang_ann.npy", {"language": language, "info": info})
     return spans, tasks
 
 

@@ -197,7 +197,7 @@ def bounds(folder, split="training"):
 
 
 def language(folder, split="training", name="auto_lang_ann"):
-    return np.load(folder / split / teleop.LANG / f"{name}.npy", allow_pickle=True).item()
+    return np.load(folder / split / data.LANGUAGE / f"{name}.npy", allow_pickle=True).item()
 
 
 def spans(folder):
