@@ -952,7 +952,8 @@ def claim(place, about, n, seed):
     file = place / "recording.json"
     about = about | {"text_encoder": data.TEXT_ENCODER, "frames": n, "seed": seed}
     place.mkdir(parents=True, exist_ok=True)
-    if any(p.suffix != ".tmp" for p in place.iterdir()):  # those a kill left half written
+    # Files that a kill left half written do not count.
+    if not all(p.name.startswith("part_") for p in place.iterdir()):
         remedy = "Choose another folder, delete it, or repeat the command that began it"
         found = data.read_json(file, remedy)
         if found != about:

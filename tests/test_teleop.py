@@ -305,7 +305,7 @@ def test_another_recording_in_the_folder_or_an_impossible_number_is_refused(reco
 def test_a_recording_killed_at_its_very_beginning_goes_on_and_two_at_once_are_refused(tmp_path):
     place = tmp_path / "training"
     place.mkdir()
-    (place / "recording.json.tmp").write_text("{")
+    (place / "part_recording.json").write_text("{")
     teleop.claim(place, {"hz": 30}, 100, 0)
     assert json.loads((place / "recording.json").read_text())["frames"] == 100
     with data.locked(tmp_path), pytest.raises(data.DataError, match="in use by process"):
