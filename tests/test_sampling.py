@@ -155,11 +155,8 @@ def test_windows_of_play_keep_away_from_bursts_and_reach_up_to_them(play, monkey
 def test_padding_holds_the_last_frame_and_its_gripper_and_moves_no_arm(play):
     batch = D.Windows(play, 64, kind="play").batch(0)
     for b in range(64):
-        n, index, a = (
-            int(batch["length"][b]),
-            batch["index"][:, b].numpy(),
-            batch["a"][:, b].numpy(),
-        )
+        n = int(batch["length"][b])
+        index, a = batch["index"][:, b].numpy(), batch["a"][:, b].numpy()
         assert (np.diff(index[:n]) == 1).all() and (index[n:] == index[n - 1]).all()
         assert (a[:n] == play.actions[index[:n]]).all()
         assert (a[n:, :6] == 0).all() and (a[n:, 6] == a[n - 1, 6]).all()
