@@ -698,7 +698,8 @@ class Windows:
         self.span = np.repeat(np.arange(len(bounds)), places)
         place = np.arange(len(self.span)) - np.repeat(np.cumsum(places) - places, places)
         self.align = place >= places[self.span] - 8  # the last 8 places of a span [D11]
-        self.cdf = np.cumsum(1 / places[self.span] if kind == "lang" else place >= 0)
+        weight = 1 / places[self.span] if kind == "lang" else np.ones(len(place))
+        self.cdf = np.cumsum(weight)  # every span is as likely, or every start of play
         self.start = bounds[self.span, 0] + place
         self.most = np.minimum(max_len, bounds[self.span, 1] - self.start)  # the longest window
         self.least = np.minimum(min_len, self.most)

@@ -493,10 +493,7 @@ def attempt(env, oracle, task, max_steps=360, skip=2):
 
 def feasible(seen, alone):
     """The tasks that make sense now, by CALVIN's conditions; a held block can be put down first.
-
-    alone: `free_blocks` now: what the robot or another block touches cannot be pushed into the
-    drawer, by CALVIN's rule.
-    """
+    alone: `free_blocks` now."""
     in_hand, table, top = held(seen), lying(seen, "table"), lying(seen, "top")
     free = [b for b in table if all(gap(seen, b, seen.at[t]) > 0.02 for t in top)]
     ajar = {"left": seen.door < 0.06, "right": seen.door > 0.22}  # the halves that stand open
@@ -727,7 +724,6 @@ class Recorder:
     def seen(self):
         return see(self.env, self.obs)
 
-    # ---- one frame ----
     def tick(self, action, start=None, task=None, disturbed=False):
         """Holds an action for one frame and writes it; whether the oracle saw `task` done."""
         before, solved = self.obs, False
@@ -752,7 +748,6 @@ class Recorder:
             raise Full
         return solved
 
-    # ---- play ----
     def play(self):
         """Fills the block. Returns what the parent must know about it, as plain numbers."""
         while self.t < self.end:
@@ -941,8 +936,8 @@ def record(
         for split in splits:
             finish(folder / split, skip, pictures, seed)
     thin = "" if skip > 1 else " --skip 2    (15 Hz, as --preset sim)"
-    command = f".venv/bin/python data.py pack {folder} PACKED{thin}"
-    print(f"next: {command}" if pictures else "no pictures")
+    if pictures:
+        print(f"next: .venv/bin/python data.py pack {folder} PACKED{thin}")
 
 
 def claim(place, about, n, seed):

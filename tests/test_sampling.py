@@ -177,7 +177,7 @@ def test_language_windows_carry_their_sentence_and_d11_marks_the_last_8_places(p
 def test_d30_a_rephrased_window_has_any_sentence_of_its_task_each_as_often(play):
     """Spans 0 and 2 are of one task, span 1 of another; all else is as without it."""
     own, other = (D.Windows(play, 3000, kind="lang", rephrase=x).batch(0) for x in (False, True))
-    assert all(equal({0: own[k]}, {0: other[k]}) for k in own if k != "emb")
+    assert all(torch.equal(own[k], other[k]) for k in own if k != "emb")
     sentences = torch.from_numpy(np.array(play.span_emb))
     said = (other["emb"][:, None] == sentences).all(-1)  # (3000, spans)
     assert (said.sum(1) == 1).all()
