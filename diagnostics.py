@@ -311,23 +311,23 @@ def print_curves(result: dict) -> None:
 
 # ---------------------------------------------------------------------------- dreams
 @torch.no_grad()
-def dream(policy, obs: dict, embedding, limit: int = 360) -> tuple[np.ndarray, np.ndarray]:
+def dream(policy, obs: dict | None, embedding, limit: int = 360) -> tuple[np.ndarray, np.ndarray]:
     """The policy in its own world model: it sees `obs`, then imagines what its actions lead to.
 
-    obs: an environment's observation with images (64, 64, 3). embedding: (384,) of the instruction.
-    limit: simulator steps. Returns what both cameras would see at each of the policy's steps, the
-    first included: static and gripper, each (n, 64, 64, 3) uint8. Table II's last column is people
-    who watch such films.
+    obs: an environment's observation with images (64, 64, 3); None: it goes on from its own latent.
+    embedding: (384,) of the instruction. limit: simulator steps. Returns what both cameras would
+    see at each of the policy's steps, the first included: static and gripper, each
+    (n, 64, 64, 3) uint8. Table II's last column is people who watch such films.
     """
-    policy.reset()
-    static, gripper = [], []
+    if obs is not None:
+        policy.reset()
+    states = []
     for t in range(0, limit + 1, policy.skip):
         policy.act(obs if t == 0 else None, embedding)
-        h, z = policy.state
-        images = policy.world.show(h[None], z[None])  # (1, 1, 64, 64, 3)
-        static.append(images["static"][0, 0].cpu().numpy())
-        gripper.append(images["gripper"][0, 0].cpu().numpy())
-    return np.stack(static), np.stack(gripper)
+        states.append(policy.state)
+    h, z = (torch.stack(x) for x in zip(*states, strict=True))  # (n, 1, H), (n, 1, Z)
+    images = policy.world.show(h, z)  # (n, 1, 64, 64, 3)
+    return tuple(images[k][:, 0].cpu().numpy() for k in ("static", "gripper"))
 
 
 def write_film(path: Path, frames: np.ndarray, hz: float) -> None:

@@ -42,6 +42,7 @@ from tqdm import tqdm
 
 import calvin
 import data
+import diagnostics
 import pages
 import sim
 import teleop
@@ -248,13 +249,9 @@ class Filmed:
 
     def save(self):
         """Write a GIF; a long one is thinned."""
-        import imageio.v3 as imageio
-
         frames = self.frames[:: math.ceil(len(self.frames) / FILM_FRAMES)]
         frames = np.stack([draw(*frame) for frame in frames])
-        rate = {"duration": 1000 // FILM_FPS, "loop": 0}
-        film = imageio.imwrite("<bytes>", frames, extension=".gif", **rate)
-        data.write(self.film, lambda file: file.write(film))
+        diagnostics.write_film(self.film, frames, FILM_FPS)
 
 
 def draw(static, gripper, caption: str, solved: bool | None) -> np.ndarray:
