@@ -13,7 +13,6 @@ plan.py. Needs: torch, numpy, imageio, tqdm; for the commands also tyro, scikit-
 """
 
 import functools
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -36,17 +35,13 @@ CONTEXT, FRAMES, CLIPS = 5, 200, 8
 
 # ---------------------------------------------------------------------------- a run
 class Log:
-    """What a run says: a line and a JSONL record at a time, pictures, and TensorBoard if it is
-    installed. Nothing is written before the first record."""
+    """What a run says: a line and a JSONL record at a time, and pictures. Nothing is written before
+    the first record."""
 
     def __init__(self, folder: Path, stage: str, writes: bool = True):
         """writes: one of several processes does."""
         self.folder, self.path, self.writes = folder, folder / f"{stage}.jsonl", writes
-        self.validated, self.board = set(), None  # steps; TensorBoard, an optional extra
-        if writes and importlib.util.find_spec("tensorboard"):
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(folder / "tensorboard" / stage)
+        self.validated = set()  # steps
 
     def cut(self, step: int) -> None:
         """Removes records after a checkpoint's step, for those steps will be done again."""
@@ -69,16 +64,11 @@ class Log:
         with D.naming(self.path, D.MAKE_ROOM), self.path.open("a") as f:
             f.write(json.dumps(record) + "\n")
         tqdm.write("  ".join(f"{k} {x}" for k, x in record.items()), file=sys.stdout)
-        if self.board:
-            for k, x in figures.items():
-                self.board.add_scalar(f"{kind}/{k}", x, step)
 
     def picture(self, name: str, step: int, image: np.ndarray) -> None:
         """(H, W, 3) uint8, kept as pictures/name_step.png."""
         png = imageio.imwrite("<bytes>", image, extension=".png")
         D.write(self.folder / "pictures" / f"{name}_{step:07d}.png", lambda file: file.write(png))
-        if self.board:
-            self.board.add_image(name, image, step, dataformats="HWC")
 
 
 def mean(figures: list[dict]) -> dict[str, float]:
