@@ -13,7 +13,6 @@ plan.py. Needs: torch, numpy, imageio, tqdm; for the commands also tyro, scikit-
 """
 
 import functools
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -30,21 +29,19 @@ import data as D
 
 # Of scene_obs: sliding door, drawer, both lights, and the blocks' xyz (not their angles).
 SCENE = [0, 1, 4, 5, *(6 + 6 * block + i for block in range(3) for i in range(3))]
+# Fig. 3: frames that are seen, frames of a clip (or the longest episode's), clips.
+CONTEXT, FRAMES, CLIPS = 5, 200, 8
 
 
 # ---------------------------------------------------------------------------- a run
 class Log:
-    """What a run says: a line and a JSONL record at a time, pictures, and TensorBoard if it is
-    installed. Nothing is written before the first record."""
+    """What a run says: a line and a JSONL record at a time, and pictures. Nothing is written before
+    the first record."""
 
     def __init__(self, folder: Path, stage: str, writes: bool = True):
         """writes: one of several processes does."""
         self.folder, self.path, self.writes = folder, folder / f"{stage}.jsonl", writes
-        self.validated, self.board = set(), None  # steps; TensorBoard, an optional extra
-        if writes and importlib.util.find_spec("tensorboard"):
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(folder / "tensorboard" / stage)
+        self.validated = set()  # steps
 
     def cut(self, step: int) -> None:
         """Removes records after a checkpoint's step, for those steps will be done again."""
@@ -67,16 +64,11 @@ class Log:
         with D.naming(self.path, D.MAKE_ROOM), self.path.open("a") as f:
             f.write(json.dumps(record) + "\n")
         tqdm.write("  ".join(f"{k} {x}" for k, x in record.items()), file=sys.stdout)
-        if self.board:
-            for k, x in figures.items():
-                self.board.add_scalar(f"{kind}/{k}", x, step)
 
     def picture(self, name: str, step: int, image: np.ndarray) -> None:
         """(H, W, 3) uint8, kept as pictures/name_step.png."""
         png = imageio.imwrite("<bytes>", image, extension=".png")
         D.write(self.folder / "pictures" / f"{name}_{step:07d}.png", lambda file: file.write(png))
-        if self.board:
-            self.board.add_image(name, image, step, dataformats="HWC")
 
 
 def mean(figures: list[dict]) -> dict[str, float]:
@@ -207,12 +199,12 @@ def eventful(data: D.PlayData, L: int, n: int = 3) -> dict[str, Tensor]:
     return data.frames(first + np.arange(L)[:, None], fresh=True)
 
 
-def prediction_picture(world, batch: dict[str, Tensor], context: int = 5) -> np.ndarray:
+def prediction_picture(world, batch: dict[str, Tensor]) -> np.ndarray:
     """Rows: for each sequence and both cameras, the truth, the reconstruction from the posterior,
-    the prediction from `context` frames on. Columns: moments, context first."""
-    seen, unseen = world.predict(batch, context)
+    the prediction from CONTEXT frames on. Columns: moments, context first."""
+    seen, unseen = world.predict(batch, CONTEXT)
     T, B = batch["reset"].shape
-    moments = np.unique(np.linspace(context - 1, T - 1, 12).astype(int))
+    moments = np.unique(np.linspace(CONTEXT - 1, T - 1, 12).astype(int))
     rows = []
     for b in range(B):
         for k in ("static", "gripper"):
@@ -226,11 +218,8 @@ def enlarged(images: np.ndarray) -> np.ndarray:
     return images.repeat(2, -3).repeat(2, -2)
 
 
-def predict(
-    checkpoint: str, data: str, out: Path, seed: int = 0, device: str = "cpu",
-    context: int = 5, frames: int = 200, clips: int = 8,
-) -> dict:  # fmt: skip
-    """Fig. 3: `context` frames of held-out play, then 195 steps from the recorded actions alone.
+def predict(checkpoint: str, data: str, out: Path, seed: int = 0, device: str = "cpu") -> dict:
+    """Fig. 3: 5 frames of held-out play, then 195 steps from the recorded actions alone.
 
     Writes prediction.png and .gif (truth above prediction), and prediction.json with PSNR (dB)
     and SSIM of each step after the context, over all clips: of the prediction, of the
@@ -243,9 +232,6 @@ def predict(
         out: folder of what is written
         seed: of the clips and of the samples
         device: cpu, cuda, cuda:1, ...
-        context: frames that are seen
-        frames: of each clip, or as many as the longest episode has
-        clips: how many
     """
     from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
@@ -255,34 +241,34 @@ def predict(
     world = train.load_world_model(loaded, device)
     play = D.PlayData(data, "validation")
     train.same_kind(loaded, play, data)
-    frames = min(frames, play.longest)
-    first = np.random.default_rng(seed).permutation(play.stretches(frames))[:clips]
+    frames = min(FRAMES, play.longest)
+    first = np.random.default_rng(seed).permutation(play.stretches(frames))[:CLIPS]
     batch = play.frames(first + np.arange(frames)[:, None], fresh=True)
     with torch.no_grad():
         torch.manual_seed(seed)
-        seen, unseen = world.predict(D.to_device(batch, device), context)
+        seen, unseen = world.predict(D.to_device(batch, device), CONTEXT)
     psnr = functools.partial(peak_signal_noise_ratio, data_range=255)
     ssim = functools.partial(structural_similarity, data_range=255, channel_axis=-1)
     result = {
         "checkpoint": str(checkpoint), "step": loaded["step"], "hz": play.meta["hz"],
-        "context": context, "frames": frames, "clips": len(first), "seed": seed,
+        "context": CONTEXT, "frames": frames, "clips": len(first), "seed": seed,
     }  # fmt: skip
     if "tcp" in unseen:  # [D5]
         tcp = batch["robot_obs"][..., :3].numpy()  # (T, B, 3)
-        for name, x in (("prediction", unseen["tcp"].cpu().numpy()), ("copy", tcp[context - 1])):
+        for name, x in (("prediction", unseen["tcp"].cpu().numpy()), ("copy", tcp[CONTEXT - 1])):
             error = 100 * np.median(np.linalg.norm(x - tcp, axis=-1), axis=-1)
-            result[f"tcp_cm_{name}"] = np.round(error[context:], 2).tolist()
+            result[f"tcp_cm_{name}"] = np.round(error[CONTEXT:], 2).tolist()
     strip, film = [], []
     for k in tqdm(("static", "gripper"), desc="prediction", unit="camera"):
         truth = batch[f"rgb_{k}"].numpy()  # (T, B, 64, 64, 3)
-        copied = torch.tensor(truth[context - 1]).expand(*truth.shape)
+        copied = torch.tensor(truth[CONTEXT - 1]).expand(*truth.shape)
         for name, x in {"prediction": unseen[k], "reconstruction": seen[k], "copy": copied}.items():
-            pairs = list(zip(truth[context:], x[context:].cpu().numpy(), strict=True))
+            pairs = list(zip(truth[CONTEXT:], x[CONTEXT:].cpu().numpy(), strict=True))
             curves = {"psnr": [psnr(*at_t) for at_t in pairs]}  # of the clips' mean error
             curves["ssim"] = [np.mean(list(map(ssim, *at_t))) for at_t in pairs]
             result |= {f"{m}_{k}_{name}": np.round(c, 3).tolist() for m, c in curves.items()}
         both = np.concatenate([truth, unseen[k].cpu().numpy()], 2)  # (T, B, 128, 64, 3)
-        moments = np.linspace(context - 1, frames - 1, 14).astype(int)
+        moments = np.linspace(CONTEXT - 1, frames - 1, 14).astype(int)
         strip += [np.concatenate(both[moments, b], 1) for b in range(min(2, len(first)))]
         film.append(np.concatenate(both[:, :4].swapaxes(0, 1), 2))  # (T, 128, 4 * 64, 3)
     out = Path(out)
@@ -311,29 +297,28 @@ def print_curves(result: dict) -> None:
 
 # ---------------------------------------------------------------------------- dreams
 @torch.no_grad()
-def dream(policy, obs: dict, embedding, limit: int = 360) -> tuple[np.ndarray, np.ndarray]:
+def dream(policy, obs: dict | None, embedding, limit: int = 360) -> tuple[np.ndarray, np.ndarray]:
     """The policy in its own world model: it sees `obs`, then imagines what its actions lead to.
 
-    obs: an environment's observation with images (64, 64, 3). embedding: (384,) of the instruction.
-    limit: simulator steps. Returns what both cameras would see at each of the policy's steps, the
-    first included: static and gripper, each (n, 64, 64, 3) uint8. Table II's last column is people
-    who watch such films.
+    obs: an environment's observation with images (64, 64, 3); None: it goes on from its own latent.
+    embedding: (384,) of the instruction. limit: simulator steps. Returns what both cameras would
+    see at each of the policy's steps, the first included: static and gripper, each
+    (n, 64, 64, 3) uint8. Table II's last column is people who watch such films.
     """
-    policy.reset()
-    static, gripper = [], []
+    if obs is not None:
+        policy.reset()
+    states = []
     for t in range(0, limit + 1, policy.skip):
         policy.act(obs if t == 0 else None, embedding)
-        h, z = policy.state
-        images = policy.world.show(h[None], z[None])  # (1, 1, 64, 64, 3)
-        static.append(images["static"][0, 0].cpu().numpy())
-        gripper.append(images["gripper"][0, 0].cpu().numpy())
-    return np.stack(static), np.stack(gripper)
+        states.append(policy.state)
+    h, z = (torch.stack(x) for x in zip(*states, strict=True))  # (n, 1, H), (n, 1, Z)
+    images = policy.world.show(h, z)  # (n, 1, 64, 64, 3)
+    return tuple(images[k][:, 0].cpu().numpy() for k in ("static", "gripper"))
 
 
 def write_film(path: Path, frames: np.ndarray, hz: float) -> None:
-    """frames (n, H, W, 3) uint8 -> a GIF, or an MP4 if path says so."""
-    how = {"fps": hz} if path.suffix == ".mp4" else {"duration": 1000 / hz, "loop": 0}
-    film = imageio.imwrite("<bytes>", frames, extension=path.suffix, **how)
+    """frames (n, H, W, 3) uint8 -> a GIF."""
+    film = imageio.imwrite("<bytes>", frames, extension=".gif", duration=1000 / hz, loop=0)
     D.write(path, lambda file: file.write(film))
 
 

@@ -42,6 +42,7 @@ from tqdm import tqdm
 
 import calvin
 import data
+import diagnostics
 import pages
 import sim
 import teleop
@@ -248,13 +249,9 @@ class Filmed:
 
     def save(self):
         """Write a GIF; a long one is thinned."""
-        import imageio.v3 as imageio
-
         frames = self.frames[:: math.ceil(len(self.frames) / FILM_FRAMES)]
         frames = np.stack([draw(*frame) for frame in frames])
-        rate = {"duration": 1000 // FILM_FPS, "loop": 0}
-        film = imageio.imwrite("<bytes>", frames, extension=".gif", **rate)
-        data.write(self.film, lambda file: file.write(film))
+        diagnostics.write_film(self.film, frames, FILM_FPS)
 
 
 def draw(static, gripper, caption: str, solved: bool | None) -> np.ndarray:
@@ -426,7 +423,9 @@ def evaluate(args, argv: list[str]) -> dict:
     numbers = range(args.first or 0, (args.first or 0) + args.chains)
     films = {n: args.out / f"chain_{n:04}.gif" for n in numbers[: args.film]}
     records, result, begun = read_log(args.out, worker.about), {}, time.monotonic()
-    todo = [n for n in numbers[rank::ranks] if n not in records or not films.get(n, log).exists()]
+    filmed = {n for n in numbers if n not in films or films[n].exists()}
+    todo = [n for n in numbers[rank::ranks] if n not in records or n not in filmed]
+    mine = read_log(args.out, worker.about, log.name)
     try:
         for r in started_here:
             share = os.environ | {"RANK": str(r), "WORLD_SIZE": str(ranks)}
@@ -437,8 +436,8 @@ def evaluate(args, argv: list[str]) -> dict:
             record = worker.run_chain(n, films.get(n))
             if n not in records:  # else only its film was missing
                 # The whole log, written beside and renamed: no line is ever half written.
-                rows = [*read_log(args.out, worker.about, log.name).values(), record]
-                rows = [row | {"crc": data.checksum(row)} for row in rows]
+                mine[n] = record
+                rows = [row | {"crc": data.checksum(row)} for row in mine.values()]
                 text = "".join(json.dumps(row) + "\n" for row in (worker.about, *rows)).encode()
                 data.write(log, lambda file, text=text: file.write(text))
         if any(other.wait() for other in others):

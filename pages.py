@@ -6,7 +6,7 @@ live     a page on 127.0.0.1: both cameras, what the world model imagines, a fie
     visitors --ask--> Robot.wanted      one robot for all of them: the last wish counts
     visitors <--events-- Robot.shown    what changed, 15 times a second
 
-Templates: assets/report.html, assets/live.html. Needs: torch, jinja2, matplotlib, flask, imageio.
+Templates: assets/report.html, live.html. Needs: torch, scipy, jinja2, matplotlib, flask, imageio.
 """
 
 import base64
@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 import calvin
 import data as D
+import diagnostics
 
 ROOT = Path(__file__).resolve().parent
 ASSETS = ROOT / "assets"
@@ -50,7 +51,7 @@ CURVES = {
 POINTS = 400  # of a curve, at most: the means of neighbours
 COLOURS = ("#2f7de1", "#e8710a", "#0f9d75", "#b455c9", "#c9372c", "#8a8d91")
 TEXT = "#010203"  # stands for the page's own colour of text
-HZ, AHEAD = 30, 2.0  # simulator steps per second; seconds that the world model imagines
+HZ, AHEAD = 30, 2  # simulator steps per second; seconds that the world model imagines
 
 
 # ------------------------------------------------------------------ the report
@@ -165,11 +166,12 @@ def curve(salt: str, rows: list[dict], keys: tuple[str, ...]) -> str:
     return svg[svg.index("<svg") :].replace(TEXT, "currentColor")
 
 
-def wilson(ok: float, n: int) -> tuple[float, float]:
+def wilson(ok: int, n: int) -> tuple[float, float]:
     """The 95 % confidence interval of a rate of ok in n."""
-    z2 = 1.96**2
-    middle, half = ok + z2 / 2, math.sqrt(z2 * (ok * (n - ok) / n + z2 / 4))
-    return max(0.0, (middle - half) / (n + z2)), min(1.0, (middle + half) / (n + z2))
+    from scipy.stats import binomtest
+
+    interval = binomtest(ok, n).proportion_ci(method="wilson")
+    return interval.low, interval.high
 
 
 def evaluation(path: Path, folder: Path) -> dict:
@@ -190,7 +192,7 @@ def evaluation(path: Path, folder: Path) -> dict:
             films.append(about | {"told": told[: row["solved"] + 1]})
     return {
         "where": "" if path == folder else f"{path.name}/", "result": result, "films": films,
-        "shares": [(str(k), x, *wilson(x * n, n), "", "") for k, x in enumerate(shares, 1)],
+        "shares": [(str(k), x, *wilson(round(x * n), n), "", "") for k, x in enumerate(shares, 1)],
         "tasks": [(task.replace("_", " "), ok / m, *wilson(ok, m), f"{ok}/{m}", sentences.get(task))
                   for task, (ok, m) in result["tasks"].items()],
         "chains": [chains[number] for number in sorted(chains)],
@@ -211,19 +213,13 @@ def png(image: np.ndarray) -> str:
     return "data:image/png;base64," + base64.b64encode(file).decode()
 
 
-@torch.no_grad()
 def imagine(policy, embedding) -> np.ndarray:
     """What the policy's own actions lead to in its world model, from its latent on: (128, 64 n, 3)
     uint8, the static camera above the gripper's. Policy and random numbers stay as they are."""
-    dreamer, states = copy.copy(policy), []  # act() replaces the state, and changes nothing in it
+    dreamer = copy.copy(policy)  # act() replaces the state, and changes nothing in it
     with torch.random.fork_rng():
-        for _ in range(round(AHEAD * HZ / policy.skip)):
-            dreamer.act(None, embedding)
-            states.append(dreamer.state)
-        h, z = (torch.stack(x) for x in zip(*states, strict=True))  # (n, 1, H), (n, 1, Z)
-        images = policy.world.show(h, z)
-    rows = [torch.cat([*images[k][:, 0]], 1) for k in ("static", "gripper")]
-    return torch.cat(rows).cpu().numpy()
+        cameras = diagnostics.dream(dreamer, None, embedding, AHEAD * HZ - 1)
+    return np.concatenate([np.concatenate(images, 1) for images in cameras])
 
 
 class Robot:

@@ -311,6 +311,7 @@ class Run:
 
     def __init__(self, config: RunConfig, model_config):
         self.config, self.model_config, self.out = config, model_config, Path(config.out)
+        self.settings = dataclasses.asdict(config) | dataclasses.asdict(model_config)
         self.data = D.PlayData(config.data, "training")
         self.held_out = D.PlayData(config.data, "validation")
         self.checkpoint_path = self.out / f"{config.stage}.pt"
@@ -325,7 +326,7 @@ class Run:
             self.device = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu"
             if cuda:
                 torch.cuda.set_device(self.device)
-            if not dist.is_initialized():  # the others wait while rank 0 caches latents
+            if not dist.is_initialized():  # the others wait while one of them caches latents
                 backend = "nccl" if cuda else "gloo"
                 dist.init_process_group(backend, timeout=timedelta(hours=6))
             dist.broadcast_object_list(bf16)  # rank 0 decides
@@ -335,8 +336,7 @@ class Run:
         self.log = diagnostics.Log(self.out, config.stage, self.rank == 0)
         torch.manual_seed(config.seed)
         if self.rank == 0:
-            settings = dataclasses.asdict(config) | dataclasses.asdict(model_config)
-            print(json.dumps(settings, indent=1, ensure_ascii=False))
+            print(json.dumps(self.settings, indent=1, ensure_ascii=False))
             how = f"{'bf16' if self.bf16 else 'fp32'} products, {self.ranks} processes"
             print(f"{self.steps} steps on {self.device}, {how}")
 
@@ -357,22 +357,8 @@ class Run:
 
     def captured(self, update):
         """`update`, which must ask for no number, as a CUDA graph where that can be."""
-        if "cuda" not in self.device or not self.config.graph:
-            return update
-        if self.ranks > 1:
-            if self.rank == 0:
-                print("note: several processes train without a CUDA graph")
-            return update
-        return Captured(update, self.device)
-
-    @contextmanager
-    def rank_zero_first(self):
-        """Rank 0 runs the block first; then the others run it, and find it done."""
-        if self.rank > 0:
-            dist.barrier()
-        yield
-        if self.rank == 0 and self.ranks > 1:
-            dist.barrier()
+        possible = "cuda" in self.device and self.ranks == 1 and self.config.graph
+        return Captured(update, self.device) if possible else update
 
     # ------------------------------------------------------------------ steps
     def progress(self, start: int):
@@ -415,10 +401,10 @@ class Run:
         self.report()
 
     def report(self) -> None:
-        settings = dataclasses.asdict(self.model_config) | dataclasses.asdict(self.config)
-        settings |= {"steps": self.steps, "processes": self.ranks, "bf16": self.bf16}
+        known = {"steps": self.steps, "processes": self.ranks, "bf16": self.bf16}
         if self.rank == 0:
-            pages.report(self.out, self.config.stage, settings | {"device": self.device})
+            settings = self.settings | known | {"device": self.device}
+            pages.report(self.out, self.config.stage, settings)
 
     @contextmanager
     def aside(self, module: torch.nn.Module):
@@ -452,12 +438,13 @@ class Run:
             per_step = (time.monotonic() - self.loop_began) / 10
             tqdm.write(forecast(per_step, self.steps - done), file=sys.stdout)
 
-    # ------------------------------------------------------------------ checkpoints
-    def key(self, world: W.WorldModel) -> str:
-        """The name of the latents that this world model gives in this precision."""
-        return identity(world.state_dict()) + ("-bf16" if self.bf16 else "")
+    def latents(self, world: W.WorldModel) -> list[D.Latents]:
+        """Those of both splits in this precision. One process makes them, the others wait."""
+        key = identity(world.state_dict()) + ("-bf16" if self.bf16 else "")
+        return [D.cache_latents(world, x, key, self.precision) for x in (self.data, self.held_out)]
 
-    def save(self, step: int, modules: dict, optimizers: dict, **more) -> None:
+    # ------------------------------------------------------------------ checkpoints
+    def save(self, step: int, model: torch.nn.Module, optimizers: dict, **more) -> None:
         if self.rank:
             return
         random = {"cpu": torch.get_rng_state()}
@@ -468,15 +455,15 @@ class Run:
             "config": dataclasses.asdict(self.model_config), "run": dataclasses.asdict(self.config),
             "meta": self.data.meta, "text_encoder": self.data.meta["text_encoder"],
             "frames": len(self.data), "random": random,
+            "model": model.state_dict(),
             "optimizer": {k: o.state_dict() for k, o in optimizers.items()},
         }  # fmt: skip
-        checkpoint |= {k: m.state_dict() for k, m in modules.items()} | more
-        save_checkpoint(self.checkpoint_path, checkpoint)
+        save_checkpoint(self.checkpoint_path, checkpoint | more)
         if self.interrupted:
             print(f"\nCtrl-C: {self.checkpoint_path} holds step {step}; the same command goes on.")
             raise KeyboardInterrupt
 
-    def resume(self, modules: dict, optimizers: dict) -> tuple[int, dict]:
+    def resume(self, model: torch.nn.Module, optimizers: dict) -> tuple[int, dict]:
         """Loads the last checkpoint if there is one. Returns the step to go on from, and it."""
         c = self.last_checkpoint()
         self.began = time.monotonic() - c.get("seconds", 0.0)
@@ -486,8 +473,7 @@ class Run:
         if not c:
             return 0, {}
         with fitting(c["path"], "its model, or in another world model"):
-            for name, module in modules.items():
-                module.load_state_dict(c[name])
+            model.load_state_dict(c["model"])
             for name, optimizer in optimizers.items():
                 optimizer.load_state_dict(c["optimizer"][name])
                 for p, state in optimizer.state.items():  # moments in the parameters' layout
@@ -518,8 +504,7 @@ class Run:
         if {"optimizer", "random"} - c.keys():
             what = f"{path} was published, without its optimiser, or is damaged"
             raise ValueError(f"{what}: it cannot be trained on. Give another --out.")
-        now = dataclasses.asdict(self.config) | dataclasses.asdict(self.model_config)
-        then = c["run"] | todays(c["config"])
+        now, then = self.settings, c["run"] | todays(c["config"])
         changed = [k for k in now if k not in RESUMABLE and now[k] != then.get(k)]
         if changed:
             lines = "\n".join(f"  --{k}: {then.get(k)!r} there, {now[k]!r} here" for k in changed)
@@ -622,7 +607,7 @@ def train_world_model(run: Run) -> None:
         world.parameters(), c.learning_rate, eps=c.adam_epsilon, weight_decay=c.weight_decay,
         fused=True,
     )  # fmt: skip
-    start, checkpoint = run.resume({"model": world}, {"world": optimizer})
+    start, checkpoint = run.resume(world, {"world": optimizer})
 
     # Sequences of play; in the first half of the steps, n times as many, n times shorter [D25].
     B, L, n = c.batch_size, c.sequence_length, c.length_curriculum
@@ -666,16 +651,15 @@ def train_world_model(run: Run) -> None:
         run.record(step + 1, figures)
         if run.saves(step + 1):
             carried = [P.all_gather(x) for x in state]
-            run.save(step + 1, {"model": world}, {"world": optimizer}, state=carried)
+            run.save(step + 1, world, {"world": optimizer}, state=carried)
 
     # What the agent needs: the latents of every frame. And do they know the scene?
     world.eval().requires_grad_(False)
     if run.rank:
         return
-    splits = (data, run.held_out)
-    latents = [D.cache_latents(world, x, run.key(world), run.precision) for x in splits]
+    latents = run.latents(world)
     if data.meta["source"] != "robot":  # a real scene has no scene_obs
-        probe = diagnostics.probe(world, *zip(latents, splits, strict=True))
+        probe = diagnostics.probe(world, (latents[0], data), (latents[1], run.held_out))
         D.write_json(run.out / "probe.json", {"step": run.steps} | probe)
         print(f"probe of held-out latents (median errors; chance: the training split's): {probe}")
     options = f"--preset {run.config.preset} --data {run.config.data} --out {run.config.out}"
@@ -722,16 +706,14 @@ def train_agent(run: Run) -> None:
     if wm["step"] < (wm["run"]["steps"] or STEPS[wm["run"]["preset"]]["wm"]) and run.rank == 0:
         print(f"note: {wm['path']} is of step {wm['step']}; its training was not finished")
     world = load_world_model(wm, device)
-    with run.rank_zero_first():
-        splits = (data, run.held_out)
-        latents = [D.cache_latents(world, x, run.key(world), run.precision) for x in splits]
+    latents = run.latents(world)
 
     torch.manual_seed(run.config.seed)
     agent = A.Agent(c, world.config.latent).to(device)
     actor_optimizer = torch.optim.Adam(agent.actor_parameters(), c.actor_lr, fused=True)
     critic_optimizer = torch.optim.Adam(agent.critic.parameters(), c.critic_lr, fused=True)
     optimizers = {"actor": actor_optimizer, "critic": critic_optimizer}
-    start, old = run.resume({"model": agent}, optimizers)
+    start, old = run.resume(agent, optimizers)
     if old and identity(old["world_model"]["model"]) != identity(wm["model"]):
         what = f"{old['path']} was trained in another world model than {wm['path']}"
         raise ValueError(f"{what}; remove it, or give another --out.")
@@ -761,7 +743,7 @@ def train_agent(run: Run) -> None:
         if run.saves(step + 1):
             part = {k: wm[k] for k in ("config", "model", "step", "seconds")}
             policy = A.POLICY_PRESETS[run.config.preset]
-            run.save(step + 1, {"model": agent}, optimizers, world_model=part, policy=policy)
+            run.save(step + 1, agent, optimizers, world_model=part, policy=policy)
     if run.rank == 0:
         source = data.meta["source"]
         env = "real --robot SETUP.json" if source == "robot" else source
@@ -775,7 +757,7 @@ def train_baseline(run: Run) -> None:
     c, device = run.model_config, run.device
     model = B.Baseline(c).to(device)
     optimizer = torch.optim.Adam(model.parameters(), c.lr, fused=True)
-    start, _ = run.resume({"model": model}, {"model": optimizer})
+    start, _ = run.resume(model, {"model": optimizer})
     n = c.batch_size // 2
     shards = run.shard(c.batch_size - n), run.shard(n)
     windows = D.play_and_language(run.data, c, run.config.seed, shards)
@@ -806,7 +788,7 @@ def train_baseline(run: Run) -> None:
         run.record(step + 1, figures)
         if run.saves(step + 1):
             policy = B.POLICY_PRESETS[run.config.preset]
-            run.save(step + 1, {"model": model}, {"model": optimizer}, policy=policy)
+            run.save(step + 1, model, {"model": optimizer}, policy=policy)
     if run.rank == 0:
         print(f"\n{run.config.stage}: {run.checkpoint_path}")
 

@@ -144,8 +144,7 @@ def stages(args: argparse.Namespace, folder: Path):
     parameters = {"actor": agent.actor_parameters(), "critic": agent.critic.parameters()}
     optimizers = {k: torch.optim.Adam(p, 1e-4, fused=True) for k, p in parameters.items()}
     rates, run.model_config = {"actor": a.actor_lr, "critic": a.critic_lr}, a
-    latents = D.cache_latents(world, run.data, run.key(world), run.precision)
-    windows = D.WindowBatches(run.data, latents, world, a, 0)
+    windows = D.WindowBatches(run.data, run.latents(world)[0], world, a, 0)
     windows.world = T.rounded(world) if run.bf16 else world
 
     def load_windows():

@@ -200,7 +200,9 @@ def test_a_push_moves_the_arm_for_three_actions_keeps_the_gripper_and_is_seeded(
     np.testing.assert_array_equal(arm("2"), first)
 
 
-def test_an_interrupted_run_shows_its_tables_and_resumes_to_the_same_result(fake, capsys):
+def test_an_interrupted_run_shows_its_tables_and_resumes_to_the_same_result(
+    fake, capsys, monkeypatch
+):
     plan = [3, 400, 8, 2, 5, 1, 9, 400]  # differs from attempt to attempt: chains end anywhere
     fake.env = FakeEnv(plan)
     fake.run("--chains", "6")
@@ -217,6 +219,10 @@ def test_an_interrupted_run_shows_its_tables_and_resumes_to_the_same_result(fake
     assert fake.run("--chains", "6")["chains"] == 6
     assert fake.env.resets == 3 and fake.log.read_text() == whole
     fake.run("--chains", "6")
+    with monkeypatch.context() as second:  # of two processes
+        second.setenv("RANK", "1")
+        second.setenv("WORLD_SIZE", "2")
+        fake.run("--chains", "6")
     assert fake.env.resets == 3  # nothing left to do
     assert fake.run("--chains", "7")["chains"] == 7 and fake.env.resets == 4  # nor lost
     assert fake.run("--first", "2", "--chains", "3")["chains"] == 3  # of those on record

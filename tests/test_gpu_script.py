@@ -1,6 +1,7 @@
 """What a GPU will be asked to do, as far as a CPU can tell: the script, and CUDA graphs."""
 
 import contextlib
+import dataclasses
 import json
 
 import gpu
@@ -12,11 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train
+import world_model as W
 
 # Rates that fp32 has exactly, for a graph reads them from tensors.
 RATES = {"wm": ["--learning_rate", str(2**-10)]}
 RATES["agent"] = ["--actor_lr", str(2**-10), "--critic_lr", str(2**-10)]
-PIECES = "--carry_state false --length_curriculum 2 --sample_anneal 0.75".split()
+PIECES = "--batch_size 2 --carry_state false --length_curriculum 2 --sample_anneal 0.75".split()
 
 
 def run(stage, packed, trained, out, *more):
@@ -26,7 +28,9 @@ def run(stage, packed, trained, out, *more):
     return torch.load(out / f"{stage}.pt", weights_only=True)["model"]
 
 
-def test_the_script_goes_through_all_of_its_parts_on_a_cpu(packed, tmp_path):
+def test_the_script_goes_through_all_of_its_parts_on_a_cpu(packed, tmp_path, monkeypatch):
+    few = dataclasses.replace(W.PRESETS["tiny"], batch_size=2)
+    monkeypatch.setitem(W.PRESETS, "tiny", few)
     how = f"--device cpu --preset tiny --seconds 0 --train 1 --play {packed} --out {tmp_path}"
     code = gpu.main(how.split())
     found = json.loads((tmp_path / "gpu_cpu.json").read_text())["findings"]
@@ -137,15 +141,3 @@ def test_a_step_asks_for_no_number(stage, packed, trained, quick_probe, tmp_path
     assert len(calls) == 2
     with pytest.raises(AssertionError, match="local_scalar"), NoNumbers():
         torch.ones(1).item()
-
-
-@pytest.mark.parametrize("stage", ["wm", "agent"])
-def test_a_loss_is_one_graph_for_the_compiler(stage, packed, trained, quick_probe, tmp_path,
-                                              monkeypatch):  # fmt: skip
-    def parallel(self, module, loss):
-        return torch.compile(loss, fullgraph=True, dynamic=False, backend="eager")
-
-    monkeypatch.setattr(train.Run, "parallel", parallel)
-    short = {"wm": "--sequence_length 4 --sample_anneal 1", "agent": "--sequence_length 4"}
-    short["agent"] += " --min_window 3 --max_window 4"
-    run(stage, packed, trained, tmp_path, "--steps", "1", *short[stage].split())
