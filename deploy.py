@@ -536,12 +536,13 @@ def record_command(
     split: Positional[Literal["training", "validation"]],
 ):
     """Play by hand guiding, in CALVIN's format."""
-    with connected(R.recording(R.load_config(setup)), dry_run=False) as env:
+    c = R.load_config(setup)
+    with connected(R.recording(c), dry_run=False) as env:
         check(env, Path("check.png"), moves="you move the arm, g moves the hand")
         while ask(env, "n: a new episode, q: enough", "nq") == "n":
             print("recording; n ends the episode, g opens and closes the hand", flush=True)
             try:
-                record(env, folder, split)
+                record(env, folder, split, thin=c.record_hz // c.hz)
             except R.Stopped as stop:
                 print(f"stopped: {stop}", flush=True)
 

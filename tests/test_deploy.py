@@ -187,14 +187,18 @@ def test_actions_beyond_one_are_clipped_and_counted(tmp_path):
     assert recorder.clipped == 1
 
 
-def test_ctrl_c_in_a_recording_says_that_everything_is_kept(tmp_path, monkeypatch):
-    def interrupted(*_):
+def test_ctrl_c_in_a_recording_thinned_to_the_set_ups_rate_says_that_everything_is_kept(
+    tmp_path, monkeypatch
+):
+    def interrupted(env, folder, split, thin):
+        assert (env.config.hz, thin) == (60, 4)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(R, "RealEnv", lambda c, dry_run, key: doubled(c))
-    monkeypatch.setattr(P, "ask", interrupted)
+    monkeypatch.setattr(P, "ask", lambda env, text, choices: choices[0])
+    monkeypatch.setattr(P, "record", interrupted)
     monkeypatch.chdir(tmp_path)
-    Path("setup.json").write_text("{}")
+    Path("setup.json").write_text('{"record_hz": 60}')
     with pytest.raises(SystemExit, match=r"Ctrl-C.*kept.*same command"):
         P.main(["record", "setup.json", "play", "training"])
 
