@@ -8,7 +8,7 @@
 The oracle reads the infos of sim.PlayTable and of calvin_env. That is not on PyPI: INSTALL says how
 to get it. None of its files is edited, and neither tacto nor calvin_agent is needed: the tactile
 camera is left out, and its look-up of a git commit, which fails outside a clone, is answered here.
-Copy this file alone. Needs: numpy; for Table also calvin_env and what that needs.
+Copy this file alone. Needs: numpy, scipy; for Table also calvin_env and what that needs.
 """
 
 import ctypes
@@ -27,6 +27,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+from scipy.spatial.transform import Rotation
 
 # The names of the table's joints and links.
 SLIDE, DRAWER, BUTTON, SWITCH = "base__slide", "base__drawer", "base__button", "base__switch"
@@ -74,20 +75,11 @@ def _facts(info):
     return SimpleNamespace(robot=robot, blocks=blocks, parts=parts, scene=scene)
 
 
-def turn_degrees(before, after):
-    """Roll, pitch, yaw in degrees of the turn in the world between quaternions (x, y, z, w)."""
-    v, w, u, s = np.array(after[:3]), after[3], -np.array(before[:3]), before[3]
-    x, y, z = w * u + s * v + np.cross(v, u)  # after times the inverse of before
-    w = w * s - v @ u
-    roll = np.arctan2(2 * (w * x + y * z), 1 - 2 * (x * x + y * y))
-    yaw = np.arctan2(2 * (w * z + x * y), 1 - 2 * (y * y + z * z))
-    return np.degrees([roll, np.arcsin(np.clip(2 * (w * y - z * x), -1, 1)), yaw])
-
-
 def rotated(start, end, block, sign):
     """Turned by over 60° about z, upright, within 0.1 m, resting on something besides the robot."""
     a, b = start.blocks[block], end.blocks[block]
-    roll, pitch, yaw = turn_degrees(a.current_orn, b.current_orn)
+    turn = Rotation.from_quat(b.current_orn) * Rotation.from_quat(a.current_orn).inv()
+    roll, pitch, yaw = turn.as_euler("xyz", degrees=True)
     turned = 60 < sign * yaw < 180 and max(abs(roll), abs(pitch)) < 30
     near = np.linalg.norm(np.subtract(b.current_pos, a.current_pos)) <= 0.1
     return turned and near and b.bodies - {start.robot.uid}
@@ -239,14 +231,10 @@ def possible(state: State, tasks) -> bool:
 def chains_from(i: int, count: int) -> list[tuple[str, ...]]:
     """The first `count` possible draws of 5 of the 34 tasks in state i, by RandomState(i)."""
     state, rng, found = start_states()[i], np.random.RandomState(i), []
-    first = {k for k, task in enumerate(TASKS) if len(outcomes(state, task)) == 1}
-    in_order, drawn = np.arange(len(TASKS)), np.arange(len(TASKS))
-    while len(found) < count:  # some 16,000 draws; a choice without replacement is a shuffle
-        drawn[:] = in_order
-        rng.shuffle(drawn)
-        if drawn.item(0) in first:
-            tasks = tuple(TASKS[k] for k in drawn[:5].tolist())
-            found += [tasks] if possible(state, tasks) else []
+    while len(found) < count:  # some 16,000 draws; a choice without replacement is a permutation
+        tasks = tuple(TASKS[k] for k in rng.permutation(len(TASKS))[:5].tolist())
+        if possible(state, tasks):
+            found.append(tasks)
     return found
 
 
@@ -354,7 +342,7 @@ def configuration(root: Path, scene):
             raise ValueError(f"--scene {scene}: neither a folder nor one of {', '.join(known)}")
         robot = load(conf / "robot/panda.yaml")
         robot.merge_with(load(conf / "robot/panda_longer_finger.yaml"))
-        config = needed("omegaconf").OmegaConf.create({"data_path": "data", "use_vr": False})
+        config = omegaconf.create({"data_path": "data", "use_vr": False})
         config.robot, config.scene = robot, load(conf / f"scene/{scene}.yaml")
         config.cameras = {name: load(conf / f"cameras/cameras/{name}.yaml") for name in CAMERAS}
         config.env = load(conf / "env/play_table_env.yaml")
@@ -392,7 +380,8 @@ class Table:
         if module.p.getConnectionInfo(0)["isConnected"]:
             raise RuntimeError("this process has a PyBullet simulation: close it, or use another")
         config = configuration(root, scene)
-        config.cameras = config.cameras if render else {}
+        if not render:
+            config.cameras = {}
         more = {"show_gui": False, "use_vr": False, "use_scene_info": True, "seed": 0}
         try:
             more["use_egl"] = render and renderer == "egl"

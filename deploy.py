@@ -38,7 +38,6 @@ import robot as R
 
 TABLETOP = Path(__file__).resolve().parent / "assets/tabletop.json"  # the paper's tasks
 FILM = 240  # pictures in a film, at most
-FAULTS = (R.RobotError, R.Stopped, ValueError, RuntimeError, OSError)
 
 
 # ---------------------------------------------------------------------------- the operator
@@ -62,18 +61,6 @@ def connected(config: R.RobotConfig, dry_run: bool):
         env.close()
         if saved:
             termios.tcsetattr(sys.stdin, termios.TCSADRAIN, saved)
-
-
-@contextlib.contextmanager
-def one_line_errors():
-    """A fault ends the command with one line, and so does Ctrl-C."""
-    try:
-        yield
-    except FAULTS as error:
-        raise SystemExit(f"deploy.py: {error}") from error
-    except KeyboardInterrupt:
-        what = "Ctrl-C: what is on record is kept"
-        raise SystemExit(f"{what}; the same command again goes on from there.") from None
 
 
 def ask(env, text: str, choices: str) -> str:
@@ -194,8 +181,8 @@ class Recorder:
         about, table = self.place / "recording.json", self.place / "ep_start_end_ids.npy"
         self.place.mkdir(parents=True, exist_ok=True)
         if not about.exists():
-            D.write(about, lambda file: file.write(json.dumps(self.about).encode()))
-        old = json.loads(about.read_text())
+            D.write_json(about, self.about)
+        old = D.read_json(about, "Give another folder")
         if any(old.get(k) != x for k, x in self.about.items()):
             raise R.RobotError(f"{about} is of another recording: {old}, not {self.about}.")
         self.episodes = np.load(table).tolist() if table.exists() else []
@@ -275,7 +262,6 @@ class Rollouts:
     tasks: Path = TABLETOP  # JSON of rows, tasks and chains
     rollouts: int = 20  # of each task
     chains: int = 20  # of the task file's chains
-    first: int = 0  # the first chain
     limit: int = 360  # steps per instruction
     seed: int = 0  # of sampled actions and plans
     replan: int | None = None  # actions from plan to plan; None: the checkpoint's
@@ -302,8 +288,8 @@ def read_tasks(args: Rollouts) -> tuple[dict, dict, list[dict]]:
     for task, about in tasks.items():
         jobs += [{"name": f"{task}/{k:02}", "k": k, "scene": about["scene"], "tasks": [task]}
                  for k in range(args.rollouts)]  # fmt: skip
-    chains = setup["chains"][args.first : args.first + args.chains]
-    jobs += [{"name": f"chain/{k:02}", "k": k} | x for k, x in enumerate(chains, args.first)]
+    chains = setup["chains"][: args.chains]
+    jobs += [{"name": f"chain/{k:02}", "k": k} | x for k, x in enumerate(chains)]
     return setup, tasks, jobs
 
 
@@ -507,8 +493,8 @@ def rollouts(args: Rollouts) -> dict:
     for about, embedding in zip(tasks.values(), embeddings, strict=True):
         about["embedding"] = embedding
     identity = {"env": "real", "method": checkpoint["config"]["method"], "step": checkpoint["step"]}
-    identity |= {k: getattr(args, k) for k in ("checkpoint", "limit", "seed", "dry_run", "replan")}
-    identity |= {"reset_on_replan": args.reset_on_replan, "task_file": str(args.tasks)}
+    given = ("checkpoint", "limit", "seed", "dry_run", "replan", "reset_on_replan")
+    identity |= {k: getattr(args, k) for k in given} | {"task_file": str(args.tasks)}
     identity |= {f"robot.{k}": x for k, x in dataclasses.asdict(config).items()}
     identity = json.loads(json.dumps(identity))  # as it is read back
     log = args.out / "rollouts.jsonl"
@@ -532,8 +518,7 @@ def rollouts(args: Rollouts) -> dict:
     finally:
         if records:
             result = identity | table_ii([*records.values()], setup)
-            text = json.dumps(result, indent=1).encode()
-            D.write(args.out / "results.json", lambda file: file.write(text))
+            D.write_json(args.out / "results.json", result)
             print(f"{table(result)}\n{left} rollouts are left: the same command goes on from here.")
     return result
 
@@ -551,21 +536,27 @@ def record_command(
     split: Positional[Literal["training", "validation"]],
 ):
     """Play by hand guiding, in CALVIN's format."""
-    with connected(R.recording(R.load_config(setup)), dry_run=False) as env:
+    c = R.load_config(setup)
+    with connected(R.recording(c), dry_run=False) as env:
         check(env, Path("check.png"), moves="you move the arm, g moves the hand")
         while ask(env, "n: a new episode, q: enough", "nq") == "n":
             print("recording; n ends the episode, g opens and closes the hand", flush=True)
             try:
-                record(env, folder, split)
+                record(env, folder, split, thin=c.record_hz // c.hz)
             except R.Stopped as stop:
                 print(f"stopped: {stop}", flush=True)
 
 
 def main(argv: list[str] | None = None):
     commands = {"check": check_command, "record": record_command, "rollouts": rollouts}
-    with one_line_errors():
+    try:
         how = (tyro.conf.OmitArgPrefixes,)
         return tyro.extras.subcommand_cli_from_dict(commands, args=argv, config=how)
+    except (R.RobotError, R.Stopped, ValueError, RuntimeError, OSError) as error:
+        raise SystemExit(f"deploy.py: {error}") from error
+    except KeyboardInterrupt:
+        what = "Ctrl-C: what is on record is kept"
+        raise SystemExit(f"{what}; the same command again goes on from there.") from None
 
 
 if __name__ == "__main__":

@@ -339,9 +339,6 @@ def open_realsense(name: str):
     return grab, pipe.stop
 
 
-DRIVERS = {"opencv": open_opencv, "realsense": open_realsense}
-
-
 class Camera:
     """One camera and its thread, which keeps the newest frame only, cropped and shrunk.
 
@@ -351,8 +348,9 @@ class Camera:
         self.spec, self.crop, self.size, self.error = spec, crop, size, None
         self.newest, self.frame, self.box, self.running = (None, 0.0), None, None, True
         kind, _, name = spec.partition(":")
+        open_driver = {"opencv": open_opencv, "realsense": open_realsense}[kind]
         try:  # grab() -> rgb uint8 (H, W, 3), blocking
-            self.grab, self.release = DRIVERS[kind](name)
+            self.grab, self.release = open_driver(name)
         except (RuntimeError, RobotError) as error:
             raise RobotError(f"camera {spec}: {error}. Its cable in, at a USB 3 port?") from error
         self.thread = threading.Thread(target=self._run, daemon=True)
@@ -399,8 +397,8 @@ class ArmState(NamedTuple):
     M: np.ndarray  # (4, 4) measured pose
     q: np.ndarray  # (7,) rad
     time: float  # the arm's own clock, s
-    mode: str = "Idle"
-    F_T_EE: np.ndarray = np.eye(4)  # the tool in the flange's frame
+    mode: str  # libfranka's, with what is wrong
+    F_T_EE: np.ndarray  # (4, 4) the tool in the flange's frame
 
 
 class Arm:
@@ -623,8 +621,8 @@ class RealEnv:
         return self._guard(self._observe)
 
     def get_info(self):
-        """The operator's verdict; the hand's command and the arm's commanded pose."""
-        return {"operator": self.verdict, "gripper_action": self.gripper, "target": self.T}
+        """The operator's verdict: None or "success"."""
+        return {"operator": self.verdict}
 
     def _guard(self, work, *args):
         """Whatever goes wrong in a tick ends here: recovered, or the arm at rest and Stopped."""

@@ -14,7 +14,7 @@ robot_obs (15,)                                [3]        switch, 0 .. 0.088 on
   [7:14] arm joints    [14] gripper action     [18:24]    pink block
 
 obs_t -> target pose += action_t -> inverse kinematics -> 8 physics steps -> lights -> obs_t+1
-Copy this file together with calvin.py. Needs: numpy, pybullet.
+Copy this file together with calvin.py. Needs: numpy, scipy, pybullet.
 """
 
 import os

@@ -28,6 +28,11 @@ COLLISION = 7  # index of cartesian_reflex among libfranka's errors
 reflex = [False]
 
 
+def act(*a) -> np.ndarray:
+    """An action that begins with these numbers: the others are 0, the hand is open."""
+    return np.array([*a, *[0.0] * (6 - len(a)), 1.0])
+
+
 # ---------------------------------------------------------------------------- a double
 class Lost(Exception):
     pass
@@ -97,19 +102,13 @@ def doubled(c=None, keys=None, dry_run=False, arm=None, log=None):
     arm, keys = arm or Double(), [] if keys is None else keys
     c = dataclasses.replace(c or R.RobotConfig(), max_frame_age=2.0, max_state_age=2.0)
     cameras = {"rgb_static": Noise(), "rgb_gripper": Noise()}
-    env = RealEnv(c, dry_run, arm, cameras, Keys(keys), clock=lambda: arm.state().time)
+
+    def key():
+        return keys.pop(0) if keys else ""
+
+    env = RealEnv(c, dry_run, arm, cameras, key, clock=lambda: arm.state().time)
     env.keys, env.log = keys, log
     return env
-
-
-class Keys:
-    """A keyboard: what is in the list is pressed, one key at each look."""
-
-    def __init__(self, keys):
-        self.keys = keys
-
-    def __call__(self):
-        return self.keys.pop(0) if self.keys else ""
 
 
 # ---------------------------------------------------------------------------- franky-sim

@@ -1,18 +1,22 @@
 """CALVIN (Sec. V-A): its tasks, its 1000 chains, and its own simulator behind our interface.
 
-Where calvin_env is not found, CALVIN_ENV names its clone; else the tests of it are skipped."""
+Where calvin_env is not found, CALVIN_ENV names its clone; else the tests of it are skipped. CALVIN
+names a clone of mees/calvin, whose own evaluation one test runs."""
 
+import ast
 import ctypes
 import hashlib
 import json
 import os
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 
 import calvin
 import evaluate as E
@@ -21,7 +25,7 @@ import teleop
 
 # sha256 of what CALVIN's own code draws (numpy 2.4, with pyhash): see the test below.
 BENCHMARK = "d710427c76f1b1c2accd3fabbc3fed33e233dd56473f19ca2ccdf1f59cddd97d"
-CLONE = os.environ.get("CALVIN_ENV")
+CLONE, CALVIN = os.environ.get("CALVIN_ENV"), os.environ.get("CALVIN")
 _kept = []  # of the process with the simulation: its only Table
 
 
@@ -125,6 +129,64 @@ def test_tasks_chains_and_initial_states_are_the_benchmarks_own_and_can_be_begun
     assert digest.hexdigest() == BENCHMARK and len(calvin.TASKS) == 34
 
 
+def of_file(path, *names, **given):
+    """What a file defines by these names. The rest is not run, for its imports ask for a lot;
+    `given` is what the names need of it."""
+    tree = ast.parse(path.read_text())
+    first_words = [getattr(x, "name", ast.unparse(x).split()[0]) for x in tree.body]
+    tree.body = [x for x, word in zip(tree.body, first_words, strict=True) if word in names]
+    exec(compile(tree, path, "exec"), given)
+    return given
+
+
+class AsTheirModel:
+    """The operator as a model for CALVIN. steps: how many it made of each instruction."""
+
+    def __init__(self, env, task_of):
+        self.env, self.task_of, self.steps = env, task_of, []
+
+    def reset(self):
+        self.free = teleop.free_blocks(self.env.get_info())
+        self.steps.append(0)
+
+    def step(self, obs, sentence):
+        if self.steps[-1] % 2 == 0:  # it holds each action for two steps
+            seen = teleop.see(self.env, obs)
+            self.action = teleop.act(self.task_of[sentence], seen, self.free)
+        self.steps[-1] += 1
+        return self.action
+
+
+def test_calvins_own_loop_and_oracle_count_the_same_steps_as_ours_in_20_chains(chains=20):
+    if not CALVIN:
+        pytest.skip("git clone --recurse-submodules https://github.com/mees/calvin; CALVIN=calvin")
+    yaml = pytest.importorskip("yaml", reason="pip install pyyaml")
+    models, simulator = Path(CALVIN) / "calvin_models", Path(CLONE or f"{CALVIN}/calvin_env")
+    rules = models / "conf/callbacks/rollout/tasks/new_playtable_tasks.yaml"
+    words = models / "conf/annotations/new_playtable_validation.yaml"
+    sentences = yaml.safe_load(words.read_text())  # {task: [the sentence]}
+    task_of = {told[0]: task for task, told in sentences.items()}
+    theirs = of_file(
+        simulator / "calvin_env/envs/tasks.py", "Tasks",
+        Dict=dict, Set=set, ListConfig=list, partial=partial, np=np, R=Rotation,
+    )  # fmt: skip
+    oracle = theirs["Tasks"](yaml.safe_load(rules.read_text())["tasks"])
+    theirs = of_file(
+        models / "calvin_agent/evaluation/evaluate_policy.py",
+        "EP_LEN", "rollout", "evaluate_sequence",
+        get_env_state_for_initial_condition=calvin.start_pose, collect_plan=lambda *_: None,
+    )  # fmt: skip
+    worker = E.Worker(E.parse(["--policy", "operator"]))
+    for number in range(chains):
+        model, chain = AsTheirModel(worker.env, task_of), calvin.chain(number)
+        solved = theirs["evaluate_sequence"](
+            worker.env, model, oracle, *chain, sentences, plans={}, debug=False
+        )
+        ours = worker.run_chain(number, None)
+        assert (solved, model.steps) == (ours["solved"], ours["steps"]), chain
+    worker.env.close()
+
+
 # ------------------------------------------------------------------ CALVIN's own simulator
 def test_its_absence_says_what_to_install_and_how_to_say_where_it_is(tmp_path):
     command = ["--policy", "operator", "--env", "calvin", "--calvin-env", str(tmp_path)]
@@ -206,30 +268,17 @@ def test_a_recording_of_ours_names_its_scene(about, tmp_path, monkeypatch):
     (tmp_path / "validation/recording.json").write_text(json.dumps(about))
     (tmp_path / "conf/scene").mkdir(parents=True)
     (tmp_path / f"conf/scene/{calvin.SCENE}.yaml").write_text("")
-    loaded = []
-
-    class OmegaConf:
-        @staticmethod
-        def load(path):
-            loaded.append(path.name)
-            return SimpleNamespace(merge_with=lambda _: None)
-
-        @staticmethod
-        def create(_):
-            return SimpleNamespace()
-
-        @staticmethod
-        def to_container(config, resolve):
-            return {}
-
-    monkeypatch.setattr(calvin, "needed", lambda _: SimpleNamespace(OmegaConf=OmegaConf))
+    omegaconf = mock.MagicMock()
+    omegaconf.OmegaConf.to_container.return_value = {}
+    monkeypatch.setattr(calvin, "needed", lambda _: omegaconf)
     for folder in (tmp_path, tmp_path / "validation"):
         if about:
             with pytest.raises(ValueError, match=f"neither a folder nor one of {calvin.SCENE}"):
                 calvin.configuration(tmp_path, folder)
         else:
             calvin.configuration(tmp_path, folder)
-            assert f"{calvin.SCENE}.yaml" in loaded
+            scene = tmp_path / f"conf/scene/{calvin.SCENE}.yaml"
+            omegaconf.OmegaConf.load.assert_any_call(scene)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from franka import HAND, HOME, Double, Lost, doubled
+from franka import HAND, HOME, Double, Lost, act, doubled
 from PIL import Image
 
 import data as D
@@ -23,10 +23,6 @@ import robot as R
 ROOT = Path(__file__).resolve().parent.parent
 C = R.RobotConfig()
 DRAWER = "pull out the drawer"
-
-
-def act(*a) -> np.ndarray:
-    return np.array([*a, *[0.0] * (6 - len(a)), 1.0])
 
 
 # ---------------------------------------------------------------------------- check
@@ -191,19 +187,27 @@ def test_actions_beyond_one_are_clipped_and_counted(tmp_path):
     assert recorder.clipped == 1
 
 
-def test_ctrl_c_in_a_recording_says_that_everything_is_kept(tmp_path, monkeypatch):
-    def interrupted(*_):
+def test_ctrl_c_in_a_recording_thinned_to_the_set_ups_rate_says_that_everything_is_kept(
+    tmp_path, monkeypatch
+):
+    def interrupted(env, folder, split, thin):
+        assert (env.config.hz, thin) == (60, 4)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(R, "RealEnv", lambda c, dry_run, key: doubled(c))
-    monkeypatch.setattr(P, "ask", interrupted)
+    monkeypatch.setattr(P, "ask", lambda env, text, choices: choices[0])
+    monkeypatch.setattr(P, "record", interrupted)
     monkeypatch.chdir(tmp_path)
-    Path("setup.json").write_text("{}")
+    Path("setup.json").write_text('{"record_hz": 60}')
     with pytest.raises(SystemExit, match=r"Ctrl-C.*kept.*same command"):
         P.main(["record", "setup.json", "play", "training"])
 
 
-def test_annotated_play_has_the_language_of_its_spans(folder, tmp_path):
+def test_annotated_play_has_its_language_and_trains_and_no_probe_asks_for_the_scene_that_it_lacks(
+    folder, tmp_path
+):
+    import train
+
     spans = tmp_path / "spans.csv"
     spans.write_text("start,end,sentence,task\n"
                      "3,30,pull out the drawer,open_drawer\n10,40,Push the drawer  shut,\n"
@@ -218,6 +222,11 @@ def test_annotated_play_has_the_language_of_its_spans(folder, tmp_path):
     assert told["tasks"] == ["open_drawer", "Push the drawer  shut"]
     batch = D.Windows(data, 8, kind="lang").batch(0)
     assert set(batch["span"].tolist()) <= {0, 1}
+    for stage in ("wm", "agent"):
+        train.main(["--stage", stage, "--preset", "tiny", "--steps", "2", "--data",
+                    str(tmp_path / "packed"), "--out", str(tmp_path / "run")])  # fmt: skip
+    files = {p.name for p in (tmp_path / "run").iterdir()}
+    assert "agent.pt" in files and "probe.json" not in files
 
 
 def test_the_frame_of_relative_actions_travels_with_the_data(folder, tmp_path):
@@ -243,20 +252,6 @@ def test_a_span_that_cannot_be_is_an_error_that_names_the_file(folder, tmp_path,
     (tmp_path / "spans.csv").write_text(f"start,end,sentence,task\n{rows}\n")
     with pytest.raises(SystemExit, match=rf"spans.csv.*{match}"):
         D.main(["annotate", str(folder), str(tmp_path / "spans.csv")])
-
-
-def test_play_of_a_robot_trains_and_no_probe_asks_for_the_scene_that_it_lacks(folder, tmp_path):
-    import train
-
-    spans = "".join(f"{a},{b},{DRAWER},a\n" for a, b in ((3, 30), (10, 45), (60, 90)))
-    (tmp_path / "spans.csv").write_text("start,end,sentence,task\n" + spans)
-    D.main(["annotate", str(folder), str(tmp_path / "spans.csv")])
-    D.pack(folder, tmp_path / "packed", procs=1)
-    for stage in ("wm", "agent"):
-        train.main(["--stage", stage, "--preset", "tiny", "--steps", "2", "--data",
-                    str(tmp_path / "packed"), "--out", str(tmp_path / "run")])  # fmt: skip
-    files = {p.name for p in (tmp_path / "run").iterdir()}
-    assert "agent.pt" in files and "probe.json" not in files
 
 
 # ---------------------------------------------------------------------------- rollouts
