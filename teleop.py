@@ -919,7 +919,7 @@ def record(
     with data.locked(folder):
         jobs, done = [], 0
         for split, n in splits.items():
-            claim(folder / split, where.about(skip), n, seed)
+            claim(folder / split, where.about(skip), n, seed, pictures)
             blocks = max(1, round(n / 2000))  # of 1000 to 3000 frames
             shares = np.random.default_rng([seed, n]).uniform(0.5, 1.5, blocks)
             ends = np.round(np.cumsum(shares) / shares.sum() * n).astype(int).tolist()
@@ -940,12 +940,13 @@ def record(
         print(f"next: .venv/bin/python data.py pack {folder} PACKED{thin}")
 
 
-def claim(place, about, n, seed):
+def claim(place, about, n, seed, pictures):
     """Makes sure that the folder is new, or holds the beginning of the very same recording."""
     if n < SPAN:
         raise ValueError(f"{place}: {n} frames are too few, a span alone may have {SPAN}")
     file = place / "recording.json"
     about = about | {"text_encoder": data.TEXT_ENCODER, "frames": n, "seed": seed}
+    about["pictures"] = pictures
     place.mkdir(parents=True, exist_ok=True)
     # Files that a kill left half written do not count.
     if not all(p.name.startswith("part_") for p in place.iterdir()):

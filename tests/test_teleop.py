@@ -289,8 +289,9 @@ def test_resume_after_a_crash_gives_the_same_files_and_a_finished_block_is_not_r
 
 
 def test_another_recording_in_the_folder_or_an_impossible_number_is_refused(recording, tmp_path):
-    with pytest.raises(data.DataError, match="Choose another folder"):
-        teleop.record(recording, FRAMES, VAL, seed=SEED + 1, skip=SKIP)
+    for other in ({"seed": SEED + 1}, {"seed": SEED, "pictures": False}):
+        with pytest.raises(data.DataError, match="Choose another folder"):
+            teleop.record(recording, FRAMES, VAL, skip=SKIP, **other)
     (tmp_path / "training").mkdir()
     (tmp_path / "training" / "thesis.txt").write_text("do not touch")
     with pytest.raises(data.DataError, match="Choose another folder"):
@@ -306,7 +307,7 @@ def test_a_recording_killed_at_its_very_beginning_goes_on_and_two_at_once_are_re
     place = tmp_path / "training"
     place.mkdir()
     (place / "part_recording.json").write_text("{")
-    teleop.claim(place, {"hz": 30}, 100, 0)
+    teleop.claim(place, {"hz": 30}, 100, 0, True)
     assert json.loads((place / "recording.json").read_text())["frames"] == 100
     with data.locked(tmp_path), pytest.raises(data.DataError, match="in use by process"):
         teleop.record(tmp_path, 100, 100)
