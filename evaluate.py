@@ -431,9 +431,9 @@ def evaluate(args, argv: list[str]) -> dict:
             share = os.environ | {"RANK": str(r), "WORLD_SIZE": str(ranks)}
             others.append(subprocess.Popen([sys.executable, __file__, *argv], env=share))
         for n in tqdm(todo, unit="chain", position=rank):
+            record = worker.run_chain(n, films.get(n))
             if rank and os.getppid() != parent:
                 raise SystemExit("evaluate.py: the first process was killed")
-            record = worker.run_chain(n, films.get(n))
             if n not in records:  # else only its film was missing
                 # The whole log, written beside and renamed: no line is ever half written.
                 mine[n] = record

@@ -159,7 +159,8 @@ class AsTheirModel:
 
 def test_calvins_own_loop_and_oracle_count_the_same_steps_as_ours_in_20_chains(chains=20):
     if not CALVIN:
-        pytest.skip("git clone --recurse-submodules https://github.com/mees/calvin ../calvin; CALVIN=../calvin")
+        clone = "git clone --recurse-submodules https://github.com/mees/calvin ../calvin"
+        pytest.skip(f"{clone}; then CALVIN=../calvin")
     yaml = pytest.importorskip("yaml", reason="pip install pyyaml")
     models, simulator = Path(CALVIN) / "calvin_models", Path(CLONE or f"{CALVIN}/calvin_env")
     rules = models / "conf/callbacks/rollout/tasks/new_playtable_tasks.yaml"
