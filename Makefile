@@ -1,4 +1,4 @@
-# make demo   the whole of LUMOS at a small size, on two CPU cores, in under 25 minutes
+# make demo   the whole of LUMOS at a small size, on two CPU cores, in 8 minutes
 # make test   the tests
 # make ablations   Table I: four methods, three seeds each, in the world model runs/sim/wm.pt
 # make gpu    whether a GPU computes what the CPU does, and how fast: results/gpu_NAME.json

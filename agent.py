@@ -11,9 +11,9 @@
 
     A window of T = 32 states has H = T - 1 = 31 steps between them:
 
-        s_0 --a_0--> s_1 --a_1--> s_2 ...  s_H-1 --a_H-1--> s_H      (s_0: the expert's own)
-             r_0          r_1                      r_H-1              r_t compares s^π_t+1, s^E_t+1
-        v_0          v_1          v_2      v_H-1            v_H       V^λ_H = v_H
+        s_0 --a_0--> s_1 --a_1--> s_2 ...  s_{H-1} --a_{H-1}--> s_H     (s_0: the expert's own)
+             r_0          r_1                        r_{H-1}            of s^π_{t+1}, s^E_{t+1}
+        v_0          v_1          v_2      v_{H-1}              v_H     V^λ_H = v_H
 
 A batch is two dicts, `play` and `language`, of windows: s_E (T, B, k) expert latents, a (T, B, 7)
 their actions, length (B,) states before the padding, which repeats the last state [D14]; language
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 import plan as P
 
 NO_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)  # before the first step: still, gripper open [D2]
-Batch = dict[str, Tensor]  # windows, time-major; or figures
+Batch = dict[str, Tensor]  # windows, time-major; also figures by name
 METHODS = ("lumos", "no_ditto", "no_latent_plan", "no_alignment")  # Table I
 
 
@@ -93,7 +93,7 @@ PRESETS["tiny"] = replace(
     transformer_features=64, actor_hidden=64, critic_hidden=64,
 )  # fmt: skip
 
-# What `Policy` does at run time; train.py keeps it in the checkpoint [D7, D8].
+# What `Policy` does at run time; train.py keeps it in the checkpoint [D8, D23].
 POLICY_PRESETS = {
     "paper": {"replan": 30, "reset_on_replan": False},
     "sim": {"replan": 15, "reset_on_replan": True},
@@ -132,10 +132,10 @@ def lambda_return(
 
 
 def critic_loss(v: Tensor, v_lambda: Tensor, weight: Tensor) -> Tensor:
-    """L(ψ) = E[ Σ_t ½ (v_ψ(ŝ_t) - sg(V^λ_t))² ],   t = 0 ... H-1.
+    """L(ψ) = E[ Σ_t ½ (v_ψ(ŝ_t) - sg(V^λ_t))² ],   t = 0 ... H-1 (the paper: from 1) [D9].
 
-    v, v_lambda: (H, B). weight (H, B): each step's share of the mean over H and B [D9], 0 on masked
-    padding; see `share`.
+    v, v_lambda: (H, B), both standardised [D18]. weight (H, B): each step's share of the mean over
+    H and B [D9], 0 on masked padding; see `share`.
     """
     return (weight * 0.5 * (v - v_lambda.detach()).square()).sum()  # Eq. 5: L(ψ)
 
@@ -187,8 +187,9 @@ class Actor(nn.Module):
 class Critic(nn.Module):
     """Eq. 4's second line: v_ψ(s_t, g) ≈ E[ Σ_t γ^t r^int_t ]. x (..., k + g) -> (...,).
 
-    Returns are about r̄ / (1-γ) = 160 and differ between states by tenths only, so the network
-    predicts (V - mean) / deviation, and `forward` undoes that [D18]. The mean is r̄ / (1-γ) of the
+    The paper's sum ends at t = H; being bootstrapped, this one goes on [D9]. Returns are about
+    r̄ / (1-γ) = 160 and differ between states by tenths only, so the network predicts
+    (V - mean) / deviation, and `forward` undoes that [D18]. The mean is r̄ / (1-γ) of the
     mean reward r̄, as in reward centring [Naik 2024]; the returns' own mean would have to bootstrap
     itself first. The deviation is that of V^λ, as in PopArt [van Hasselt 2016], without PopArt's
     correction of the last layer, for it moves slowly.
@@ -449,9 +450,7 @@ class Policy:
             return torch.as_tensor(x, dtype=dtype, device=self.a_prev.device)[None]
 
         new_plan = self.steps % self.replan == 0
-        if (
-            new_plan and self.reset_on_replan and obs is not None
-        ):  # in imagination s is all there is
+        if new_plan and self.reset_on_replan and obs is not None:  # s is all that a dream has
             self.forget()
         if obs is None:
             self.state = self.world.imagine_step(*self.state, self.a_prev[0])

@@ -15,7 +15,8 @@
                z_0        z_1        z_2
 
 One step: h_t from the state before and a_{t-1}; then z_t from h_t and the image (posterior), or
-from h_t alone (prior). Shape () is a scalar. `WorldModel` is the paper's; what preset `sim` needs
+from h_t alone (prior). T is Table III's L; H is h's length here, the horizon in agent.py. Shape ()
+is a scalar. `WorldModel` is the paper's; what preset `sim` needs
 beside it stands at the end, `SimWorldModel`.
 Copy this file alone. Needs: torch.
 """
@@ -72,7 +73,8 @@ class WorldModelConfig:
 
 # ---------------------------------------------------------------------------- equations
 def kl_balanced(q: Tensor, p: Tensor, delta: float) -> Tensor:
-    """D_KL(q ‖ p) = (1-δ) D_KL(q ‖ sg(p)) + δ D_KL(sg(q) ‖ p)   with δ on the prior's term [D1].
+    """D_KL(q ‖ p) = (1-δ) D_KL(q ‖ sg(p)) + δ D_KL(sg(q) ‖ p)   with δ on the prior's term,
+    where the paper prints it on the other [D1].
 
     q, p: (..., C, K) logits of C independent categoricals. Returns (...,): summed over the C
     categoricals, not averaged. Its value is the plain KL whatever δ is; δ only decides
@@ -91,7 +93,8 @@ def kl_balanced(q: Tensor, p: Tensor, delta: float) -> Tensor:
 def sample_straight_through(logits: Tensor, softness: float | Tensor = 0.0) -> Tensor:
     """One-hot samples (..., C*K) of the logits (..., C, K), with the gradient of the probabilities.
 
-    Straight-through estimation [26]: forward the sample, backward as if it were softmax(logits).
+    Straight-through estimation (the paper's reference 26): forward the sample, backward as if it
+    were softmax(logits).
     softness: forward, (1 - softness) * sample + softness * probabilities [D25]; 0 in the paper.
     """
     probabilities = logits.float().softmax(-1)
@@ -287,7 +290,7 @@ class WorldModel(nn.Module):
         """
         h, z = state
         keep, steps = (~reset)[..., None].float(), []
-        for t in range(len(e)):  # a_prev stays as it is at a reset [D10]
+        for t in range(len(e)):  # a reset forgets h and z, not a_prev [D10]
             h = self.recurrent(h * keep[t], z * keep[t], a_prev[t])  # what is known before x_t
             z, q = self.represent(h, e[t], **how)  # and what x_t adds
             steps.append((h, z, q))
