@@ -220,8 +220,8 @@ class Recorder:
         self.episodes.append([self.first, self.next - 1])  # CALVIN's bounds are inclusive
         bounds = np.array(self.episodes)
         lengths = bounds[:, 1] - bounds[:, 0] + 1
-        D.write(self.place / "ep_lens.npy", lambda file: np.save(file, lengths))
-        D.write(self.place / "ep_start_end_ids.npy", lambda file: np.save(file, bounds))
+        D.write_array(self.place / "ep_lens.npy", lengths)
+        D.write_array(self.place / "ep_start_end_ids.npy", bounds)
         return n
 
 
@@ -513,7 +513,7 @@ def rollouts(args: Rollouts) -> dict:
             for record in made:
                 records[record["chain"]] = record
                 text = "".join(json.dumps(x) + "\n" for x in (identity, *records.values()))
-                D.write(log, lambda file, text=text: file.write(text.encode()))
+                D.write_text(log, text)
                 left -= 1
     finally:
         if records:

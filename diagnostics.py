@@ -53,7 +53,7 @@ class Log:
             records = [r for r in records if r["step"] <= step]
             self.validated = {r["step"] for r in records if r["kind"] == "validate"}
         text = "".join(json.dumps(r) + "\n" for r in records)
-        D.write(self.path, lambda file: file.write(text.encode()))
+        D.write_text(self.path, text)
 
     def write(self, kind: str, step: int, figures: dict[str, float], seconds: float) -> None:
         """kind: train or validate. seconds: that the run has taken until now."""

@@ -438,8 +438,8 @@ def evaluate(args, argv: list[str]) -> dict:
                 # The whole log, written beside and renamed: no line is ever half written.
                 mine[n] = record
                 rows = [row | {"crc": data.checksum(row)} for row in mine.values()]
-                text = "".join(json.dumps(row) + "\n" for row in (worker.about, *rows)).encode()
-                data.write(log, lambda file, text=text: file.write(text))
+                text = "".join(json.dumps(row) + "\n" for row in (worker.about, *rows))
+                data.write_text(log, text)
         if any(other.wait() for other in others):
             raise RuntimeError("another process failed: see above. The same command goes on")
         while rank == 0 and not read_log(args.out, worker.about).keys() >= set(numbers):

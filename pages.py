@@ -114,7 +114,7 @@ def write_report(folder: Path) -> None:
     loader = jinja2.FileSystemLoader(ASSETS)
     pages = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     text = pages.get_template("report.html").render(content)
-    D.write(folder / "report.html", lambda file: file.write(text.encode()))
+    D.write_text(folder / "report.html", text)
 
 
 def stage(path: Path, known: dict) -> dict:

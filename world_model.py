@@ -16,8 +16,8 @@
 
 One step: h_t from the state before and a_{t-1}; then z_t from h_t and the image (posterior), or
 from h_t alone (prior). T is Table III's L; H is h's length here, the horizon in agent.py. Shape ()
-is a scalar. `WorldModel` is the paper's; what preset `sim` needs
-beside it stands at the end, `SimWorldModel`.
+is a scalar. `WorldModel` is the paper's; what preset `sim` needs beside it stands at the end,
+`SimWorldModel`.
 Copy this file alone. Needs: torch.
 """
 
