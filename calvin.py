@@ -156,11 +156,16 @@ _RULES = {
 TASKS = tuple(_RULES)  # in the order of CALVIN's task table
 
 
+def check(*tasks) -> None:
+    """ValueError: one of them is none of the 34."""
+    for task in set(tasks) - set(TASKS):
+        close = difflib.get_close_matches(str(task), TASKS, cutoff=0.3) or TASKS[:3]
+        raise ValueError(f"unknown task {task!r}; there are, for example, {', '.join(close)}")
+
+
 def oracle(start_info, info, task):
     """Whether `task` was done between two infos."""
-    if task not in _RULES:
-        close = difflib.get_close_matches(str(task), TASKS, cutoff=0.3) or TASKS[:3]
-        raise ValueError(f"unknown task {task!r}; TASKS has, for example, {', '.join(close)}")
+    check(task)
     rule, *arguments = _RULES[task]
     return bool(rule(_facts(start_info), _facts(info), *arguments))
 
@@ -218,32 +223,38 @@ def category(task: str) -> str:
 
 
 def possible(state: State, tasks) -> bool:
-    """Each task in turn has exactly one outcome, and no two are of one category."""
+    """Each task in turn has exactly one outcome."""
     for task in tasks:
         after = outcomes(state, task)
         if len(after) != 1:
             return False
         state = after[0]
-    return len({category(task) for task in tasks}) == len(tasks)
+    return True
 
 
 @functools.cache
-def chains_from(i: int, count: int) -> list[tuple[str, ...]]:
-    """The first `count` possible draws of 5 of the 34 tasks in state i, by RandomState(i)."""
+def chains_from(i: int, count: int, among=TASKS) -> list[tuple[str, ...]]:
+    """The first `count` possible draws of 5 tasks in state i, by RandomState(i). Of all 34, no two
+    are of one category. ValueError: there are hardly any."""
+    check(*among)
     state, rng, found = start_states()[i], np.random.RandomState(i), []
-    while len(found) < count:  # some 16,000 draws; a choice without replacement is a permutation
-        tasks = tuple(TASKS[k] for k in rng.permutation(len(TASKS))[:5].tolist())
-        if possible(state, tasks):
+    for _ in range(200_000):  # some 16,000; a choice without replacement is a permutation
+        tasks = tuple(among[k] for k in rng.permutation(len(among))[:5].tolist())
+        apart = len({category(task) for task in tasks}) == 5 or among != TASKS
+        if len(tasks) == 5 and apart and possible(state, tasks):
             found.append(tasks)
-    return found
+        if len(found) == count:
+            return found
+    raise ValueError(f"of {', '.join(among)} hardly any five can be done in turn from {state}")
 
 
-def chain(number: int) -> tuple[State, tuple[str, ...]]:
-    """Chain `number` (0 to 999) of the benchmark: its start state and its five tasks."""
+def chain(number: int, among=TASKS) -> tuple[State, tuple[str, ...]]:
+    """Chain `number` (0 to 999) of the benchmark: its start state and its five tasks; or five
+    `among` fewer tasks, from the same state."""
     parts = np.array_split(np.arange(1000), len(start_states()))  # 6 chains of each of 40, then 5
     order = np.random.RandomState(0).permutation(1000)
     i = next(i for i, part in enumerate(parts) if order[number] in part)
-    return start_states()[i], chains_from(i, len(parts[i]))[order[number] - parts[i][0]]
+    return start_states()[i], chains_from(i, len(parts[i]), among)[order[number] - parts[i][0]]
 
 
 def start_pose(state: State) -> tuple[np.ndarray, np.ndarray]:

@@ -64,6 +64,7 @@ class Options:
     instruction: str | None = None  # a sentence to follow where it can be done, and to film
     live: bool = False  # serve a page on this machine, to instruct the policy and watch it
     chains: int | None = None  # how many; None: all, or 20 of the published policy
+    tasks: tuple[str, ...] = calvin.TASKS  # of which chains are made; all: the benchmark's
     first: int | None = None  # the first chain, 0 to 999; of an instruction: its scene
     procs: int = 1  # processes
     device: str = "cpu"  # where the policy runs: cpu, cuda, cuda:1, ...
@@ -376,6 +377,8 @@ class Worker:
         if args.env == "calvin":
             about |= {"scene": args.scene, "renderer": renderer}
         about["label"] = about["method"] + (f" (disturb {args.disturb})" if args.disturb else "")
+        if args.tasks != calvin.TASKS:
+            about |= {"among": args.tasks, "label": f"{about['label']} ({len(args.tasks)} tasks)"}
         self.sentences, self.words = read_sentences(args, encoder)
         self.about = json.loads(json.dumps(about | {"sentences": self.sentences}))
         self.embed = partial(embed_instruction, encoder=encoder) if encoder else str
@@ -398,7 +401,7 @@ class Worker:
     def run_chain(self, number: int, film: Path | None) -> dict:
         """One chain to its first failure: what chains.jsonl keeps of it."""
         env, try_task = self.start(number, film)
-        tasks, steps = calvin.chain(number)[1], []
+        tasks, steps = calvin.chain(number, self.args.tasks)[1], []
         for k, task in enumerate(tasks):
             env.caption = f"{k + 1}/5  {self.sentences[task]}"
             env.snap()

@@ -445,8 +445,7 @@ def law(task, seen, free):
 
 def act(task, seen, free=BLOCKS, skip=2):
     """The operator: action (7,), to be held for `skip` steps. A pure function."""
-    if task not in sim.TASKS:
-        raise ValueError(f"unknown task {task!r}; expected one of {', '.join(sim.TASKS)}")
+    calvin.check(task)
     return towards(seen, *law(task, seen, free), skip)
 
 
@@ -712,8 +711,11 @@ class Recorder:
     A frame lasts `skip` steps of the simulator. Time t counts frames.
     """
 
-    def __init__(self, env, oracle, folder, first, length, rng, skip=1, pictures=True):
+    def __init__(
+        self, env, oracle, folder, first, length, rng, skip=1, pictures=True, tasks=sim.TASKS
+    ):
         self.env, self.oracle, self.folder, self.rng, self.skip = env, oracle, folder, rng, skip
+        self.tasks = tasks
         self.t, self.end, self.pictures = first, first + length, pictures
         self.episodes, self.spans, self.disturbed, self.rows = [], [], [], []
         self.infos = {}  # frame: what the oracle wants to know of it
@@ -769,7 +771,7 @@ class Recorder:
         """A new scene, and play in it until it is long enough, stuck, or has lost a block, unless
         this episode or the next would be too short."""
         start, shortest, stuck = self.t, EPISODE[0] // self.skip, 0
-        task = self.choose(sim.TASKS)
+        task = self.choose(self.tasks)
         full = start + self.rng.integers(*EPISODE) // self.skip
         scene = random_scene(self.rng, task if self.rng.random() < 0.7 else None)
         # The first frame carries the state that it was reset to, not what the reset's one step of
@@ -825,7 +827,9 @@ class Recorder:
         """Does one task, disturbed in bursts or not; annotates it if the oracle agrees."""
         rng, seen, start = self.rng, self.seen, self.infos[self.t]
         free = free_blocks(start)
-        tasks = feasible(seen, free)
+        tasks = [t for t in feasible(seen, free) if t in self.tasks]
+        if not tasks:
+            return False
         if held(seen) and rng.random() < 0.7:  # mostly it is put somewhere
             tasks = [t for t in tasks if t.startswith(("place", "stack"))] or tasks
         task = self.choose(tasks)
@@ -900,6 +904,7 @@ def _part(path):
 def record(
     folder: Path, frames: int = 100_000, val_frames: int = 10_000, skip: int = 1,
     pictures: bool = True, procs: int = 2, seed: int = 0, where: Where = TWIN,
+    tasks: tuple[str, ...] = sim.TASKS,
 ):  # fmt: skip
     """Play in CALVIN's format, in folder/training and folder/validation. Killed at any moment, the
     same call goes on where it was.
@@ -912,14 +917,16 @@ def record(
         pictures: no: states only, for tests/imitable.py
         procs: processes
         seed: of scenes, skills and bursts
+        tasks: that are practised
     """
     if not 1 <= skip <= 10:
         raise ValueError(f"--skip {skip}: 1 to 10, or episodes are shorter than a window")
+    calvin.check(*tasks)
     folder, splits = Path(folder), {"training": frames, "validation": val_frames}
     with data.locked(folder):
-        jobs, done = [], 0
+        jobs, done, how = [], 0, (skip, pictures, seed, tasks)
         for split, n in splits.items():
-            claim(folder / split, where.about(skip), n, seed, pictures)
+            claim(folder / split, where.about(skip), n, seed, pictures, tasks)
             blocks = max(1, round(n / 2000))  # of 1000 to 3000 frames
             shares = np.random.default_rng([seed, n]).uniform(0.5, 1.5, blocks)
             ends = np.round(np.cumsum(shares) / shares.sum() * n).astype(int).tolist()
@@ -927,26 +934,26 @@ def record(
                 if (folder / split / f"parts/{k:05d}.json").exists():
                     done += end - first
                 else:
-                    jobs.append((folder / split, k, first, end - first, skip, pictures, seed))
+                    jobs.append((folder / split, k, first, end - first, *how))
         work = in_parallel(_block, jobs, procs, where, pictures) if jobs else []
         with tqdm(desc="recording", total=frames + val_frames, initial=done, mininterval=1) as bar:
             for length in work:
                 bar.update(length)
         print(f"recorded in {folder} (seed {seed}):")
         for split in splits:
-            finish(folder / split, skip, pictures, seed)
+            finish(folder / split, *how)
     thin = "" if skip > 1 else " --skip 2    (15 Hz, as --preset sim)"
     if pictures:
         print(f"next: .venv/bin/python data.py pack {folder} PACKED{thin}")
 
 
-def claim(place, about, n, seed, pictures):
+def claim(place, about, n, seed, pictures, tasks):
     """Makes sure that the folder is new, or holds the beginning of the very same recording."""
     if n < SPAN:
         raise ValueError(f"{place}: {n} frames are too few, a span alone may have {SPAN}")
     file = place / "recording.json"
     about = about | {"text_encoder": data.TEXT_ENCODER, "frames": n, "seed": seed}
-    about["pictures"] = pictures
+    about |= {"pictures": pictures, "tasks": [*tasks]}
     place.mkdir(parents=True, exist_ok=True)
     # Files that a kill left half written do not count.
     if not all(p.name.startswith("part_") for p in place.iterdir()):
@@ -958,10 +965,10 @@ def claim(place, about, n, seed, pictures):
     (place / "parts").mkdir(exist_ok=True)
 
 
-def _block(env, oracle, place, index, first, length, skip, pictures, seed):
+def _block(env, oracle, place, index, first, length, skip, pictures, seed, tasks):
     """Records one block of frames, then its part file, which says that it is finished."""
     rng = np.random.default_rng([seed, ("training", "validation").index(place.name), index])
-    part, states = Recorder(env, oracle, place, first, length, rng, skip, pictures).play()
+    part, states = Recorder(env, oracle, place, first, length, rng, skip, pictures, tasks).play()
     if not pictures:
         data.write(place / f"parts/{index:05d}.npz", lambda file: np.savez(file, **states))
     part["crc"] = data.checksum(part)
@@ -969,7 +976,7 @@ def _block(env, oracle, place, index, first, length, skip, pictures, seed):
     return length
 
 
-def finish(place, skip, pictures, seed):
+def finish(place, skip, pictures, seed, tasks):
     """Everything but the frames: episode bounds, statistics, language."""
     parts = [_part(p) for p in sorted((place / "parts").glob("*.json"))]
     episodes = np.array([e for p in parts for e in p["episodes"]])  # (E, 2), both ends inclusive
@@ -987,7 +994,7 @@ def finish(place, skip, pictures, seed):
     disturbed = np.zeros(n, bool)
     disturbed[[t for p in parts for t in p["disturbed"]]] = True
     bounds = {"calvin_scene_D": [int(episodes.min()), int(episodes.max())]}  # whose twin this is
-    spans, tasks = annotations(place, parts, max(1, int(skip * n // 100)), seed)
+    spans, told = annotations(place, parts, max(1, int(skip * n // 100)), seed)
     arrays = {"ep_start_end_ids": episodes, "ep_lens": lengths, "scene_info": bounds}
     for name, array in (arrays | {"disturbed": disturbed}).items():
         data.write_array(place / f"{name}.npy", array)
@@ -995,13 +1002,13 @@ def finish(place, skip, pictures, seed):
         states = [np.load(p) for p in sorted((place / "parts").glob("*.npz"))]
         names = {"robot_obs": "robot_obs", "scene_obs": "scene_obs", "actions": "rel_actions"}
         arrays = {k: np.concatenate([x[name] for x in states]) for k, name in names.items()}
-        arrays |= {"spans": np.array(spans), "tasks": np.array(tasks), "disturbed": disturbed}
+        arrays |= {"spans": np.array(spans), "tasks": np.array(told), "disturbed": disturbed}
         data.write(place / "states.npz", lambda file: np.savez(file, **arrays))
     files = [p.relative_to(place).as_posix() for p in place.glob("**/*.npy")]
     data.write_sums(place, ["recording.json", *sorted(files)])
-    print(f"  {place.name}: {n} frames, {len(lengths)} episodes, {len(tasks)} annotated spans;")
-    fewest = sorted(sim.TASKS, key=tasks.count)[:4]
-    print("  fewest:", ", ".join(f"{tasks.count(task)} {task}" for task in fewest))
+    print(f"  {place.name}: {n} frames, {len(lengths)} episodes, {len(told)} annotated spans;")
+    fewest = sorted(tasks, key=told.count)[:4]
+    print("  fewest:", ", ".join(f"{told.count(task)} {task}" for task in fewest))
 
 
 def annotations(place, parts, wanted, seed):

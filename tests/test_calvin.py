@@ -129,6 +129,17 @@ def test_tasks_chains_and_initial_states_are_the_benchmarks_own_and_can_be_begun
     assert digest.hexdigest() == BENCHMARK and len(calvin.TASKS) == 34
 
 
+def test_chains_among_fewer_tasks_begin_where_the_benchmarks_do_and_are_possible():
+    few = tuple(t for t in calvin.TASKS if t.startswith(("open", "close", "move", "turn")))
+    for number in range(50):
+        state, tasks = calvin.chain(number, few)
+        assert state == calvin.chain(number)[0]
+        assert len(tasks) == 5 and set(tasks) <= set(few) and calvin.possible(state, tasks)
+    for wrong, why in ((("dance",), "unknown task"), (few[:4], "hardly any five")):
+        with pytest.raises(ValueError, match=why):
+            calvin.chain(0, wrong)
+
+
 def of_file(path, *names, **given):
     """What a file defines by these names. The rest is not run, for its imports ask for a lot;
     `given` is what the names need of it."""

@@ -105,8 +105,8 @@ def fake(monkeypatch, tmp_path):
         vars(world.policy).update(given)
         return world.policy, dict(checkpoint)
 
-    def chain(n):
-        return calvin.start_states()[n], calvin.TASKS[n % 30 : n % 30 + 5]
+    def chain(n, among=calvin.TASKS):
+        return calvin.start_states()[n], among[n % 30 : n % 30 + 5]
 
     monkeypatch.setattr(E, "make_environment", lambda *_: (world.env, world.env.oracle))
     monkeypatch.setattr(calvin, "chain", chain)
@@ -235,7 +235,7 @@ def test_another_configuration_in_the_same_folder_is_an_error(fake, tmp_path):
     for option, value, what in (
         ("--limit", "100", "limit was 360 and is 100"), ("--replan", "3", "replan was None"),
         ("--seed", "1", "evaluation_seed was 0 and is 1"), ("--disturb", "0.1", "disturb was 0"),
-        ("--sentences", str(mine), "sentences was"),
+        ("--sentences", str(mine), "sentences was"), ("--tasks", "led", "among was None and is"),
     ):  # fmt: skip
         with pytest.raises(SystemExit, match=rf"another evaluation's.*{what}.*Another --out"):
             fake.run("--chains", "1", option, value)

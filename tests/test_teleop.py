@@ -289,7 +289,8 @@ def test_resume_after_a_crash_gives_the_same_files_and_a_finished_block_is_not_r
 
 
 def test_another_recording_in_the_folder_or_an_impossible_number_is_refused(recording, tmp_path):
-    for other in ({"seed": SEED + 1}, {"seed": SEED, "pictures": False}):
+    others = {"seed": SEED + 1}, {"pictures": False}, {"tasks": ("open_drawer",)}
+    for other in ({"seed": SEED} | other for other in others):
         with pytest.raises(data.DataError, match="Choose another folder"):
             teleop.record(recording, FRAMES, VAL, skip=SKIP, **other)
     (tmp_path / "training").mkdir()
@@ -307,13 +308,21 @@ def test_a_recording_killed_at_its_very_beginning_goes_on_and_two_at_once_are_re
     place = tmp_path / "training"
     place.mkdir()
     (place / "part_recording.json").write_text("{")
-    teleop.claim(place, {"hz": 30}, 100, 0, True)
+    teleop.claim(place, {"hz": 30}, 100, 0, True, sim.TASKS)
     assert json.loads((place / "recording.json").read_text())["frames"] == 100
     with data.locked(tmp_path), pytest.raises(data.DataError, match="in use by process"):
         teleop.record(tmp_path, 100, 100)
     (place / "parts/00000.json").write_text('{"episodes": [[0, 1]], "crc": 0}')
     with pytest.raises(data.DataError, match=r"00000\.json: its checksum .*Remove that file"):
         teleop._part(place / "parts/00000.json")
+
+
+def test_only_the_tasks_that_are_given_are_practised(tmp_path):
+    doors = ("open_drawer", "close_drawer", "turn_on_led", "turn_off_led")
+    teleop.record(tmp_path, 500, 100, procs=1, seed=1, skip=2, pictures=False, tasks=doors)
+    assert set(language(tmp_path)["language"]["task"]) == set(doors)
+    with pytest.raises(ValueError, match=r"unknown task 'open_door'.*open_drawer"):
+        teleop.record(tmp_path / "new", 500, 100, tasks=("open_door",))
 
 
 def test_the_same_seed_gives_the_same_play_in_any_process(recording, tmp_path):
