@@ -52,7 +52,7 @@ demo: .venv/ready
 	$(BIN)/python evaluate.py --env sim --checkpoint $(DEMO)/agent.pt --tasks $(PARTS) --chains 20 --procs $(PROCS) \
 		--film 1 --out $(DEMO)/evaluation
 	@echo; echo "Worth a look:"
-	@ls $(DEMO)/report.html $(DEMO)/pictures/prediction_*.png $(DEMO)/evaluation/*.gif $(DEMO)/evaluation/report.html
+	@ls $(DEMO)/report.html $(DEMO)/pictures/prediction_0001000.png $(DEMO)/evaluation/*.gif $(DEMO)/evaluation/report.html
 
 # Agents of all methods and seeds share one world model and its data. This, too, goes on where it was.
 ablations: .venv/ready

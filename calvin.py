@@ -238,10 +238,11 @@ def chains_from(i: int, count: int, among=TASKS) -> list[tuple[str, ...]]:
     are of one category. ValueError: there are hardly any."""
     check(*among)
     state, rng, found = start_states()[i], np.random.RandomState(i), []
-    for _ in range(200_000):  # some 16,000; a choice without replacement is a permutation
+    # Some 16,000 draws suffice; a choice without replacement is a permutation.
+    for _ in range(200_000) if len(among) > 4 else ():
         tasks = tuple(among[k] for k in rng.permutation(len(among))[:5].tolist())
         apart = len({category(task) for task in tasks}) == 5 or among != TASKS
-        if len(tasks) == 5 and apart and possible(state, tasks):
+        if apart and possible(state, tasks):
             found.append(tasks)
         if len(found) == count:
             return found

@@ -199,18 +199,35 @@ def eventful(data: D.PlayData, L: int, n: int = 3) -> dict[str, Tensor]:
     return data.frames(first + np.arange(L)[:, None], fresh=True)
 
 
-def prediction_picture(world, batch: dict[str, Tensor]) -> np.ndarray:
+def prediction_picture(world, batch: dict[str, Tensor], hz: float) -> np.ndarray:
     """Rows: for each sequence and both cameras, the truth, the reconstruction from the posterior,
-    the prediction from CONTEXT frames on. Columns: moments, context first."""
+    the prediction from CONTEXT frames on. Columns: 12 moments, the last context frame first."""
     seen, unseen = world.predict(batch, CONTEXT)
     T, B = batch["reset"].shape
     moments = np.unique(np.linspace(CONTEXT - 1, T - 1, 12).astype(int))
     rows = []
     for b in range(B):
         for k in ("static", "gripper"):
-            for images in (batch[f"rgb_{k}"], seen[k], unseen[k]):
-                rows.append(torch.cat([images[t, b] for t in moments], 1))
-    return enlarged(torch.cat(rows).cpu().numpy())
+            kinds = {"truth": batch[f"rgb_{k}"], "reconstruction": seen[k], "prediction": unseen[k]}
+            rows += [(f"{k}\n{name}", x[moments, b].cpu().numpy()) for name, x in kinds.items()]
+    return labelled(rows, moments, hz)
+
+
+def labelled(rows: list[tuple[str, np.ndarray]], moments: np.ndarray, hz: float) -> np.ndarray:
+    """rows: (name, images (n, 64, 64, 3)) of n moments, frame CONTEXT - 1 being time 0. A picture
+    of twice their size, names at its left, times at its top."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    images = enlarged(np.concatenate([np.concatenate([*x], 1) for _, x in rows]))
+    left, top, size = 118, 24, 128  # pixels
+    picture = Image.new("RGB", (left + images.shape[1], top + len(images)), "white")
+    picture.paste(Image.fromarray(images), (left, top))
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(15)
+    for i, (name, _) in enumerate(rows):
+        draw.text((8, top + i * size + 44), name, "black", font)
+    for i, t in enumerate(moments):
+        draw.text((left + i * size + 4, 3), f"{(t - CONTEXT + 1) / hz:.1f} s", "black", font)
+    return np.asarray(picture)
 
 
 def enlarged(images: np.ndarray) -> np.ndarray:
@@ -258,7 +275,7 @@ def predict(checkpoint: str, data: str, out: Path, seed: int = 0, device: str = 
         for name, x in (("prediction", unseen["tcp"].cpu().numpy()), ("copy", tcp[CONTEXT - 1])):
             error = 100 * np.median(np.linalg.norm(x - tcp, axis=-1), axis=-1)
             result[f"tcp_cm_{name}"] = np.round(error[CONTEXT:], 2).tolist()
-    strip, film = [], []
+    rows, film = [], []
     for k in tqdm(("static", "gripper"), desc="prediction", unit="camera"):
         truth = batch[f"rgb_{k}"].numpy()  # (T, B, 64, 64, 3)
         copied = torch.tensor(truth[CONTEXT - 1]).expand(*truth.shape)
@@ -267,12 +284,16 @@ def predict(checkpoint: str, data: str, out: Path, seed: int = 0, device: str = 
             curves = {"psnr": [psnr(*at_t) for at_t in pairs]}  # of the clips' mean error
             curves["ssim"] = [np.mean(list(map(ssim, *at_t))) for at_t in pairs]
             result |= {f"{m}_{k}_{name}": np.round(c, 3).tolist() for m, c in curves.items()}
-        both = np.concatenate([truth, unseen[k].cpu().numpy()], 2)  # (T, B, 128, 64, 3)
+        guess = unseen[k].cpu().numpy()
         moments = np.linspace(CONTEXT - 1, frames - 1, 14).astype(int)
-        strip += [np.concatenate(both[moments, b], 1) for b in range(min(2, len(first)))]
+        for b in range(min(2, len(first))):
+            kinds = {"truth": truth, "prediction": guess}
+            rows += [(f"{k}\n{name}", x[moments, b]) for name, x in kinds.items()]
+        both = np.concatenate([truth, guess], 2)  # (T, B, 128, 64, 3)
         film.append(np.concatenate(both[:, :4].swapaxes(0, 1), 2))  # (T, 128, 4 * 64, 3)
     out = Path(out)
-    picture = imageio.imwrite("<bytes>", enlarged(np.concatenate(strip)), extension=".png")
+    strip = labelled(rows, moments, play.meta["hz"])
+    picture = imageio.imwrite("<bytes>", strip, extension=".png")
     D.write(out / "prediction.png", lambda file: file.write(picture))
     write_film(out / "prediction.gif", enlarged(np.concatenate(film, 1)), play.meta["hz"])
     D.write_json(out / "prediction.json", result)

@@ -74,7 +74,7 @@ class Options:
     replan: int | None = None  # actions from plan to plan; None: the checkpoint's
     reset_on_replan: bool | None = None  # at each plan, forget what was seen; None: as above
     disturb: float = 0.0  # probability per action that the arm is pushed for 3 actions
-    film: int | None = None  # film the first N chains; None: 0, or 1 of the published policy
+    film: int | None = None  # film the first N chains; None: 0, or 3 of the published policy
     sentences: Path | None = None  # of the 34 tasks: a JSON file, or a dataset's validation/lang_*
     text_encoder: str | None = None  # its folder, for sentences that are not in assets/
     table: tuple[Path, ...] = ()  # only print Table I of these results.json
@@ -505,7 +505,7 @@ def parse(argv: list[str] | None = None) -> Options:
     ours = args.policy == "agent" and args.env == "sim" and not args.checkpoint  # a first look
     checkpoint = str(SHIPPED) if ours else args.checkpoint
     chains = args.chains if args.chains is not None else 20 if ours else 1000 - (args.first or 0)
-    film = args.film if args.film is not None else int(ours)
+    film = args.film if args.film is not None else 3 if ours else 0
     run = Path(checkpoint).parent if checkpoint else Path("runs") / args.policy
     in_tree = run.resolve() == SHIPPED.parent  # where nothing is written
     out = Path("runs/first_look") if in_tree else run / f"evaluate_{args.env}"

@@ -14,6 +14,14 @@
     run time:  s_0 -> v_0, goal -> g  -> proposal    -> plan      (the KL teaches it to agree)
 
 Copy this file alone. Needs: torch.
+
+>>> V = PerceptualEncoder(k=40, hidden=64, d=32)(torch.randn(8, 4, 40))  # T = 8, B = 4
+>>> g = GoalEncoder(384, hidden=64, goal=16)(torch.randn(4, 384))  # of sentences
+>>> recognised, features = PlanRecognition(8, 32, 64, 48, plan=(4, 8))(V)
+>>> proposed = PlanProposal(32, goal=16, hidden=64, plan=(4, 8))(V[0], g)
+>>> kl = kl_balanced(recognised, proposed, delta=0.8).mean()  # Eq. 7
+>>> sample_straight_through(recognised).shape
+torch.Size([4, 32])
 """
 
 import math

@@ -633,7 +633,8 @@ def train_world_model(run: Run) -> None:
                     fresh = world.initial(batch["reset"].shape[1])
                     with run.precision:
                         figures.append(world.loss(batch, fresh)[1])
-                picture = diagnostics.prediction_picture(world, D.to_device(clips, device))
+                seen = D.to_device(clips, device)
+                picture = diagnostics.prediction_picture(world, seen, data.meta["hz"])
             run.log.picture("prediction", step, picture)
             run.validated(step, diagnostics.mean(figures))
         if step == run.steps:

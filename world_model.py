@@ -19,6 +19,15 @@ from h_t alone (prior). T is Table III's L; H is h's length here, the horizon in
 is a scalar. `WorldModel` is the paper's; what preset `sim` needs beside it stands at the end,
 `SimWorldModel`.
 Copy this file alone. Needs: torch.
+
+>>> world = WorldModel(WorldModelConfig(depth=4, hidden=32, deterministic=32))
+>>> images = {f"rgb_{k}": torch.zeros(6, 2, 64, 64, 3, dtype=torch.uint8) for k in CAMERAS}
+>>> batch = images | {"a_prev": torch.zeros(6, 2, 7), "reset": torch.zeros(6, 2, dtype=torch.bool)}
+>>> loss, terms, state = world.loss(batch, world.initial(2))  # Eq. 2 of T = 6 frames, B = 2
+>>> loss.backward()
+>>> h, z = world.imagine_step(*state, torch.zeros(2, 7))  # Eq. 1 without an image
+>>> world.decode(h[None], z[None])["static"].shape
+torch.Size([1, 2, 3, 64, 64])
 """
 
 from dataclasses import dataclass

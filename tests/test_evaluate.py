@@ -368,7 +368,7 @@ def test_without_a_checkpoint_the_published_policy_is_taken_and_solves_something
     assert result["method"] == "lumos" and result["chains"] == 6 and result["avg_len"] > 0
     assert [x.name for x in tmp_path.glob("runs/first_look/*.gif")] == ["chain_0000.gif"]
     args = E.parse([])
-    assert (args.chains, args.film, args.checkpoint) == (20, 1, str(E.SHIPPED))
+    assert (args.chains, args.film, args.checkpoint) == (20, 3, str(E.SHIPPED))
     assert "assets" not in str(E.parse(["--checkpoint", str(E.SHIPPED)]).out)
     args = E.parse(["--checkpoint", "run/agent.pt", "--first", "10"])
     assert (args.chains, args.film) == (990, 0) and E.parse(["--film", "0"]).film == 0

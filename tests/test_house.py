@@ -1,5 +1,7 @@
 """The house: every file stands alone where it says so, every deviation is written down."""
 
+import doctest
+import importlib
 import re
 import shutil
 import subprocess
@@ -31,6 +33,12 @@ def test_file_imports_alone_in_an_empty_folder(module, tmp_path):
         [sys.executable, "-c", f"import {module}"], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("module", ["world_model", "plan", "agent"])
+def test_the_example_in_a_components_header_runs(module):
+    failed, tried = doctest.testmod(importlib.import_module(module))
+    assert tried and not failed
 
 
 @pytest.mark.parametrize("module", ALONE)
