@@ -462,6 +462,7 @@ def evaluate(args, argv: list[str]) -> dict:
             pages.report(args.out, "evaluation", asdict(args), time.monotonic() - begun)
             left = "" if len(done) == args.chains else "; the same command goes on from here"
             print(f"{len(done)} of {args.chains} chains: {args.out / 'results.json'}{left}")
+            print(f"to look at: {args.out / 'report.html'}")
     return result
 
 

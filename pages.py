@@ -107,7 +107,7 @@ def write_report(folder: Path) -> None:
         "pictures": [f"pictures/{p.name}" for p in sorted(folder.glob("pictures/*.png"))[::-1]],
         "probe": read(folder / "probe.json"),
         "evaluations": [evaluation(path, folder) for path in evaluated],
-        "films": [{"file": p.name, "caption": p.stem.replace("_", " ")}
+        "films": [{"file": p.name, "caption": p.stem.replace("_", " "), "told": []}
                   for p in sorted(folder.glob("*.gif")) if not p.name.startswith("chain_")],
         "written": time.strftime("%Y-%m-%d %H:%M"),
     }  # fmt: skip

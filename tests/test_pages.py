@@ -34,7 +34,8 @@ def run(tmp_path):
     (tmp_path / "evaluation").mkdir()
     dot = np.zeros((64, 64, 3), np.uint8)
     imageio.imwrite(tmp_path / "pictures/prediction_0000008.png", dot)
-    imageio.imwrite(tmp_path / "evaluation/chain_0007.gif", dot[None])
+    for film in ("evaluation/chain_0007.gif", "pull_it_out_0.gif"):
+        imageio.imwrite(tmp_path / film, dot[None])
     result = {"env": "sim", "label": "<b>ours</b>", "checkpoint": "agent.pt", "seed": 3}
     result |= {"evaluation_seed": 0, "commit": "abc", "chains": 4, "avg_len": 1.25}
     result |= {"success": [0.75, 0.5, 0, 0, 0], "tasks": {"open_drawer": [3, 4]}}
@@ -64,7 +65,15 @@ def test_a_report_shows_all_that_the_folder_holds(run, capsys):
     assert page.tags.count("svg") == 3  # loss, KL, the critic's R²
     files = [x for x in page.links if not x.startswith(("#", "data:"))]
     assert "pictures/prediction_0000008.png" in files and "evaluation/chain_0007.gif" in files
-    for shown in ("Step 8 of 16", "Avg. Len. 1.25", "75 %", "open drawer", "open it", "press it"):
+    for shown in (
+        "Step 8 of 16",
+        "Avg. Len. 1.25",
+        "75 %",
+        "open drawer",
+        "open it",
+        "press it",
+        "pull it out 0",
+    ):
         assert shown in text
     for what in (pages.commit(), pages.machine()):
         assert str(what) in text
