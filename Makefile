@@ -1,4 +1,5 @@
-# make demo   the whole of LUMOS on eight of the 34 tasks, on two CPU cores, in 15 minutes
+# make demo   the whole of LUMOS on eight of the 34 tasks, on two CPU cores, in 15 minutes;
+#             SEED=1 DEMO=runs/demo1 for another seed
 # make test   the tests
 # make ablations   Table I: four methods, three seeds each, in the world model runs/sim/wm.pt
 # make gpu    whether a GPU computes what the CPU does, and how fast: results/gpu_NAME.json
@@ -35,21 +36,22 @@ robot: .venv/ready
 robot-test: robot
 	LUMOS_ROBOT_SECONDS=$${LUMOS_ROBOT_SECONDS:-60} $(BIN)/python -m pytest -q -s -rs tests/test_robot.py tests/test_deploy.py
 
-# Every step resumes or is skipped when it was done, so an interrupted demo can be started again.
 SEED ?= 0
 DEMO ?= runs/demo
-PARTS := open_drawer close_drawer move_slider_left move_slider_right turn_on_lightbulb turn_off_lightbulb \
+DEMO_TASKS := open_drawer close_drawer move_slider_left move_slider_right turn_on_lightbulb turn_off_lightbulb \
 	turn_on_led turn_off_led
+
+# Every step resumes or is skipped when it was done, so an interrupted demo can be started again.
 demo: .venv/ready
 	@echo "Five steps, 15 minutes on two cores: record 21,000 frames of play (2 minutes), pack them, train the world model (6)"
 	@echo "and the agent in it (5), try 20 chains of instructions (1). It learns the eight tasks that move the table's own"
 	@echo "parts; blocks lie in the way. All 34 take hours: README, Install and run."
 	test -d $(DEMO)/data || $(BIN)/python teleop.py record $(DEMO)/play --frames 20000 --val-frames 1000 --skip 2 \
-		--procs $(PROCS) --seed $(SEED) --tasks $(PARTS)
+		--procs $(PROCS) --seed $(SEED) --tasks $(DEMO_TASKS)
 	test -d $(DEMO)/data || $(BIN)/python data.py pack $(DEMO)/play $(DEMO)/data --procs $(PROCS)
 	$(BIN)/python train.py --stage wm --preset sim --steps 1000 --seed $(SEED) --data $(DEMO)/data --out $(DEMO)
 	$(BIN)/python train.py --stage agent --preset sim --steps 1500 --seed $(SEED) --data $(DEMO)/data --out $(DEMO)
-	$(BIN)/python evaluate.py --env sim --checkpoint $(DEMO)/agent.pt --tasks $(PARTS) --chains 20 --procs $(PROCS) \
+	$(BIN)/python evaluate.py --env sim --checkpoint $(DEMO)/agent.pt --tasks $(DEMO_TASKS) --chains 20 --procs $(PROCS) \
 		--film 1 --out $(DEMO)/evaluation
 	@echo; echo "Worth a look:"
 	@ls $(DEMO)/report.html $(DEMO)/pictures/prediction_0001000.png $(DEMO)/evaluation/*.gif $(DEMO)/evaluation/report.html

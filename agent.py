@@ -20,16 +20,19 @@ their actions, length (B,) states before the padding, which repeats the last sta
 also emb (B, 384) and align (B,) bool, which windows enter Eq. 8 [D11]. Shape () is a scalar.
 
 Copy this file together with plan.py. Needs: torch. The world model is an argument: anything with
-`split(s) -> (h, z)` and `imagine_step(h, z, a) -> (h, z)` will do. `Policy` also needs `eval`,
-`initial` and `filter`, as in world_model.py.
+`split(s) -> (h, z)` and `imagine_step(h, z, a) -> (h, z)` will do. `Policy` also needs `eval()`,
+`initial(batch) -> (h, z)` and `filter(batch, (h, z)) -> h, z, _`, as in world_model.py.
 
+>>> import torch
+>>> from agent import PRESETS, Agent
 >>> class World:  # h and z of 8 numbers; actions move h
 ...     def split(self, s):
 ...         return s[..., :8], s[..., 8:]
 ...     def imagine_step(self, h, z, a):
 ...         return h + a.sum(-1, keepdim=True), z
->>> agent, a, length = Agent(PRESETS["tiny"], k=16), torch.zeros(10, 4, 7), torch.full((4,), 10)
->>> play = {"s_E": torch.randn(10, 4, 16), "a": a, "length": length}
+>>> agent = Agent(PRESETS["tiny"], k=16)
+>>> play = {"s_E": torch.randn(10, 4, 16), "a": torch.zeros(10, 4, 7)}  # T = 10, B = 4
+>>> play["length"] = torch.full((4,), 10)
 >>> told = {"emb": torch.randn(4, 384), "align": torch.ones(4, dtype=torch.bool)}
 >>> loss_actor, loss_critic, figures = agent.losses(World(), play, play | told)
 >>> loss_actor.shape

@@ -157,7 +157,9 @@ TASKS = tuple(_RULES)  # in the order of CALVIN's task table
 
 
 def check(*tasks) -> None:
-    """ValueError: one of them is none of the 34."""
+    """ValueError: a task is not one of the 34, or comes twice."""
+    if len(set(tasks)) < len(tasks):
+        raise ValueError(f"a task comes twice: {', '.join(tasks)}")
     for task in set(tasks) - set(TASKS):
         close = difflib.get_close_matches(str(task), TASKS, cutoff=0.3) or TASKS[:3]
         raise ValueError(f"unknown task {task!r}; there are, for example, {', '.join(close)}")
@@ -168,6 +170,20 @@ def oracle(start_info, info, task):
     check(task)
     rule, *arguments = _RULES[task]
     return bool(rule(_facts(start_info), _facts(info), *arguments))
+
+
+def is_so(info, task) -> bool:
+    """Whether a door or a light is already where `task` would bring it: a door in the nearer half
+    of its way."""
+    rule, *arguments = _RULES[task]
+    if rule is slid:
+        door, metres = arguments
+        middle = {SLIDE: 0.14, DRAWER: 0.11}[door]
+        return (info["scene_info"]["doors"][door]["current_state"] - middle) * metres > 0
+    if rule is switched:
+        light, state = arguments
+        return info["scene_info"]["lights"][light]["logical_state"] == state
+    return False
 
 
 # ------------------------------------------------------------------ the benchmark's 1000 chains
@@ -235,18 +251,20 @@ def possible(state: State, tasks) -> bool:
 @functools.cache
 def chains_from(i: int, count: int, among=TASKS) -> list[tuple[str, ...]]:
     """The first `count` possible draws of 5 tasks in state i, by RandomState(i). Of all 34, no two
-    are of one category. ValueError: there are hardly any."""
+    are of one category. ValueError: there are too few such chains."""
     check(*among)
+    if len(among) < 5:
+        raise ValueError(f"a chain needs five tasks, not {len(among)}: give more")
     state, rng, found = start_states()[i], np.random.RandomState(i), []
-    # Some 16,000 draws suffice; a choice without replacement is a permutation.
-    for _ in range(200_000) if len(among) > 4 else ():
+    for _ in range(200_000):  # some 16,000; a choice without replacement is a permutation
         tasks = tuple(among[k] for k in rng.permutation(len(among))[:5].tolist())
         apart = len({category(task) for task in tasks}) == 5 or among != TASKS
         if apart and possible(state, tasks):
             found.append(tasks)
         if len(found) == count:
             return found
-    raise ValueError(f"of {', '.join(among)} hardly any five can be done in turn from {state}")
+    what = f"of {', '.join(among)} hardly any five can be done in turn from {state}"
+    raise ValueError(f"{what}: give more tasks")
 
 
 def chain(number: int, among=TASKS) -> tuple[State, tuple[str, ...]]:

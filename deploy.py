@@ -555,8 +555,8 @@ def main(argv: list[str] | None = None):
     except (R.RobotError, R.Stopped, ValueError, RuntimeError, OSError) as error:
         raise SystemExit(f"deploy.py: {error}") from error
     except KeyboardInterrupt:
-        what = "Ctrl-C: what is on record is kept"
-        raise SystemExit(f"{what}; the same command again goes on from there.") from None
+        print("Ctrl-C: what is on record is kept; the same command again goes on from there.")
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -201,7 +201,8 @@ def eventful(data: D.PlayData, L: int, n: int = 3) -> dict[str, Tensor]:
 
 def prediction_picture(world, batch: dict[str, Tensor], hz: float) -> np.ndarray:
     """Rows: for each sequence and both cameras, the truth, the reconstruction from the posterior,
-    the prediction from CONTEXT frames on. Columns: 12 moments, the last context frame first."""
+    the prediction from CONTEXT frames on. Columns: moments, the last context frame
+    first."""
     seen, unseen = world.predict(batch, CONTEXT)
     T, B = batch["reset"].shape
     moments = np.unique(np.linspace(CONTEXT - 1, T - 1, 12).astype(int))
@@ -209,7 +210,8 @@ def prediction_picture(world, batch: dict[str, Tensor], hz: float) -> np.ndarray
     for b in range(B):
         for k in ("static", "gripper"):
             kinds = {"truth": batch[f"rgb_{k}"], "reconstruction": seen[k], "prediction": unseen[k]}
-            rows += [(f"{k}\n{name}", x[moments, b].cpu().numpy()) for name, x in kinds.items()]
+            name = f"{b + 1}: {k}"
+            rows += [(f"{name}\n{kind}", x[moments, b].cpu().numpy()) for kind, x in kinds.items()]
     return labelled(rows, moments, hz)
 
 
@@ -288,7 +290,7 @@ def predict(checkpoint: str, data: str, out: Path, seed: int = 0, device: str = 
         moments = np.linspace(CONTEXT - 1, frames - 1, 14).astype(int)
         for b in range(min(2, len(first))):
             kinds = {"truth": truth, "prediction": guess}
-            rows += [(f"{k}\n{name}", x[moments, b]) for name, x in kinds.items()]
+            rows += [(f"{b + 1}: {k}\n{kind}", x[moments, b]) for kind, x in kinds.items()]
         both = np.concatenate([truth, guess], 2)  # (T, B, 128, 64, 3)
         film.append(np.concatenate(both[:, :4].swapaxes(0, 1), 2))  # (T, 128, 4 * 64, 3)
     out = Path(out)
@@ -373,6 +375,8 @@ def main(arguments: list[str] | None = None) -> None:
         tyro.extras.subcommand_cli_from_dict(commands, args=arguments, use_underscores=True)
     except (ValueError, OSError, D.DataError) as error:
         sys.exit(f"diagnostics.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ class Options:
     instruction: str | None = None  # a sentence to follow where it can be done, and to film
     live: bool = False  # serve a page on this machine, to instruct the policy and watch it
     chains: int | None = None  # how many; None: all, or 20 of the published policy
-    tasks: tuple[str, ...] = calvin.TASKS  # of which chains are made; all: the benchmark's
+    tasks: tuple[str, ...] = calvin.TASKS  # the chains' tasks; all 34: the benchmark's chains
     first: int | None = None  # the first chain, 0 to 999; of an instruction: its scene
     procs: int = 1  # processes
     device: str = "cpu"  # where the policy runs: cpu, cuda, cuda:1, ...
@@ -432,7 +432,8 @@ def evaluate(args, argv: list[str]) -> dict:
     try:
         for r in started_here:
             share = os.environ | {"RANK": str(r), "WORLD_SIZE": str(ranks)}
-            others.append(subprocess.Popen([sys.executable, __file__, *argv], env=share))
+            command = [sys.executable, __file__, *argv]  # a session of its own: Ctrl-C ends us
+            others.append(subprocess.Popen(command, env=share, start_new_session=True))
         for n in tqdm(todo, unit="chain", position=rank):
             record = worker.run_chain(n, films.get(n))
             if rank and os.getppid() != parent:
@@ -493,6 +494,7 @@ def follow(args) -> dict[str, int]:
     env.save()
     pages.report(args.out, "instruction", asdict(args))
     print(*[f"{name} at step {step}" for name, step in seen.items()], f"film: {film}", sep="\n")
+    print(f"to look at: {args.out / 'report.html'}")
     verdict = "done" if task in seen else "not done" if task else f"{len(seen)} of 34 tasks seen"
     print(f"scene of chain {number}, {env.t} steps ({env.t / 30:.1f} s): {verdict}")
     return seen
@@ -523,10 +525,12 @@ def parse(argv: list[str] | None = None) -> Options:
         "--renderer: a checkpoint needs that of its data": agent and args.renderer,
         f"there are chains 0 to 999, not {n} from {first} on": not 0 <= first < first + n <= 1000,
         "--disturb: a probability is 0 to 1": not 0 <= args.disturb <= 1,
+        "--tasks: they are of chains": args.tasks != calvin.TASKS and (told or args.live),
     }
     for name, least in (("procs", 1), ("limit", 1), ("film", 0), ("seed", 0), ("replan", 1)):
         number = getattr(args, name)
         wrong[f"--{name} {number}: at least {least}"] = number is not None and number < least
+    calvin.check(*args.tasks)
     if any(wrong.values()):
         raise ValueError(next(text for text, is_so in wrong.items() if is_so))
     return args
@@ -553,6 +557,7 @@ def main(argv: list[str] | None = None):
         with data.locked(args.out) if first else contextlib.nullcontext():
             return follow(args) if args.instruction else evaluate(args, argv)
     except KeyboardInterrupt:
+        print("evaluate.py: stopped; the same command goes on", file=sys.stderr)
         raise SystemExit(130) from None
     except (ValueError, RuntimeError, ImportError, OSError) as error:
         raise SystemExit(f"evaluate.py: {error}") from error

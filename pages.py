@@ -32,7 +32,6 @@ from tqdm import tqdm
 import calvin
 import data as D
 import diagnostics
-import teleop
 
 ROOT = Path(__file__).resolve().parent
 ASSETS = ROOT / "assets"
@@ -315,9 +314,7 @@ class Robot:
             self.words = self.worker.words[sentence] = self.worker.embed(sentence)
         except ValueError as error:
             return self.show(state="refused", message=str(error))
-        seen = teleop.see(self.env, self.env.get_obs())
-        doors_and_lights = str(self.task).startswith(("turn", "move", "open", "close"))
-        if doors_and_lights and self.task not in teleop.feasible(seen, ()):
+        if self.task and calvin.is_so(self.env.get_info(), self.task):
             return self.show(state="refused", message="It is so already.")
         self.t, self.due = 0, time.monotonic()
         name = sentence if self.worker.policy else self.task

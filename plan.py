@@ -15,6 +15,8 @@
 
 Copy this file alone. Needs: torch.
 
+>>> import torch
+>>> from plan import *
 >>> V = PerceptualEncoder(k=40, hidden=64, d=32)(torch.randn(8, 4, 40))  # T = 8, B = 4
 >>> g = GoalEncoder(384, hidden=64, goal=16)(torch.randn(4, 384))  # of sentences
 >>> recognised, features = PlanRecognition(8, 32, 64, 48, plan=(4, 8))(V)

@@ -659,6 +659,9 @@ def in_parallel(function, jobs, procs, where, cameras):
         try:
             for future in as_completed([pool.submit(_work, function, job) for job in jobs]):
                 yield future.result()
+        except KeyboardInterrupt:  # to leave the pool is to wait until blocks of frames are full
+            print("\nteleop.py: stopped; to repeat the command of a recording goes on with it")
+            os._exit(130)  # the workers end with their parent
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -917,7 +920,7 @@ def record(
         pictures: no: states only, for tests/imitable.py
         procs: processes
         seed: of scenes, skills and bursts
-        tasks: that are practised
+        tasks: practise only these
     """
     if not 1 <= skip <= 10:
         raise ValueError(f"--skip {skip}: 1 to 10, or episodes are shorter than a window")
@@ -959,8 +962,13 @@ def claim(place, about, n, seed, pictures, tasks):
     if not all(p.name.startswith("part_") for p in place.iterdir()):
         remedy = "Choose another folder, delete it, or repeat the command that began it"
         found = data.read_json(file, remedy)
-        if found != about:
-            raise data.DataError(f"{file} is {found}, not {about}. {remedy}.")
+        found = {"tasks": [*sim.TASKS]} | found  # older ones do not name them
+        changed = [k for k in found | about if found.get(k) != about.get(k)]
+        if changed:
+            lines = ", ".join(
+                f"{k} {found.get(k)!s:.99}, not {about.get(k)!s:.99}" for k in changed
+            )
+            raise data.DataError(f"{file} has {lines}. {remedy}.")
     data.write_text(file, json.dumps(about))
     (place / "parts").mkdir(exist_ok=True)
 

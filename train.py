@@ -339,6 +339,10 @@ class Run:
             print(json.dumps(self.settings, indent=1, ensure_ascii=False))
             how = f"{'bf16' if self.bf16 else 'fp32'} products, {self.ranks} processes"
             print(f"{self.steps} steps on {self.device}, {how}")
+            if self.device == "cpu" and config.preset == "paper":
+                print(
+                    "note: preset paper is for GPUs; a step takes half a minute here, --preset sim less"
+                )
 
     # ------------------------------------------------------------------ several processes
     def shard(self, n: int) -> slice:
@@ -823,6 +827,10 @@ def parse(arguments: list[str] | None = None) -> tuple[RunConfig, object]:
     for name, n in least.items():
         if getattr(options.run, name) < n:
             raise ValueError(f"--{name} {getattr(options.run, name)}: at least {n}")
+    for name, value in dataclasses.asdict(options.model).items():
+        size = isinstance(value, int) and not isinstance(value, bool)
+        if (size or name.endswith(("lr", "learning_rate"))) and value <= 0:
+            raise ValueError(f"--{name} {value}: above 0")
     return options.run, options.model
 
 
@@ -834,12 +842,15 @@ def main(arguments: list[str] | None = None) -> None:
             run = Run(config, model_config)
             STAGES[config.stage][1](run)
             run.report()
+            if first:
+                print(f"to look at: {run.out / 'report.html'}")
             if run.ranks > 1:  # the others wait for rank 0; leaving threads behind aborts a process
                 dist.barrier()
                 dist.destroy_process_group()
     except (ValueError, OSError, D.DataError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
         sys.exit(130)
 
 

@@ -20,6 +20,8 @@ is a scalar. `WorldModel` is the paper's; what preset `sim` needs beside it stan
 `SimWorldModel`.
 Copy this file alone. Needs: torch.
 
+>>> import torch
+>>> from world_model import CAMERAS, WorldModel, WorldModelConfig
 >>> world = WorldModel(WorldModelConfig(depth=4, hidden=32, deterministic=32))
 >>> images = {f"rgb_{k}": torch.zeros(6, 2, 64, 64, 3, dtype=torch.uint8) for k in CAMERAS}
 >>> batch = images | {"a_prev": torch.zeros(6, 2, 7), "reset": torch.zeros(6, 2, dtype=torch.bool)}

@@ -107,6 +107,14 @@ def test_a_light_or_a_door_says_nothing_about_the_other():
     assert done == ["move_slider_left", "turn_on_lightbulb"]
 
 
+def test_a_door_past_its_middle_and_a_light_are_so_already():
+    scene = made()
+    scene["scene_info"]["doors"] = {calvin.DRAWER: {"current_state": 0.12}}
+    scene["scene_info"]["doors"][calvin.SLIDE] = {"current_state": 0.1}
+    so = [task for task in calvin.TASKS if calvin.is_so(scene, task)]
+    assert so == ["move_slider_right", "open_drawer", "turn_off_lightbulb", "turn_off_led"]
+
+
 def test_an_unknown_task_is_an_error_that_names_the_nearest():
     with pytest.raises(ValueError, match="open_drawer"):
         calvin.oracle(ON_TOP, ON_TOP, "open_the_drawer")
@@ -135,7 +143,9 @@ def test_chains_among_fewer_tasks_begin_where_the_benchmarks_do_and_are_possible
         state, tasks = calvin.chain(number, few)
         assert state == calvin.chain(number)[0]
         assert len(tasks) == 5 and set(tasks) <= set(few) and calvin.possible(state, tasks)
-    for wrong, why in ((("dance",), "unknown task"), (few[:4], "hardly any five")):
+    wrongs = {("dance",): "unknown task", few[:4]: "needs five", few[:1] * 5: "comes twice"}
+    wrongs[few[:2] + calvin.TASKS[:3]] = "hardly any five"
+    for wrong, why in wrongs.items():
         with pytest.raises(ValueError, match=why):
             calvin.chain(0, wrong)
 

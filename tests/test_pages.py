@@ -213,8 +213,11 @@ def test_an_instruction_typed_into_the_live_page_opens_the_drawer(chromium, tmp_
             chromium.js(type_it.format(sentence, "requestSubmit()"))
             chromium.until(f"document.getElementById('told').innerText.includes('{sentence}')")
         chromium.until("document.body.className == 'done'")
-        chromium.js(type_it.format(sentence, "requestSubmit()"))
+        chromium.js(type_it.format(sentence, "requestSubmit()"))  # again
         chromium.until("document.body.innerText.includes('It is so already.')")
+        closing = calvin.sentences()["close_drawer"][0]  # though it stands half open only
+        chromium.js(type_it.format(closing, "requestSubmit()"))
+        chromium.until("document.body.className == 'done'")
         assert chromium.js("document.getElementById('static').naturalWidth") == 64
         server.send_signal(signal.SIGINT)
         assert server.wait(60) == 130

@@ -318,9 +318,9 @@ def test_a_recording_killed_at_its_very_beginning_goes_on_and_two_at_once_are_re
 
 
 def test_only_the_tasks_that_are_given_are_practised(tmp_path):
-    doors = ("open_drawer", "close_drawer", "turn_on_led", "turn_off_led")
-    teleop.record(tmp_path, 500, 100, procs=1, seed=1, skip=2, pictures=False, tasks=doors)
-    assert set(language(tmp_path)["language"]["task"]) == set(doors)
+    few = ("open_drawer", "close_drawer", "turn_on_led", "turn_off_led")
+    teleop.record(tmp_path, 500, 100, procs=1, seed=1, skip=2, pictures=False, tasks=few)
+    assert set(language(tmp_path)["language"]["task"]) == set(few)
     with pytest.raises(ValueError, match=r"unknown task 'open_door'.*open_drawer"):
         teleop.record(tmp_path / "new", 500, 100, tasks=("open_door",))
 
