@@ -340,9 +340,7 @@ class Run:
             how = f"{'bf16' if self.bf16 else 'fp32'} products, {self.ranks} processes"
             print(f"{self.steps} steps on {self.device}, {how}")
             if self.device == "cpu" and config.preset == "paper":
-                print(
-                    "note: preset paper is for GPUs; a step takes half a minute here, --preset sim less"
-                )
+                print("note: preset paper is for GPUs; a step takes half a minute here")
 
     # ------------------------------------------------------------------ several processes
     def shard(self, n: int) -> slice:
