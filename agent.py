@@ -57,35 +57,35 @@ class AgentConfig:
     """Table IV, in its row order; below the line, what the table leaves open."""
 
     batch_size: int = 512  # B, half play windows and half language windows [D6]
-    sequence_length: int = 32  # T [D23]
-    min_window: int = 20
-    max_window: int = 32
-    features: int = 128  # d
-    goal: int = 32  # g
-    plan_categoricals: int = 32  # C
-    plan_classes: int = 32  # K
+    sequence_length: int = 32  # T, states, with the padding [D23]
+    min_window: int = 20  # states of the shortest window
+    max_window: int = 32  # of the longest
+    features: int = 128  # d, perceptual representation of a state
+    goal: int = 32  # g, latent goal
+    plan_categoricals: int = 32  # C, of the latent plan
+    plan_classes: int = 32  # K, of each
     alpha_1: float = 0.1  # α₁, KL loss scale [D28]
     alpha_2: float = 3.0  # α₂, contrastive loss scale
     delta: float = 0.8  # δ, KL balancing [D1]
-    gamma: float = 0.995  # γ
-    lam: float = 0.95  # λ
-    actor_lr: float = 2e-4  # Adam
-    critic_lr: float = 3e-4
-    slow_critic_interval: int = 100
+    gamma: float = 0.995  # γ, discount
+    lam: float = 0.95  # λ, of the λ-return
+    actor_lr: float = 2e-4  # learning rate, Adam
+    critic_lr: float = 3e-4  # the same of the critic
+    slow_critic_interval: int = 100  # steps between two copies of the critic
     # ------------------------------------------------------------------ Table I
     method: str = "lumos"  # one of METHODS: the paper's method or one of its three ablations
     # ------------------------------------------------------------------ App. B
-    perceptual_hidden: int = 1024
-    plan_hidden: int = 2048
-    actor_layers: int = 8
-    actor_hidden: int = 256
-    critic_layers: int = 8
-    critic_hidden: int = 1024
+    perceptual_hidden: int = 1024  # width of the perceptual encoder
+    plan_hidden: int = 2048  # of plan proposal
+    actor_layers: int = 8  # hidden layers of the actor
+    actor_hidden: int = 256  # their width
+    critic_layers: int = 8  # hidden layers of the critic
+    critic_hidden: int = 1024  # their width
     # ------------------------------------------------------------------ not in the paper
-    goal_hidden: int = 2048  # [D7]
-    transformer_hidden: int = 2048  # [D7]
-    transformer_features: int = 4096  # [D7]
-    gradient_clip: float = 100.0  # [D7]
+    goal_hidden: int = 2048  # width of the goal encoders [D7]
+    transformer_hidden: int = 2048  # width of its feed-forward layers [D7]
+    transformer_features: int = 4096  # length of what it says of the window [D7]
+    gradient_clip: float = 100.0  # largest norm of the gradient [D7]
     anneal: float = 0.0  # last part of the steps, over which both learning rates fall to 0 [D25]
     critic_gradient: bool = True  # the actor's gradient passes through the critic, too [D28]
     reset_start: float = 0.5  # how often a window starts from a state without history [D8]

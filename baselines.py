@@ -40,35 +40,35 @@ class BaselineConfig:
     """HULC's numbers, in the row order of Table IV; below the line, what that table has not."""
 
     batch_size: int = 512  # half play windows and half language windows
-    sequence_length: int = 32  # T
-    min_window: int = 20
-    max_window: int = 32
+    sequence_length: int = 32  # T, frames, with the padding
+    min_window: int = 20  # frames of the shortest window
+    max_window: int = 32  # of the longest
     features: int = 128  # d, half of it from each camera
-    goal: int = 32  # g
+    goal: int = 32  # g, latent goal
     plan_categoricals: int = 32  # C, of a categorical plan
-    plan_classes: int = 32  # K
+    plan_classes: int = 32  # K, of each
     plan_gaussian: int = 256  # numbers of a Gaussian plan
     alpha_1: float = 0.01  # KL loss scale; LUMOS: 0.1
     alpha_2: float = 3.0  # contrastive loss scale
     delta: float = 0.8  # KL balancing of a categorical plan [B6]
-    lr: float = 2e-4  # Adam
+    lr: float = 2e-4  # learning rate, Adam
     # ------------------------------------------------------------------ Table I: METHODS
     plan: str = "categorical"  # one of PLANS
     recognition: str = "transformer"  # one of RECOGNITIONS
-    alignment: bool = True
+    alignment: bool = True  # with the contrastive loss
     # ------------------------------------------------------------------ App. B, C
-    plan_hidden: int = 2048
-    decoder_hidden: int = 2048
-    mixtures: int = 10
+    plan_hidden: int = 2048  # width of plan proposal
+    decoder_hidden: int = 2048  # width of the action decoder's layers
+    mixtures: int = 10  # logistics of the mixture
     classes: int = 10  # per arm dimension, of MCIL too [B3]
-    shift: int = 3  # pixels
+    shift: int = 3  # pixels, of the augmentation at most
     # ------------------------------------------------------------------ HULC's code
     encoder_depth: int = 32  # channels of the first convolution
-    encoder_hidden: int = 512
-    goal_hidden: int = 2048
-    birnn_hidden: int = 2048
-    transformer_hidden: int = 2048
-    transformer_features: int = 4096
+    encoder_hidden: int = 512  # width of its linear layer
+    goal_hidden: int = 2048  # width of the goal encoders
+    birnn_hidden: int = 2048  # width of plan recognition, recurrent
+    transformer_hidden: int = 2048  # width of its feed-forward layers
+    transformer_features: int = 4096  # length of what it says of the window
     # ------------------------------------------------------------------ as in AgentConfig
     anneal: float = 0.0  # last part of the steps, over which the learning rate falls to 0
     rephrase: bool = False  # a window's sentence: of any span of its task, not just its own [D11]

@@ -49,17 +49,17 @@ State = tuple[Tensor, Tensor]  # h (B, H), z (B, Z)
 class WorldModelConfig:
     """Table III, in its row order; below the line, what the table leaves open."""
 
-    batch_size: int = 50  # B
-    sequence_length: int = 50  # L
-    deterministic: int = 1024  # H
-    categoricals: int = 32  # C
+    batch_size: int = 50  # B, sequences
+    sequence_length: int = 50  # L, frames
+    deterministic: int = 1024  # H, length of h
+    categoricals: int = 32  # C, of z
     classes: int = 32  # K; the latent has k = H + C*K = 2048 dimensions
     beta: float = 0.3  # β, KL loss scale
     delta: float = 0.8  # δ, KL balancing, on the prior's term [D1]
     zeta: float = 0.01  # ζ, RSSM reset probability
-    learning_rate: float = 3e-4
-    gradient_clip: float = 100.0
-    adam_epsilon: float = 1e-5
+    learning_rate: float = 3e-4  # AdamW's
+    gradient_clip: float = 100.0  # largest norm of the gradient
+    adam_epsilon: float = 1e-5  # ε, AdamW's
     weight_decay: float = 5e-2  # decoupled (AdamW)
     # ------------------------------------------------------------------ not in Table III
     hidden: int = 1000  # width of the RSSM's one-hidden-layer heads [D7]

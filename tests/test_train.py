@@ -278,7 +278,8 @@ def test_every_field_of_the_configuration_is_an_option_with_its_meaning(capsys):
     ("option", "value"),
     [
         ("learningrate", "1"), ("precision", "half"), ("device", "gpu"), ("log_every", "0"),
-        ("steps", "-1"), ("seed", "-1"), ("steps", "many"),
+        ("steps", "-1"), ("seed", "-1"), ("steps", "many"), ("depth", "0"), ("hidden", "-3"),
+        ("batch_size", "0"), ("learning_rate", "-1.0"),
     ],
 )  # fmt: skip
 def test_a_typo_or_an_impossible_value_is_an_error(option, value, capsys, packed, out):
