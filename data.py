@@ -871,9 +871,10 @@ class WindowBatches:
 def main(arguments: list[str] | None = None) -> None:
     import tyro
 
-    commands, config = {"pack": pack, "annotate": annotate}, (tyro.conf.PositionalRequiredArgs,)
+    commands = {"pack": pack, "annotate": annotate}
+    how = {"description": __doc__, "config": (tyro.conf.PositionalRequiredArgs,)}
     try:
-        tyro.extras.subcommand_cli_from_dict(commands, args=arguments, config=config)
+        tyro.extras.subcommand_cli_from_dict(commands, args=arguments, **how)
     except DataError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -550,8 +550,8 @@ def record_command(
 def main(argv: list[str] | None = None):
     commands = {"check": check_command, "record": record_command, "rollouts": rollouts}
     try:
-        how = (tyro.conf.OmitArgPrefixes,)
-        return tyro.extras.subcommand_cli_from_dict(commands, args=argv, config=how)
+        how = {"description": __doc__, "config": (tyro.conf.OmitArgPrefixes,)}
+        return tyro.extras.subcommand_cli_from_dict(commands, args=argv, **how)
     except (R.RobotError, R.Stopped, ValueError, RuntimeError, OSError) as error:
         raise SystemExit(f"deploy.py: {error}") from error
     except KeyboardInterrupt:

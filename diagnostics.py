@@ -371,8 +371,9 @@ def main(arguments: list[str] | None = None) -> None:
     import tyro
 
     commands = {"predict": predict, "probe": probe_checkpoint}
+    how = {"description": __doc__, "use_underscores": True}
     try:
-        tyro.extras.subcommand_cli_from_dict(commands, args=arguments, use_underscores=True)
+        tyro.extras.subcommand_cli_from_dict(commands, args=arguments, **how)
     except (ValueError, OSError, D.DataError) as error:
         sys.exit(f"diagnostics.py: {error}")
     except KeyboardInterrupt:

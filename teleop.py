@@ -1,9 +1,10 @@
 """The reactive operator that plays with the table, and the recorder. LUMOS Sec. V-B, App. E.
 
-rates      python teleop.py rates --n 20 --procs 2       success and steps of each of the 34 tasks
-record     python teleop.py record DIR --frames N --val-frames M --procs P --seed S --skip 2
-           long unsegmented play in CALVIN's on-disk format, with language from the oracle
-both take  --env calvin        and play in CALVIN's own simulator, with its own oracle
+    python teleop.py rates --n 20 --procs 2    success and steps of each of the 34 tasks
+    python teleop.py record DIR --frames N --val-frames M --procs P --seed S --skip 2
+                                               long play in CALVIN's format, with language
+
+Both take --env calvin, and then play in CALVIN's own simulator, with its own oracle.
 
 `act(task, seen)` is a pure function: it has no way-points, no phases and no memory. One idea
 carries every skill: the hand keeps a distance from its goal that grows with its error beside the
@@ -14,8 +15,9 @@ is answered from what is seen.
     funnel   to a point along an axis              to grasp, to put down, to press
     stroke   the same, and on along a way          to push, to slide, to pull
 
-frame      t                t+1              rel_actions[t]: commanded at t, held for `skip` steps
-           o_t -- a_t -->   o_{t+1}          actions[t]: the tcp pose of frame t+1, and the gripper
+    frame    t                t+1            rel_actions[t]: commanded at t, held for `skip` steps
+             o_t -- a_t -->   o_{t+1}        actions[t]: the tcp pose of frame t+1, and the gripper
+
 Copy this file together with sim.py, calvin.py and data.py. Needs: numpy, scipy, torch, tqdm, tyro.
 """
 
@@ -1047,10 +1049,10 @@ def annotations(place, parts, wanted, seed):
 def main(arguments=None):
     import tyro
 
-    how = (tyro.conf.OmitArgPrefixes, tyro.conf.PositionalRequiredArgs)
+    how = {"config": (tyro.conf.OmitArgPrefixes, tyro.conf.PositionalRequiredArgs)}
     commands = {"rates": rates, "record": record}
     try:
-        tyro.extras.subcommand_cli_from_dict(commands, args=arguments, config=how)
+        tyro.extras.subcommand_cli_from_dict(commands, args=arguments, description=__doc__, **how)
     except (OSError, ValueError, ImportError, RuntimeError) as error:  # also of a killed worker
         sys.exit(f"error: {error}")
 
