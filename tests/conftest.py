@@ -3,6 +3,7 @@ small packed set and a run of both stages on it, for all tests that need one."""
 
 import functools
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+# A shell's background job ignores Ctrl-C, and so would the commands that are tested.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 WM = ["--stage", "wm", "--preset", "tiny", "--precision", "fp32", "--log_every", "2"]
 AGENT = ["--stage", "agent", "--preset", "tiny", "--precision", "fp32", "--log_every", "2"]
 OFTEN = ["--validate_every", "100", "--checkpoint_every", "2"]
