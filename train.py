@@ -827,8 +827,9 @@ def parse(arguments: list[str] | None = None) -> tuple[RunConfig, object]:
             raise ValueError(f"--{name} {getattr(options.run, name)}: at least {n}")
     for name, value in dataclasses.asdict(options.model).items():
         size = isinstance(value, int) and not isinstance(value, bool)
-        if (size or name.endswith(("lr", "learning_rate"))) and value <= 0:
-            raise ValueError(f"--{name} {value}: above 0")
+        least = -1 if name == "shift" else 0  # a baseline may go without its augmentation
+        if (size or name.endswith(("lr", "learning_rate"))) and value <= least:
+            raise ValueError(f"--{name} {value}: above {least}")
     return options.run, options.model
 
 
