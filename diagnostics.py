@@ -201,8 +201,7 @@ def eventful(data: D.PlayData, L: int, n: int = 3) -> dict[str, Tensor]:
 
 def prediction_picture(world, batch: dict[str, Tensor], hz: float) -> np.ndarray:
     """Rows: for each sequence and both cameras, the truth, the reconstruction from the posterior,
-    the prediction from CONTEXT frames on. Columns: moments, the last context frame
-    first."""
+    the prediction from CONTEXT frames on. Columns: moments, the last context frame first."""
     seen, unseen = world.predict(batch, CONTEXT)
     T, B = batch["reset"].shape
     moments = np.unique(np.linspace(CONTEXT - 1, T - 1, 12).astype(int))
@@ -277,7 +276,7 @@ def predict(checkpoint: str, data: str, out: Path, seed: int = 0, device: str = 
         for name, x in (("prediction", unseen["tcp"].cpu().numpy()), ("copy", tcp[CONTEXT - 1])):
             error = 100 * np.median(np.linalg.norm(x - tcp, axis=-1), axis=-1)
             result[f"tcp_cm_{name}"] = np.round(error[CONTEXT:], 2).tolist()
-    rows, film = [], []
+    rows, film, moments = [], [], np.linspace(CONTEXT - 1, frames - 1, 14).astype(int)
     for k in tqdm(("static", "gripper"), desc="prediction", unit="camera"):
         truth = batch[f"rgb_{k}"].numpy()  # (T, B, 64, 64, 3)
         copied = torch.tensor(truth[CONTEXT - 1]).expand(*truth.shape)
@@ -287,7 +286,6 @@ def predict(checkpoint: str, data: str, out: Path, seed: int = 0, device: str = 
             curves["ssim"] = [np.mean(list(map(ssim, *at_t))) for at_t in pairs]
             result |= {f"{m}_{k}_{name}": np.round(c, 3).tolist() for m, c in curves.items()}
         guess = unseen[k].cpu().numpy()
-        moments = np.linspace(CONTEXT - 1, frames - 1, 14).astype(int)
         for b in range(min(2, len(first))):
             kinds = {"truth": truth, "prediction": guess}
             rows += [(f"{b + 1}: {k}\n{kind}", x[moments, b]) for kind, x in kinds.items()]

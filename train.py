@@ -462,8 +462,7 @@ class Run:
         }  # fmt: skip
         save_checkpoint(self.checkpoint_path, checkpoint | more)
         if self.interrupted:
-            print(f"\nCtrl-C: {self.checkpoint_path} holds step {step}; the same command goes on.")
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(f"{self.checkpoint_path} holds step {step}")
 
     def resume(self, model: torch.nn.Module, optimizers: dict) -> tuple[int, dict]:
         """Loads the last checkpoint if there is one. Returns the step to go on from, and it."""
@@ -848,8 +847,8 @@ def main(arguments: list[str] | None = None) -> None:
                 dist.destroy_process_group()
     except (ValueError, OSError, D.DataError) as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"\nCtrl-C: {str(stop) or 'stopped'}; the same command goes on.", file=sys.stderr)
         sys.exit(130)
 
 
