@@ -848,7 +848,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError, D.DataError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt as stop:
-        print(f"\nCtrl-C: {str(stop) or 'stopped'}; the same command goes on.", file=sys.stderr)
+        print(f"\nCtrl-C: {str(stop) or 'stopped'}; the same command goes on.")
         sys.exit(130)
 
 
