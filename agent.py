@@ -6,18 +6,19 @@
     a_t      a         (T, B, 7)  actions, in [-1, 1]                                App. D
     g        g         (B, g)     latent goal                                        Sec. IV-B
     r^int_t  r         (H, B)     reward for s^π_{t+1} being where the expert is     Eq. 3
-    v_ψ      v         (T, B)     the critic's estimate at every state               Eq. 4
+    v_ψ      v_slow    (T, B)     the slow critic's value of every state             Eq. 4
     V^λ_t    v_lambda  (H, B)     λ-target, bootstrapped at H                        App. B
 
     A window of T = 32 states has H = T - 1 = 31 steps between them:
 
         s_0 --a_0--> s_1 --a_1--> s_2 ...  s_{H-1} --a_{H-1}--> s_H     (s_0: the expert's own)
-             r_0          r_1                        r_{H-1}            of s^π_{t+1}, s^E_{t+1}
+             r_0          r_1                        r_{H-1}    r_t: s^π_{t+1} beside s^E_{t+1}
         v_0          v_1          v_2      v_{H-1}              v_H     V^λ_H = v_H
 
 A batch is two dicts, `play` and `language`, of windows: s_E (T, B, k) expert latents, a (T, B, 7)
 their actions, length (B,) states before the padding, which repeats the last state [D14]; language
 also emb (B, 384) and align (B,) bool, which windows enter Eq. 8 [D11]. Shape () is a scalar.
+The caller freezes the world model: `world.requires_grad_(False)`.
 
 Copy this file together with plan.py. Needs: torch. The world model is an argument: anything with
 `split(s) -> (h, z)` and `imagine_step(h, z, a) -> (h, z)` will do. `Policy` also needs `eval()`,
@@ -58,7 +59,7 @@ class AgentConfig:
 
     batch_size: int = 512  # B, half play windows and half language windows [D6]
     sequence_length: int = 32  # T, states, with the padding [D23]
-    min_window: int = 20  # states of the shortest window
+    min_window: int = 20  # states of the shortest window that is cut from a longer span [D23]
     max_window: int = 32  # of the longest
     features: int = 128  # d, perceptual representation of a state
     goal: int = 32  # g, latent goal
@@ -134,9 +135,9 @@ def lambda_return(
 ) -> Tensor:
     """V^λ_t = r_t + γ ((1-λ) v_ψ(s_{t+1}) + λ V^λ_{t+1}),   V^λ_H = v_ψ(s_H)   (App. B).
 
-    r: (H, B) rewards of the H steps, v: (H+1, B) values of the states before, between and after
-    them. weight (H, B): where it is 0 (padding), V^λ_t = v_t, so that the last real step bootstraps
-    from v [D14]. Returns (H, B). λ = 0 is one-step TD, λ = 1 Monte Carlo with a bootstrap.
+    r: (H, B) rewards of the H steps, v: (H+1, B) the slow critic's values of s_0 ... s_H [D18].
+    weight (H, B): where it is 0 (padding), V^λ_t = v_t, so that the last real step bootstraps from
+    v [D14]. Returns (H, B). λ = 0 is one-step TD, λ = 1 Monte Carlo with a bootstrap.
     """
     v_lambda, out = v[-1], []
     for t in reversed(range(len(r))):
@@ -147,22 +148,24 @@ def lambda_return(
     return torch.stack(out[::-1])
 
 
-def critic_loss(v: Tensor, v_lambda: Tensor, weight: Tensor) -> Tensor:
+def critic_loss(v: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """L(ψ) = E[ Σ_t ½ (v_ψ(ŝ_t) - sg(V^λ_t))² ],   t = 0 ... H-1 (the paper: from 1) [D9].
 
-    v, v_lambda: (H, B), both standardised [D18]. weight (H, B): each step's share of the mean over
-    H and B [D9], 0 on masked padding; see `share`.
+    v, target: (H, B) values v_ψ and V^λ, both standardised, so the loss is Eq. 5's divided by
+    deviation² [D18]. weight (H, B): each step's share of the mean over H and B [D9], 0 on masked
+    padding; see `share`.
     """
-    return (weight * 0.5 * (v - v_lambda.detach()).square()).sum()  # Eq. 5: L(ψ)
+    return (weight * 0.5 * (v - target.detach()).square()).sum()  # Eq. 5: L(ψ)
 
 
 def actor_loss(
     v_lambda: Tensor, kl: Tensor, contrast: Tensor, alpha_1: float, alpha_2: float, weight: Tensor
 ) -> Tensor:
-    """L(θ) = E[ Σ_τ ( -V_λ(s_τ) + α₁ L_KL + α₂ L_contrast ) ].
+    """L(θ) = E[ Σ_τ ( -V_λ(s_τ) + α₁ L_KL + α₂ L_contrast ) ],   τ = 0 ... H-1 (the paper: to H)
+    [D9].
 
     v_lambda: (H, B), its gradient reaches the actor through the frozen dynamics. kl, contrast: ()
-    (contrast is 0 where no window has a sentence). weight: as in Eq. 5, for a mean over τ [D9].
+    (contrast is 0 if fewer than two windows enter Eq. 8). weight: as in Eq. 5, for a mean over τ.
     """
     return -(weight * v_lambda).sum() + alpha_1 * kl + alpha_2 * contrast  # Eq. 6: L(θ)
 
@@ -203,12 +206,13 @@ class Actor(nn.Module):
 class Critic(nn.Module):
     """Eq. 4's second line: v_ψ(s_t, g) ≈ E[ Σ_t γ^t r^int_t ]. x (..., k + g) -> (...,).
 
-    The paper's sum ends at t = H; being bootstrapped, this one goes on [D9]. Returns are about
-    r̄ / (1-γ) = 160 and differ between states by tenths only, so the network predicts
-    (V - mean) / deviation, and `forward` undoes that [D18]. The mean is r̄ / (1-γ) of the
-    mean reward r̄, as in reward centring [Naik 2024]; the returns' own mean would have to bootstrap
-    itself first. The deviation is that of V^λ, as in PopArt [van Hasselt 2016], without PopArt's
-    correction of the last layer, for it moves slowly.
+    The paper's sum ends at t = H; being bootstrapped, this one goes on [D9]. With a mean reward
+    r̄ = 0.8, returns are about r̄ / (1-γ) = 160 and differ between states by tenths only. So the
+    network predicts (V - mean) / deviation, and `forward` undoes that [D18]. The mean is r̄ / (1-γ),
+    as in "Reward centering" (Naik et al., 2024); the returns' own mean would have to bootstrap
+    itself first. The deviation is that of V^λ, as in PopArt (van Hasselt et al., "Learning values
+    across many orders of magnitude", 2016), which also corrects the last layer for each change;
+    here the statistics move slowly enough without.
     """
 
     def __init__(self, n_in: int, hidden: int, count: int):
@@ -230,30 +234,33 @@ class Critic(nn.Module):
         return (v - self.mean) / self.deviation
 
     @torch.no_grad()
-    def follow(self, r: Tensor, v_lambda: Tensor, weight: Tensor, gamma: float) -> None:
+    def update_statistics(self, r: Tensor, v_lambda: Tensor, weight: Tensor, gamma: float) -> None:
         """Moves the statistics, over some 100 batches, towards those of all processes' r and V^λ
         (H, B); weight as in Eq. 5. No .item(): it would wait for the GPU."""
-        v = v_lambda - self.mean
-        sums = [(weight * x).sum() for x in (r, v, v.square())]
-        r, v, square = P.all_gather(torch.stack(sums)[None]).mean(0)
+        centred = v_lambda - self.mean
+        sums = [(weight * x).sum() for x in (r, centred, centred.square())]
+        r_mean, v_mean, v_square = P.all_gather(torch.stack(sums)[None]).mean(0)
         self.updates += 1
         rate = self.updates.reciprocal().clamp_min(0.01)  # at first, the mean of all so far
-        self.mean.lerp_(r / (1 - gamma), rate)
-        variance = self.deviation.square().lerp(square - v.square(), rate)
+        self.mean.lerp_(r_mean / (1 - gamma), rate)
+        # The first batch's V^λ bootstrap from values around 0: only its rewards mean something.
+        rate = torch.where(self.updates > 1, (self.updates - 1).reciprocal().clamp_min(0.01), 0.0)
+        variance = self.deviation.square().lerp(v_square - v_mean.square(), rate)
         self.deviation.copy_(variance.clamp_min(1e-6).sqrt())
 
 
-def critic_figures(critic: Critic, v: Tensor, v_lambda: Tensor, weight: Tensor) -> Batch:
-    """R² () of standard values v (H, B) as guesses of V^λ (H, B), and the spread () of both."""
-    weight, target = weight / weight.sum(), critic.standardise(v_lambda)
+def critic_figures(v: Tensor, target: Tensor, weight: Tensor, deviation: Tensor) -> Batch:
+    """R² () of standardised values v (H, B) as guesses of the target (H, B), and the spread () of
+    both, times the deviation by which they were standardised."""
+    weight = weight / weight.sum()
 
     def variance(x: Tensor) -> Tensor:
         return (weight * (x - (weight * x).sum()).square()).sum()
 
     missed = (weight * (v - target).square()).sum()
     figures = {"critic_r2": 1 - missed / variance(target).clamp_min(1e-8)}
-    figures["value_std"] = variance(v).sqrt() * critic.deviation
-    figures["target_std"] = variance(target).sqrt() * critic.deviation
+    figures["value_std"] = variance(v).sqrt() * deviation
+    figures["target_std"] = variance(target).sqrt() * deviation
     return figures
 
 
@@ -301,7 +308,8 @@ class Agent(nn.Module):
 
     # ------------------------------------------------------------------ goals and plans
     def encode(self, play: Batch, language: Batch, gather=None) -> tuple[Tensor, Tensor, Batch]:
-        """Both batches' goals g (B, g), recognised plans (B, C*K), and Eq. 6's two plan terms.
+        """Both batches' goals g (B, g), recognised plans (B, C*K), and Eq. 6's other terms: plan
+        KL, contrastive loss, and its accuracy.
 
         gather: plan.all_gather, to compare sentences with all processes' windows in Eq. 8.
         """
@@ -317,7 +325,7 @@ class Agent(nn.Module):
         if self.with_plan:
             p = self.proposal(V[0], g)
             plan, kl = P.sample_straight_through(q), P.kl_balanced(q, p, c.delta).mean()
-        # For windows without a sentence the contrastive loss is omitted.
+        # Play windows have no sentence; of the others, those with `align` enter Eq. 8 [D11].
         contrast = accuracy = zero
         if c.method != "no_alignment":
             contrast, accuracy = self.alignment(features[n:], g[n:], language["align"], gather)
@@ -351,7 +359,7 @@ class Agent(nn.Module):
         return real if self.config.mask_padding else torch.ones_like(real)
 
     def losses(self, world, play: Batch, language: Batch) -> tuple[Tensor, Tensor, Batch]:
-        """One batch -> L(θ) (), L(ψ) (), figures. Imagination begins at the first states [D8].
+        """One batch -> scalars L(θ) and L(ψ), figures. Imagination begins at the first states [D8].
 
         In training mode it also moves the critics' running statistics, as BatchNorm moves its own.
         """
@@ -362,33 +370,36 @@ class Agent(nn.Module):
         s_E, weight = batch["s_E"], share(self.mask(batch))
 
         # Goals and plans in hindsight, the plan networks' KL, and Eq. 8.
-        g, plan, figures = self.encode(play, language, P.all_gather)
+        g, plan, terms = self.encode(play, language, P.all_gather)
 
         # The actor practises for H steps in the frozen world model ...
         s_pi, a = self.imagine(world, s_E[0], g, plan, len(s_E) - 1)
         # ... and r_t rewards a_t by the states that it leads to, s_t+1 (Eq. 3 has s_t) [D9].
         r = intrinsic_reward(s_E[1:], s_pi[1:])  # (H, B)
 
-        # With the slow critic's values of all states, V^λ is Eq. 5's target and Eq. 6's aim.
+        # V^λ is Eq. 5's target and Eq. 6's aim, both with the slow critic's values [D18]. With
+        # critic_gradient, its gradient also reaches s_pi and g through the critic's input [D28].
         x = torch.cat([s_pi, g.expand(len(s_pi), -1, -1)], -1)
-        v_slow = self.slow_critic(x if c.critic_gradient else x.detach())  # [D28]
+        v_slow = self.slow_critic(x if c.critic_gradient else x.detach())
         v_lambda = lambda_return(r, v_slow, c.gamma, c.lam, weight)
 
         # The critic regresses V^λ, both sides standardised [D18].
         v = self.critic.standard_value(x[:-1].detach())
-        loss_critic = critic_loss(v, self.critic.standardise(v_lambda), weight)
+        target = self.critic.standardise(v_lambda.detach())
+        loss_critic = critic_loss(v, target, weight)
         # The actor maximises V^λ, through the dynamics; plan networks and goal encoders learn, too.
-        kl, contrast = figures["plan_kl"], figures["contrast"]
+        kl, contrast = terms["plan_kl"], terms["contrast"]
         loss_actor = actor_loss(v_lambda, kl, contrast, c.alpha_1, c.alpha_2, weight)
 
-        figures = {"reward": (weight * r).sum(), "v_lambda": (weight * v_lambda).sum()} | figures
-        figures |= critic_figures(self.critic, v.detach(), v_lambda.detach(), weight)
+        figures = {"reward": (weight * r).sum(), "v_lambda": (weight * v_lambda).sum()} | terms
+        figures |= critic_figures(v.detach(), target, weight, self.critic.deviation)
         error = (a - batch["a"][:-1]).square().mean(-1)
         figures["action_mse"] = (weight * error).sum()
         figures |= {"loss_actor": loss_actor, "loss_critic": loss_critic}
         if self.training:
-            self.critic.follow(r, v_lambda, weight, c.gamma)
-            # One mean for target and prediction; the slow critic keeps its own deviation.
+            self.critic.update_statistics(r, v_lambda, weight, c.gamma)
+            # Both critics have the new mean. The slow one keeps the deviation that its weights were
+            # copied with; Eq. 6's gradient, which is computed after this, needs it unchanged, too.
             self.slow_critic.mean.copy_(self.critic.mean)
         return loss_actor, loss_critic, {k: x.detach() for k, x in figures.items()}
 
@@ -397,14 +408,14 @@ class Agent(nn.Module):
         place in Eq. 6, and nothing is imagined [D15]. Returns as `losses`, with L(ψ) = 0."""
         c, batch = self.config, join(play, language)
         s_E, weight = batch["s_E"], share(self.mask(batch))
-        g, plan, figures = self.encode(play, language, P.all_gather)
+        g, plan, terms = self.encode(play, language, P.all_gather)
         context = torch.cat([g, plan], -1).expand(len(s_E) - 1, -1, -1)
         a = self.actor(torch.cat([s_E[:-1], context], -1))
         error = (a - batch["a"][:-1]).square().mean(-1)  # (H, B)
-        kl, contrast = figures["plan_kl"], figures["contrast"]
+        kl, contrast = terms["plan_kl"], terms["contrast"]
         # Eq. 6 with the negative error in the place of V_λ.
         loss = actor_loss(-error, kl, contrast, c.alpha_1, c.alpha_2, weight)
-        figures |= {"action_mse": (weight * error).sum(), "loss_actor": loss}
+        figures = terms | {"action_mse": (weight * error).sum(), "loss_actor": loss}
         return loss, loss.new_zeros(()), {k: x.detach() for k, x in figures.items()}
 
 
@@ -415,8 +426,8 @@ def join(play: Batch, language: Batch) -> Batch:
 
 
 def share(mask: Tensor) -> Tensor:
-    """mask (H, B) -> each step's share of the mean over H and B [D9]: a sum of 1; of n with n
-    processes, because DistributedDataParallel averages over them."""
+    """mask (H, B) -> each step's share of the mean over H and B [D9]. They add up to 1; with n
+    processes to n, because DistributedDataParallel averages over them."""
     return mask / P.all_gather(mask.sum()[None]).mean()
 
 
@@ -466,7 +477,7 @@ class Policy:
             return torch.as_tensor(x, dtype=dtype, device=self.a_prev.device)[None]
 
         new_plan = self.steps % self.replan == 0
-        if new_plan and self.reset_on_replan and obs is not None:  # s is all that a dream has
+        if new_plan and self.reset_on_replan and obs is not None:  # a dream has nothing but s
             self.forget()
         if obs is None:
             self.state = self.world.imagine_step(*self.state, self.a_prev[0])

@@ -116,7 +116,8 @@ def follow(agent: A.Agent, world, play: A.Batch, language: A.Batch) -> A.Batch:
         x = torch.cat([s_pi, g.expand(len(s_pi), -1, -1)], -1)
         v_lambda = A.lambda_return(r, agent.slow_critic(x), c.gamma, c.lam, agent.mask(batch))
         v = agent.critic.standard_value(x[:-1])
-        figures |= A.critic_figures(agent.critic, v, v_lambda, real.float())
+        target = agent.critic.standardise(v_lambda)
+        figures |= A.critic_figures(v, target, real.float(), agent.critic.deviation)
 
     context = torch.cat([g, plans["proposed"]], -1).expand(len(actions), -1, -1)
     a = agent.actor(torch.cat([s_E[:-1], context], -1), sample=False)

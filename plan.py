@@ -48,7 +48,7 @@ def kl_balanced(q: Tensor, p: Tensor, delta: float) -> Tensor:
         return (log_q.exp() * (log_q - log_p)).sum((-2, -1))
 
     q, p = q.float(), p.float()
-    # Eq. 7, again: proposal moves fast towards recognition, recognition slowly towards proposal
+    # Eq. 7, again: recognition moves slowly towards proposal, then proposal fast to recognition
     return (1 - delta) * kl(q, p.detach()) + delta * kl(q.detach(), p)
 
 
@@ -57,21 +57,21 @@ def contrastive_loss(x: Tensor, y: Tensor, tau: Tensor, mask: Tensor) -> tuple[T
     logit(x_i, y_j) = cos_sim(x_i, y_j) · exp(τ).
 
     x: (M, n) latent features, y: (M, n) language features of the same M windows; only the diagonal
-    pairs are true. Means over M where the paper prints sums [D9]. mask (M,) bool: which windows
-    take part; they are not selected, because that would wait for the GPU. Returns the loss () and
-    the accuracy (): how often a window's own sentence scores highest, ties with equal sentences
-    included; zeros where fewer than two take part.
+    pairs are true. mask (M,) bool: which windows take part. The others are masked, since boolean
+    indexing makes the CPU wait for the GPU. Means over those that take part, where the paper prints
+    sums [D9]. Returns the loss () and the accuracy (): how often a window's own sentence scores
+    highest, ties with equal sentences included; zeros where fewer than two take part.
     """
     with without_autocast(x):
         logits = F.normalize(x.float(), dim=-1) @ F.normalize(y.float(), dim=-1).T * tau.exp()
     logits = logits.masked_fill(~(mask[:, None] & mask), -1e9)
     pairs = torch.arange(len(x), device=x.device).masked_fill(~mask, -100)  # -100 is ignored
-    M = mask.sum()
-    per_latent = F.cross_entropy(logits, pairs, reduction="sum") / M.clamp(min=1)
-    per_text = F.cross_entropy(logits.T, pairs, reduction="sum") / M.clamp(min=1)
-    loss = 0.5 * (per_latent + per_text)  # Eq. 8: rows are latents, then sentences
+    count = mask.sum().clamp(min=1)
+    per_latent = F.cross_entropy(logits, pairs, reduction="sum") / count  # rows: latents
+    per_text = F.cross_entropy(logits.T, pairs, reduction="sum") / count  # rows: sentences
+    loss = 0.5 * (per_latent + per_text)  # Eq. 8: L_contrast
     found = (logits.diagonal() >= logits.amax(-1) - 1e-3) & mask  # ties count
-    return loss, found.sum() / M.clamp(min=1) * (M > 1)
+    return loss, found.sum() / count * (count > 1)
 
 
 def sample_straight_through(logits: Tensor) -> Tensor:

@@ -4,6 +4,7 @@
     x_t       x           per camera (T, B, 3, 64, 64), images in [-1, 1]                Sec. IV-A
     e_t       e           (T, B, hidden)   both images, encoded, fused, ready for q      App. A
     a_{t-1}   a_prev      (T, B, 7)        the action that led to x_t                    App. D
+              reset       (T, B) bool      x_t has no past: an episode's start           App. A
     h_t       h           (T, B, H)        deterministic recurrent state                 Eq. 1
     z_t       z           (T, B, Z)        C one-hot categoricals of K classes, flat     Eq. 1
     s_t       s           (T, B, k)        latent state (h_t, z_t), k = H + Z            Eq. 1
@@ -11,13 +12,13 @@
 
               x_0        x_1        x_2
                |          |          |
-    no action->h_0 --a_0->h_1 --a_1->h_2 ...
-               z_0        z_1        z_2
+        a_-1->h_0 --a_0->h_1 --a_1->h_2 ...    each z_t also enters h_{t+1}
+               z_0        z_1        z_2       a_-1 of an episode: `no action`, gripper open
 
 One step: h_t from the state before and a_{t-1}; then z_t from h_t and the image (posterior), or
 from h_t alone (prior). T is Table III's L; H is h's length here, the horizon in agent.py. Shape ()
-is a scalar. `WorldModel` is the paper's; what preset `sim` needs beside it stands at the end,
-`SimWorldModel`.
+is a scalar. `WorldModel` is the paper's; what presets `sim` and `tiny` need beside it stands at the
+end, `SimWorldModel`.
 Copy this file alone. Needs: torch.
 
 >>> import torch
@@ -194,8 +195,9 @@ class Float32Linear(nn.Linear):
 class Head(nn.Module):
     """The RSSM's building block: (sum of linear layers) -> LayerNorm -> ELU [-> logits].
 
-    Separate linear layers whose outputs are added equal one layer on the concatenation [D7]; apart,
-    the part that does not depend on the recurrence can be computed for all steps at once.
+    Separate linear layers whose outputs are added are one layer on the concatenation, but for their
+    first weights [D7]; apart, the part that does not depend on the recurrence can be computed for
+    all steps at once, as `encode` does.
     """
 
     def __init__(self, inputs: tuple[int, ...], hidden: int, out: int | None = None):
@@ -217,7 +219,7 @@ class WorldModel(nn.Module):
         self.config = c = config
         if c.classes > 256:
             raise ValueError("classes: at most 256, because latents are cached as bytes")
-        E, logits = 32 * c.depth, c.categoricals * c.classes
+        E, logits = 32 * c.depth, c.categoricals * c.classes  # E: length of a camera's features
         # x_t -> e_t: a CNN for each camera; their features are concatenated and fused (App. A).
         self.encoders = nn.ModuleDict({k: ImageEncoder(c.depth) for k in CAMERAS})
         self.fuse = Head((2 * E,), E)
@@ -233,7 +235,7 @@ class WorldModel(nn.Module):
         self.initialise()
 
     def initialise(self) -> None:
-        """Xavier weights, an orthogonal recurrence, zero biases [D7]; channels-last in memory."""
+        """Xavier weights, a recurrence of orthonormal columns, zero biases [D7]; channels-last."""
         for name, p in self.named_parameters():
             if name == "gru.weight_hh":
                 nn.init.orthogonal_(p)
@@ -264,7 +266,8 @@ class WorldModel(nn.Module):
         return {k: to_float(batch[f"rgb_{k}"]) for k in CAMERAS}
 
     def encode(self, x: Batch) -> Tensor:
-        """x_t -> e_t (T, B, hidden), with what q's first layer makes of it, for all t at once."""
+        """x_t -> e_t (T, B, hidden): both images, fused, after the posterior's layer for images; it
+        does not depend on h, so all t are computed at once."""
         maps = [self.encoders[k](x[k].flatten(0, 1)).flatten(1) for k in CAMERAS]
         fused = self.fuse(torch.cat(maps, -1)).unflatten(0, x["static"].shape[:2])
         return self.posterior_head.inputs[1](fused)
@@ -272,6 +275,7 @@ class WorldModel(nn.Module):
     def recurrent(self, h: Tensor, z: Tensor, a: Tensor) -> Tensor:
         """h_{t-1} (B, H), z_{t-1} (B, Z), a_{t-1} (B, 7) -> h_t = f_φ(ŝ_{t-1}, a_{t-1}) (B, H)."""
         x = self.recurrent_in(z, self.recurrent_in.inputs[1](a))
+        # Under autocast the cell computes in bf16, and h is kept in fp32.
         return self.gru(x, h.to(x.dtype)).float()  # Eq. 1: recurrent state
 
     def posterior(self, h: Tensor, e: Tensor) -> Tensor:
