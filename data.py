@@ -427,8 +427,7 @@ def pack_split(src: Path, dst: Path, skip: int, meta: dict, lang_folder: str, pr
     check_sums(src, "Copy it anew, or record or annotate it again")
     ids, episodes, kept, digest = read_episodes(src, skip)
     N, disturbed = len(kept), np.zeros(len(kept), bool)
-    spans, emb = np.zeros((0, 2), np.int64), np.zeros((0, EMBEDDING), np.float32)
-    lang = {"sentences": [], "tasks": []}
+    spans, emb, lang = np.zeros((0, 2), np.int64), encode([]), {"sentences": [], "tasks": []}
     if lang_folder != "none":
         spans, emb, lang = read_language(src / lang_folder, meta["text_encoder"], ids, kept)
     if (src / "disturbed.npy").exists():  # teleop.py disturbed itself; people's play has none
