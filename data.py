@@ -117,8 +117,7 @@ def write_array(path: Path, array) -> None:
 
 
 def read_json(path, remedy: str, kinds: dict | None = None) -> dict:
-    """The object in a JSON file, with at least the keys of `kinds`, which are of those types; else
-    DataError with the remedy."""
+    """The object in a JSON file, whose keys `kinds` are of those types; else DataError."""
     with naming(path, remedy):
         content = json.loads(Path(path).read_text())
         if not isinstance(content, dict):
@@ -152,23 +151,20 @@ def check_sums(folder: Path, remedy: str) -> None:
 
 @contextmanager
 def locked(folder: Path, wait: bool = False):
-    """One command at a time writes to a folder; another one is refused, or waits. The system gives
-    the lock back when a process ends, however it ends."""
+    """One command at a time writes to a folder; another is refused, or waits until that ends."""
     from filelock import FileLock, Timeout
 
     with naming(folder, "Make room, or give another folder"):
         folder.mkdir(parents=True, exist_ok=True)
-        lock, holder = FileLock(folder / ".lock"), folder / ".lock_holder"
+        holder = folder / ".lock_holder"
         try:
-            lock.acquire(timeout=-1 if wait else 0)
+            lock = FileLock(folder / ".lock", blocking=wait).acquire()
         except Timeout:
             who = holder.read_text() if holder.exists() else "another process"
             raise DataError(f"{folder} is in use by {who}. Wait for it, or end it.") from None
         holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()
 
 
 class Ignored(dict):
@@ -218,14 +214,13 @@ def resize_area(images: np.ndarray, size: int = SIZE) -> np.ndarray:
         raise ValueError(f"images are {images.dtype} {images.shape}, expected {want}")
     if H == W == size:
         return images
-
-    def weights(n: int) -> np.ndarray:  # (size, n): pixel i averages [i n/size, (i+1) n/size)
+    weights = []
+    for n in (H, W):  # (size, n): pixel i averages [i n/size, (i+1) n/size)
         edge, pixel = np.arange(size + 1)[:, None] * n / size, np.arange(n)
         overlap = np.minimum(edge[1:], pixel + 1) - np.maximum(edge[:-1], pixel)
-        return (np.maximum(overlap, 0) * size / n).astype(np.float32)
-
-    x = weights(H) @ images.reshape(*lead, H, W * C).astype(np.float32)
-    return np.rint(weights(W) @ x.reshape(*lead, size, W, C)).astype(np.uint8)
+        weights.append((np.maximum(overlap, 0) * size / n).astype(np.float32))
+    x = weights[0] @ images.reshape(*lead, H, W * C).astype(np.float32)
+    return np.rint(weights[1] @ x.reshape(*lead, size, W, C)).astype(np.uint8)
 
 
 # ---------------------------------------------------------------------------- language
@@ -255,9 +250,7 @@ def embedding_table() -> dict[str, np.ndarray]:
 
 def encode(sentences: list[str], encoder: str = TEXT_ENCODER) -> np.ndarray:
     """Sentences -> (S, 384) float32: from the committed table, else by sentence-transformers.
-
-    encoder: a model of the hub, or a local folder whose last part is the model's name.
-    """
+    encoder: a model of the hub, or a local folder whose last part is the model's name."""
     known = dict(embedding_table()) if Path(encoder).name == TEXT_ENCODER else {}
     new = [s for s in dict.fromkeys(sentences) if _key(s) not in known]
     if new:
@@ -320,7 +313,7 @@ def annotate(folder: Path, spans: Path, encoder: str = TEXT_ENCODER) -> None:
         encoder: name on the hub, or a local folder
     """
     folder, lang = Path(folder), f"lang_{Path(encoder).name}"
-    found, asked = {"validation": [], "training": []}, {}
+    found, asked, every = {"validation": [], "training": []}, {}, []
     with naming(spans, "Columns: start,end,sentence,task; `end` is the first frame after the span"):
         table = {s: folder / s / "ep_start_end_ids.npy" for s in found}
         episodes = {s: np.load(x, allow_pickle=False).reshape(-1, 2) for s, x in table.items()}
@@ -332,12 +325,12 @@ def annotate(folder: Path, spans: Path, encoder: str = TEXT_ENCODER) -> None:
                 raise ValueError(f"a span is empty, mute or in no episode: {span}")
             for split in splits:
                 found[split].append(span)
-        for split, rows in found.items():
-            if not rows:
-                raise ValueError(f"no span is in an episode of {split}/")
-            for *_, sentence, task in rows:
-                asked.setdefault(task, sentence)  # task: its sentence at run time
-    every = [sentence for rows in found.values() for *_, sentence, _ in rows]
+        lacking = [split for split, rows in found.items() if not rows]
+        if lacking:
+            raise ValueError(f"no span is in an episode of {lacking}, which needs one")
+    for *_, sentence, task in found["validation"] + found["training"]:
+        asked.setdefault(task, sentence)  # a task's first sentence is that of run time
+        every.append(sentence)
     emb = dict(zip(every, encode(every, encoder)[:, None], strict=True))  # sentence: (1, 384)
     told = {task: {"emb": emb[s][None], "ann": [s]} for task, s in asked.items()}
     write_array(folder / "validation" / lang / "embeddings.npy", told)
@@ -388,16 +381,11 @@ def read_episodes(folder: Path, skip: int) -> tuple[np.ndarray, np.ndarray, np.n
         if (rows < MIN_LEN).any():
             short = f"{(ids[rows < MIN_LEN] - (0, 1)).tolist()} are shorter than a window"
             raise ValueError(f"{short}, {MIN_LEN} frames at skip {skip}; or lower --skip")
-        files = {entry.name: entry for entry in os.scandir(folder)}
-        if np.diff(ids).sum() > len(files):
-            raise ValueError(f"{np.diff(ids).sum()} frames, but the folder has {len(files)} files")
     digest = hashlib.sha256()
-    for name in (f"episode_{i:07d}.npz" for bounds in ids for i in range(*bounds)):
-        with naming(folder / name, f"Copy or record it again, or take it out of {path.name}"):
-            if name not in files:
-                raise FileNotFoundError("it is missing")
-            stat = files[name].stat()
-        digest.update(f"{name} {stat.st_size} {stat.st_mtime_ns}".encode())
+    for file in (folder / f"episode_{i:07d}.npz" for bounds in ids for i in range(*bounds)):
+        with naming(file, f"Copy or record it again, or take it out of {path.name}"):
+            stat = file.stat()
+        digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}".encode())
     kept = [np.arange(i, i + n * skip) for i, n in zip(ids[:, 0], rows, strict=True)]
     kept, ends = np.concatenate(kept).reshape(-1, skip), np.cumsum(rows)
     return ids, np.stack([ends - rows, ends], 1), kept, digest.hexdigest()
@@ -427,8 +415,8 @@ def read_about(folder: Path, skip: int, lang_folder: str) -> dict:
     if about["frame"] != "base":  # of relative actions
         meta["frame"] = about["frame"]
     encoder = None if lang_folder == "none" else encoder_of(lang_folder)
-    if encoder:
-        same_text_encoder(about["text_encoder"] or encoder, encoder, folder)
+    if encoder and about["text_encoder"]:
+        same_text_encoder(about["text_encoder"], encoder, path)
     return meta | {"text_encoder": encoder, "format": 1}
 
 
@@ -439,8 +427,7 @@ def pack_split(src: Path, dst: Path, skip: int, meta: dict, lang_folder: str, pr
     check_sums(src, "Copy it anew, or record or annotate it again")
     ids, episodes, kept, digest = read_episodes(src, skip)
     N, disturbed = len(kept), np.zeros(len(kept), bool)
-    spans, emb = np.zeros((0, 2), np.int64), np.zeros((0, EMBEDDING), np.float32)
-    lang = {"sentences": [], "tasks": []}
+    spans, emb, lang = np.zeros((0, 2), np.int64), encode([]), {"sentences": [], "tasks": []}
     if lang_folder != "none":
         spans, emb, lang = read_language(src / lang_folder, meta["text_encoder"], ids, kept)
     if (src / "disturbed.npy").exists():  # teleop.py disturbed itself; people's play has none
@@ -545,11 +532,10 @@ class PlayData:
     """
 
     def __init__(self, root, split: str):
-        self.path, self.split = Path(root) / split, split
-        remedy = f"It is not packed, or not yet: .venv/bin/python data.py pack SRC {root}"
-        self.meta = read_json(Path(root) / "meta.json", remedy, {"source": str, "renderer": str})
-        again = f"Copy it anew, or pack {root} again"
-        with naming(Path(root) / "meta.json", again):
+        self.path = Path(root) / split
+        again = f"Not packed yet, or damaged: .venv/bin/python data.py pack SRC {root}"
+        with naming(Path(root) / "meta.json", again) as path:
+            self.meta = read_json(path, again, {"source": str, "renderer": str})
             check_meta(self.meta)
         lang = read_json(self.path / "lang.json", again, {"sentences": list, "tasks": list})
         self.sentences, self.tasks = lang["sentences"], lang["tasks"]
@@ -593,13 +579,10 @@ class PlayData:
 
     def undisturbed(self, least: int) -> np.ndarray:
         """Rows [start, end) (n, 2) of stretches of at least so many undisturbed frames."""
-        edge = np.zeros(len(self) + 1, bool)  # a stretch ends in front of this row
-        edge[self.episodes.flatten()] = True
-        edge[:-1] |= self.disturbed
-        edge[1:] |= self.disturbed
-        bounds = np.flatnonzero(edge)
-        pairs = np.stack([bounds[:-1], bounds[1:]], 1)
-        return pairs[(np.diff(pairs)[:, 0] >= least) & ~self.disturbed[pairs[:, 0]]]
+        rows = np.flatnonzero(~self.disturbed)
+        cuts = np.flatnonzero((np.diff(rows) > 1) | self.is_start[rows[1:]]) + 1
+        bounds = [(x[0], x[-1] + 1) for x in np.split(rows, cuts) if len(x) >= least]
+        return np.array(bounds, np.int64).reshape(-1, 2)
 
     def stretches(self, L: int) -> np.ndarray:
         """First rows (n,) of stretches of L frames that lie in one episode and share no frame."""
@@ -621,12 +604,10 @@ class PlayData:
         return self.kept[name][torch.from_numpy(index).to(self.kept[name].device)]
 
     def frames(self, index: np.ndarray, fresh: bool = False) -> dict[str, Tensor]:
-        """Rows index (L, B) as a batch: rgb_* (L, B, 64, 64, 3) uint8, robot_obs (L, B, 15),
-        a_prev (L, B, 7) and reset (L, B), which is True where an episode starts, and where the
-        batch does if it is a fresh one, which forgets what came before."""
+        """Rows index (L, B) -> rgb_* (L, B, 64, 64, 3) uint8, robot_obs (L, B, 15), a_prev
+        (L, B, 7), reset (L, B): True where an episode starts, and where a `fresh` batch does."""
         batch = {k: self.rows(k, index) for k in (*CAMERAS, "robot_obs")}
-        batch["reset"] = self.rows("is_start", index)
-        batch["a_prev"] = self.rows("actions", index - 1)
+        batch |= {"reset": self.rows("is_start", index), "a_prev": self.rows("actions", index - 1)}
         batch["reset"][0] |= fresh
         batch["a_prev"][batch["reset"]] = batch["a_prev"].new_tensor(NO_ACTION)
         return batch
@@ -641,18 +622,15 @@ class Sequences:
     episodes shorter than L are left out.
     """
 
-    def __init__(
-        self, data: PlayData, B: int, L: int, seed: int, carry: bool = True, shard: slice = ALL
-    ):
-        """shard: which of a batch's B sequences this process reads."""
+    def __init__(self, data: PlayData, B, L, seed, carry=True, shard=ALL):
+        """shard: which of a batch's B sequences this process reads, a slice."""
         self.data, self.B, self.L, self.seed = data, B, L, seed
         self.carry, self.shard = carry, shard
         long = data.episodes[np.diff(data.episodes)[:, 0] >= L]  # the others cannot hold a sequence
         self.pool = np.concatenate([np.arange(0), *(np.arange(*bounds) for bounds in long)])
         least = len(data) if carry else len(self.pool)
         if least < L or B < 1:
-            what = f"{data.path}: {B} sequences of {L} in {least} frames"
-            raise DataError(f"{what}: record more or lower L.")
+            raise DataError(f"{data.path}: {B} sequences of {L} in {least} frames. Record more.")
         self.chunk = math.ceil(len(data) / B)  # frames from one row's start to the next
         self.steps_per_epoch = math.ceil(self.chunk / L)
 
@@ -686,17 +664,16 @@ class Windows:
     ):  # fmt: skip
         """shard: which of a batch's B windows this process reads, a slice."""
         self.data, self.B, self.T, self.kind, self.seed, self.shard = data, B, T, kind, seed, shard
-        bounds = data.spans if kind == "lang" else data.undisturbed(min_len)
         if not 1 <= min_len <= max_len <= T:
             raise DataError(f"no windows of {min_len} to {max_len} frames fit in {T}.")
+        bounds, need = data.undisturbed(min_len), f"{min_len} undisturbed frames: record more"
+        if kind == "lang":
+            bounds, need = data.spans, "language: annotate it, and pack without --lang-folder none"
         if not len(bounds):
-            what, remedy = f"{min_len} undisturbed frames in a row", "record more"
-            if kind == "lang":
-                what, remedy = "language", "annotate it, and pack without --lang-folder none"
-            raise DataError(f"{data.path} has no {what}, which the agent needs: {remedy}.")
+            raise DataError(f"{data.path} has no {need}.")
         places = np.maximum(np.diff(bounds)[:, 0] - min_len + 1, 1)  # admissible starts in each
         self.span = np.repeat(np.arange(len(bounds)), places)
-        place = np.arange(len(self.span)) - np.repeat(np.cumsum(places) - places, places)
+        place = np.concatenate([np.arange(n) for n in places])  # of each start in its span
         self.align = place >= places[self.span] - 8  # the last 8 places of a span [D11]
         weight = 1 / places[self.span] if kind == "lang" else np.ones(len(place))
         self.cdf = np.cumsum(weight)  # every span is as likely, or every start of play
@@ -796,7 +773,7 @@ def make_latents(world, data: PlayData, folder: Path, precision) -> None:
     starts = np.arange(stretches) * length
     state = world.initial(stretches)
     torch.manual_seed(0)
-    for t in tqdm(range(-warm, length, L), desc=f"latents of {data.split}", unit="block"):
+    for t in tqdm(range(-warm, length, L), desc=f"latents of {data.path.name}", unit="block"):
         frames = (starts + t + np.arange(min(L, length - t))[:, None]) % N  # (L, stretches)
         batch = to_device(data.frames(frames), world.device)
         if t == -warm:
@@ -845,11 +822,9 @@ class WindowBatches:
 
     @torch.no_grad()
     def states(self, windows: dict, reset_start: float | None = None) -> dict[str, Tensor]:
-        """One of `read`'s, on the device -> a batch; reset_start overrides [D8]'s chance.
-
-        h is computed anew from the first state on, so that after a reset it has no more of a past
-        than the agent's [D8]; a short window's end is held [D14].
-        """
+        """One of `read`'s, on the device -> a batch; reset_start overrides [D8]'s chance. h is made
+        anew from the first state on: after a reset it knows no more of the past than the agent's
+        [D8]. A short window's end is held [D14]."""
         world, robot_obs, a = self.world, windows["robot_obs"], windows["a"]
         z = world.latent_z(windows["z"], robot_obs)
         z_reset = world.latent_z(windows["z_reset"], robot_obs[0])

@@ -36,54 +36,38 @@ def rows(batch) -> np.ndarray:
 def test_d10_rows_go_on_exactly_and_an_epoch_covers_every_frame(play, B, L):
     s = D.Sequences(play, B, L, seed=3)
     for epoch in range(2):
-        seen, last = np.zeros(N, int), None
-        for step in range(epoch * s.steps_per_epoch, (epoch + 1) * s.steps_per_epoch):
-            batch = s.batch(step)
-            r = rows(batch)
-            assert r.shape == (L, B) and batch["rgb_static"].shape == (L, B, 64, 64, 3)
-            seen += np.bincount(r.ravel(), minlength=N)
-            before = r[:-1] if last is None else np.vstack([last, r[:-1]])
-            now = r[1:] if last is None else r
-            assert (now == (before + 1) % N).all()
-            first = np.zeros((L, B), bool)
-            first[0] = last is None
-            want = first | np.isin(r, [0, 201])  # an epoch's first step, an episode's first frame
-            assert (batch["reset"].numpy() == want).all()
-            none = torch.tensor(D.NO_ACTION)
-            for t, b in np.ndindex(L, B):
-                a = none if want[t, b] else torch.tensor(play.actions[r[t, b] - 1])
-                assert (batch["a_prev"][t, b] == a).all()
-            last = r[-1]
-        assert seen.min() >= 1 and seen.sum() == s.steps_per_epoch * B * L
-        assert seen.sum() > N or seen.max() == 1  # exactly once where it divides
+        steps = range(epoch * s.steps_per_epoch, (epoch + 1) * s.steps_per_epoch)
+        batches = [s.batch(step) for step in steps]
+        assert all(batch["rgb_static"].shape == (L, B, 64, 64, 3) for batch in batches)
+        batch = {k: torch.cat([x[k] for x in batches]) for k in batches[0]}
+        r = rows(batch)
+        assert (np.diff(r, axis=0) % N == 1).all()
+        reset = np.isin(r, [0, 201])  # an epoch's first step, an episode's first frame
+        reset[0] = True
+        assert batch["reset"].dtype == torch.bool and (batch["reset"].numpy() == reset).all()
+        a_prev = np.where(reset[..., None], np.float32(D.NO_ACTION), play.actions[r - 1])
+        assert (batch["a_prev"].numpy() == a_prev).all()
+        for k in D.CAMERAS:
+            assert batch[k].dtype == torch.uint8 and (batch[k].numpy() == getattr(play, k)[r]).all()
+        seen = np.bincount(r.ravel(), minlength=N)
+        assert seen.min() >= 1 and (r.size > N or seen.max() == 1)  # once where it divides
     offsets = [rows(s.batch(e * s.steps_per_epoch))[0, 0] for e in range(5)]
     assert len(set(offsets)) > 1  # another offset for each epoch
 
 
-def test_the_images_of_a_sequence_are_those_of_its_rows(play):
-    batch = D.Sequences(play, 3, 100, seed=1).batch(0)
-    r = rows(batch)
-    for t, b in ((0, 0), (99, 1), (50, 2)):
-        assert (batch["rgb_static"][t, b].numpy() == play.rgb_static[r[t, b]]).all()
-        assert (batch["rgb_gripper"][t, b].numpy() == play.rgb_gripper[r[t, b]]).all()
-    assert batch["rgb_static"].dtype == torch.uint8 and batch["reset"].dtype == torch.bool
-
-
 def test_app_a_starts_are_drawn_in_the_episode_and_clipped_to_its_end(play):
     s = D.Sequences(play, 200, 50, seed=0, carry=False)
-    starts = []
-    for step in range(8):
-        batch = s.batch(step)
-        r = rows(batch)
-        assert (np.diff(r, axis=0) == 1).all()
-        assert ((r[0] >= 201) | (r[-1] < 201)).all()  # never across the border of two episodes
-        assert batch["reset"][0].all() and not batch["reset"][1:].any()
-        assert (batch["a_prev"][0] == torch.tensor(D.NO_ACTION)).all()
-        assert (batch["a_prev"][1:].numpy() == play.actions[r[:-1]]).all()
-        starts += r[0].tolist()
+    batches = [s.batch(step) for step in range(8)]
+    batch = {k: torch.cat([x[k] for x in batches], 1) for k in batches[0]}
+    r = rows(batch)
+    assert (np.diff(r, axis=0) == 1).all()
+    assert ((r[0] >= 201) | (r[-1] < 201)).all()  # never across the border of two episodes
+    assert batch["reset"][0].all() and not batch["reset"][1:].any()
+    assert (batch["a_prev"][0] == torch.tensor(D.NO_ACTION)).all()
+    assert (batch["a_prev"][1:].numpy() == play.actions[r[:-1]]).all()
     # Clipping heaps the last 50 of each episode on its last admissible start: 50 of 265 draws.
-    share = {s: starts.count(s) / len(starts) for s in (0, 151, 215)}
-    assert abs(share[151] - 50 / 265) < 0.03 and abs(share[215] - 50 / 265) < 0.03
+    share = np.bincount(r[0], minlength=N) / r[0].size
+    np.testing.assert_allclose(share[[151, 215]], 50 / 265, atol=0.03)
     assert share[0] < 0.02
     only = D.Sequences(play, 50, 65, seed=0, carry=False)  # the second episode has 64 frames
     assert (rows(only.batch(0))[-1] < 201).all()
@@ -124,28 +108,21 @@ def test_batches_are_pure_functions_of_seed_and_step(play):
 
 @pytest.mark.parametrize("kind", ["play", "lang"])
 def test_windows_have_20_to_32_frames_inside_their_episode_or_span(play, kind):
-    w = D.Windows(play, 400, kind=kind)
     bounds = play.episodes if kind == "play" else play.spans
-    lengths, starts = [], set()
-    for step in range(10):
-        batch = w.batch(step)
-        index, length = batch["index"].numpy(), batch["length"].numpy()
-        assert index.shape == (32, 400) and batch["a"].shape == (32, 400, 7)
-        start, end = index[0], index[0] + length
-        assert ((bounds[:, :1] <= start) & (end <= bounds[:, 1:])).any(0).all()
-        assert length.min() >= 20 and length.max() <= 32
-        lengths += length.tolist()
-        starts |= set(start.tolist())
+    batch = D.Windows(play, 4000, kind=kind).batch(0)
+    assert batch["index"].shape == (32, 4000) and batch["a"].shape == (32, 4000, 7)
+    start, length = batch["index"][0].numpy(), batch["length"].numpy()
+    assert ((bounds[:, :1] <= start) & (start + length <= bounds[:, 1:])).any(0).all()
     # Every start that leaves room for the shortest window, the last one included.
-    assert starts == {s for a, b in bounds for s in range(a, b - 20 + 1)}
-    assert set(lengths) == set(range(20, 33))
+    assert set(start) == {s for a, b in bounds for s in range(a, b - 20 + 1)}
+    assert set(length) == set(range(20, 33))
 
 
 def test_windows_of_play_keep_away_from_bursts_and_reach_up_to_them(play, monkeypatch):
     disturbed = np.zeros(N, bool)
     disturbed[[40, 41, 50, 120, 230]] = True  # rows 42 to 50 are too short for a window
     monkeypatch.setattr(play, "disturbed", disturbed)
-    index = np.concatenate([D.Windows(play, 500).batch(i)["index"].numpy() for i in range(6)], 1)
+    index = D.Windows(play, 3000).batch(0)["index"].numpy()
     assert not disturbed[index].any()
     clean = [(0, 40), (51, 120), (121, 201), (201, 230), (231, 265)]
     assert set(index[0]) == {s for a, b in clean for s in range(a, b - 20 + 1)}
@@ -154,8 +131,7 @@ def test_windows_of_play_keep_away_from_bursts_and_reach_up_to_them(play, monkey
 
 def test_padding_holds_the_last_frame_and_its_gripper_and_moves_no_arm(play):
     batch = D.Windows(play, 64, kind="play").batch(0)
-    for b in range(64):
-        n = int(batch["length"][b])
+    for b, n in enumerate(batch["length"].tolist()):
         index, a = batch["index"][:, b].numpy(), batch["a"][:, b].numpy()
         assert (np.diff(index[:n]) == 1).all() and (index[n:] == index[n - 1]).all()
         assert (a[:n] == play.actions[index[:n]]).all()
@@ -164,25 +140,19 @@ def test_padding_holds_the_last_frame_and_its_gripper_and_moves_no_arm(play):
 
 
 def test_language_windows_carry_their_sentence_and_d11_marks_the_last_8_places(play):
-    w = D.Windows(play, 300, kind="lang")
-    for step in range(5):
-        batch = w.batch(step)
-        for b in range(300):
-            span, start = int(batch["span"][b]), int(batch["index"][0, b])
-            first, end = play.spans[span]
-            assert first <= start and (batch["emb"][b].numpy() == play.span_emb[span]).all()
-            assert bool(batch["align"][b]) == (start > end - 20 - 8)
+    batch = {k: x.numpy() for k, x in D.Windows(play, 1500, kind="lang").batch(0).items()}
+    (first, end), start = play.spans[batch["span"]].T, batch["index"][0]
+    assert (first <= start).all() and (batch["emb"] == play.span_emb[batch["span"]]).all()
+    assert (batch["align"] == (start > end - 20 - 8)).all()
 
 
 def test_d30_a_rephrased_window_has_any_sentence_of_its_task_each_as_often(play):
     """Spans 0 and 2 are of one task, span 1 of another; all else is as without it."""
     own, other = (D.Windows(play, 3000, kind="lang", rephrase=x).batch(0) for x in (False, True))
     assert all(torch.equal(own[k], other[k]) for k in own if k != "emb")
-    sentences = torch.from_numpy(np.array(play.span_emb))
-    said = (other["emb"][:, None] == sentences).all(-1)  # (3000, spans)
-    assert (said.sum(1) == 1).all()
+    said = (other["emb"].numpy()[:, None] == play.span_emb).all(-1)  # (3000, spans)
     for span, shares in enumerate(([0.5, 0, 0.5], [0, 1, 0], [0.5, 0, 0.5])):
-        here = said[other["span"] == span].float().mean(0)
+        here = said[other["span"] == span].mean(0)
         np.testing.assert_allclose(here, shares, atol=0.05)
 
 
@@ -195,9 +165,8 @@ def test_every_span_is_as_likely_however_short_and_every_start_of_a_play_window(
 
 
 def test_a_span_shorter_than_a_window_is_one_window_that_holds_its_end(play):
-    w = D.Windows(play, 200, T=40, min_len=32, max_len=40, kind="lang")  # span 1 has 30 frames
-    batch = w.batch(0)
-    short = batch["span"] == 1
+    batch = D.Windows(play, 200, T=40, min_len=32, max_len=40, kind="lang").batch(0)
+    short = batch["span"] == 1  # it has 30 frames
     assert short.any()
     assert (batch["index"][0, short] == 133).all() and (batch["length"][short] == 30).all()
     assert (batch["index"][30:, short] == 162).all() and batch["align"][short].all()
