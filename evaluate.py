@@ -39,6 +39,7 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import calvin
@@ -211,7 +212,7 @@ def embed_instruction(sentence: str, encoder: str) -> np.ndarray:
 
 # ------------------------------------------------------------------ films
 class Filmed:
-    """An environment that keeps what its cameras see if `film` is a path, whoever drives it."""
+    """An environment that keeps what its cameras see if `film` is a path."""
 
     def __init__(self, env, film: Path | None):
         self.env, self.film, self.frames, self.caption, self.t = env, film, [], "", 0
@@ -241,8 +242,6 @@ class Filmed:
 
 def draw(static, gripper, caption: str, solved: bool | None) -> np.ndarray:
     """What the policy sees, enlarged to 256 pixels, under its instruction: (304, 520, 3) uint8."""
-    from PIL import Image, ImageDraw, ImageFont
-
     colour, word = MARKS[solved]
     picture = Image.new("RGB", (520, 304), colour)
     for x, image in ((2, static), (262, gripper)):
@@ -307,7 +306,7 @@ def table_of_seeds(paths: list[Path]) -> str:
 def as_calvin(result: dict) -> dict:
     """The same figures in the layout of the benchmark's results.json: {training step: figures}."""
     tasks = {task: {"success": ok, "total": n} for task, (ok, n) in result["tasks"].items()}
-    rates = {str(i): share for i, share in enumerate(result["success"], 1)}
+    rates = dict(zip("12345", result["success"], strict=True))
     figures = {"avg_seq_len": result["avg_len"], "chain_sr": rates, "task_info": tasks}
     return {str(result.get("training", {}).get("step", 0)): figures}
 
@@ -463,8 +462,9 @@ def follow(args) -> dict[str, int]:
     film = next(path for path in films if not path.exists())
 
     def oracle(start, info, _) -> bool:
-        new = [x for x in calvin.TASKS if x not in seen and worker.oracle(start, info, x)]
-        seen.update(dict.fromkeys(new, env.t))
+        for each in calvin.TASKS:
+            if each not in seen and worker.oracle(start, info, each):
+                seen[each] = env.t
         return task in seen
 
     env, try_task = worker.start(number, film, oracle)
