@@ -181,7 +181,10 @@ def read_sentences(args, encoder: str | None) -> tuple[dict, dict]:
     if wrong:
         raise data.DataError(f"{where}: {wrong} are missing in it, or no tasks of CALVIN's 34.")
     if encoder and not words:
-        words = dict(zip(sentences, data.encode([*sentences.values()], encoder), strict=True))
+        try:
+            words = dict(zip(sentences, data.encode([*sentences.values()], encoder), strict=True))
+        except data.DataError as error:
+            raise data.DataError(f"{where}: {error}") from error
     return sentences, words if encoder else sentences
 
 

@@ -492,6 +492,10 @@ def test_sentences_come_from_assets_from_json_or_from_a_datasets_language_folder
     ):
         with pytest.raises(data.DataError, match=message):
             read(encoder, where)
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)  # not installed
+    with pytest.raises(data.DataError, match=r"mine\.json: sentence 'do rotate_red"):
+        read(data.TEXT_ENCODER, tmp_path / "mine.json")
 
 
 # ------------------------------------------------------------------ figures and films
