@@ -1,7 +1,7 @@
 """Evaluation: instructions in a row by CALVIN's protocol. LUMOS Sec. V-A, Table I.
 
     chain      a start state and five tasks, possible in turn: the benchmark has exactly 1000
-    attempt    one instruction: at most 360 simulator steps, the oracle asked after each of them
+    attempt    one instruction: at most 360 simulator steps, the oracle asked after each
     Avg. Len.  tasks solved in a row before the first failure (0 to 5), averaged over chains
 
 The simulator runs at 30 Hz; a policy trained at 15 Hz (skip = 2) looks at every second frame, and
@@ -20,7 +20,7 @@ films, results.json, and calvin_results.json in the benchmark's own layout.
 import argparse
 import contextlib
 import difflib
-import importlib
+import importlib.util
 import itertools
 import json
 import math
@@ -29,6 +29,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,7 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import calvin
@@ -50,6 +52,7 @@ import train
 
 SHIPPED = Path(__file__).resolve().parent / "assets/sim.pt"  # by train.publish
 FILM_STEPS, FILM_FPS, FILM_FRAMES = 4, 15, 240  # a picture every 4 steps, shown twice as fast
+HOW = ("replan", "reset_on_replan")  # an agent's own options
 RESULT = {"env": str, "seed": int, "chains": int, "success": list, "avg_len": int | float}
 MARKS = {None: ("#404040", ""), True: ("#188038", ": solved"), False: ("#c5221f", ": failed")}
 
@@ -84,8 +87,9 @@ class Options:
 
 
 # ------------------------------------------------------------------ environments and policies
-def make_environment(args, cameras: bool, small: bool, renderer: str):
-    """--env and its oracle. small: images of 64 x 64 pixels, as data.py packs them, or CALVIN's."""
+def make_environment(args, cameras: bool, renderer: str):
+    """--env and its oracle. A model for CALVIN gets CALVIN's images; others 64 x 64 pixels."""
+    small = args.policy in ("agent", "operator")
     if args.env == "sim":
         static, gripper = (64, 64) if small else (200, 84)
         return sim.PlayTable(static, gripper, cameras), sim.oracle
@@ -94,20 +98,16 @@ def make_environment(args, cameras: bool, small: bool, renderer: str):
     return table, calvin.make_oracle(args.calvin_env)
 
 
-class CalvinModel:
+def load_model(name: str):
     """--policy MODULE:CLASS, as CALVIN's: reset(), step(obs, sentence) -> action (7,), at 30 Hz."""
-
-    skip = 1
-
-    def __init__(self, name: str):
-        module, _, cls = name.partition(":")
-        sys.path.append(os.getcwd())
-        try:
-            model = getattr(importlib.import_module(module), cls)()
-        except (ImportError, AttributeError) as error:
-            expected = "agent, operator or MODULE:CLASS"
-            raise ValueError(f"--policy {name}: expected {expected}; {error}") from error
-        self.reset, self.act = model.reset, model.step
+    module, _, cls = name.partition(":")
+    sys.path.append(os.getcwd())
+    try:
+        model = getattr(importlib.import_module(module), cls)()
+    except (ImportError, AttributeError) as error:
+        expected = "agent, operator or MODULE:CLASS"
+        raise ValueError(f"--policy {name}: expected {expected}; {error}") from error
+    return SimpleNamespace(skip=1, reset=model.reset, act=model.step)
 
 
 def gpu() -> int:
@@ -121,8 +121,7 @@ def load_agent(args):
     another rate or scale, or on other pictures."""
     torch.set_num_threads(1)  # the cores are for --procs
     device = f"cuda:{gpu()}" if args.device == "cuda" else args.device
-    given = {"replan": args.replan, "reset_on_replan": args.reset_on_replan}
-    given = {k: x for k, x in given.items() if x is not None}
+    given = {k: getattr(args, k) for k in HOW if getattr(args, k) is not None}
     policy, c = train.load_agent(args.checkpoint, device, **given)
     known = [sim.LOOK] if args.env == "sim" else calvin.RENDERERS
     seen = c["meta"]["renderer"] if c["meta"]["renderer"] in known else " or ".join(known)
@@ -159,33 +158,28 @@ def attempt(env, oracle, policy, words, task: str, limit=360, push=None) -> tupl
 # ------------------------------------------------------------------ sentences
 def read_sentences(args, encoder: str | None) -> tuple[dict, dict]:
     """{task: its sentence}, {task: what the policy is told}: the embedding (384,), or without an
-    encoder the sentence. DataError: unusable, or another encoder's.
-    --sentences is {task: sentence} in JSON, or a language folder of a dataset's validation/, or its
-    embeddings.npy alone in a folder of that name; the default is that of --scene, where it is a
-    dataset; else they are those of assets/."""
+    encoder the sentence. They are of --sentences: {task: sentence} in JSON, a dataset's
+    validation/lang_*, or its embeddings.npy alone in a folder of that name; else of --scene, if it
+    is a dataset; else of assets/. DataError: unusable, or another encoder's."""
     where, words = args.sentences, {}
     if not where and args.env == "calvin" and encoder and Path(args.scene).is_dir():
-        folders = calvin.validation(args.scene).glob("lang_*")
-        known = {data.encoder_of(path.name): path for path in sorted(folders)}
-        name = Path(encoder).name
-        where = known.get(name, calvin.validation(args.scene) / f"lang_{name}")
+        folder, name = calvin.validation(args.scene), Path(encoder).name
+        known = {data.encoder_of(path.name): path for path in sorted(folder.glob("lang_*"))}
+        where = known.get(name, folder / f"lang_{name}")
     if not where:
         sentences = {task: held_out for task, (held_out, *_) in calvin.sentences().items()}
     elif where.suffix == ".json":
         remedy = 'It should be {"open_drawer": "pull the drawer open", ...}'
-        sentences = data.read_json(where, remedy)
-        with data.naming(where, remedy):
-            if not all(isinstance(sentence, str) for sentence in sentences.values()):
-                raise TypeError("a sentence is no text")
+        sentences = data.read_json(where, remedy, dict.fromkeys(calvin.TASKS, str))
     else:
         where = where.parent if where.name == "embeddings.npy" else where
         name, rows = data.encoder_of(where.name), data.read_held_out(where)
         data.same_text_encoder(name, encoder or name, where)
         sentences = dict(zip(rows["tasks"], rows["sentences"], strict=True))
         words = dict(zip(rows["tasks"], rows["embeddings"], strict=True))
-    missing = sorted(set(calvin.TASKS) ^ set(sentences))
-    if missing:
-        raise data.DataError(f"{where}: {missing} are missing in it, or no tasks of CALVIN's 34.")
+    wrong = sorted(set(calvin.TASKS) ^ set(sentences))
+    if wrong:
+        raise data.DataError(f"{where}: {wrong} are missing in it, or no tasks of CALVIN's 34.")
     if encoder and not words:
         try:
             words = dict(zip(sentences, data.encode([*sentences.values()], encoder), strict=True))
@@ -196,38 +190,32 @@ def read_sentences(args, encoder: str | None) -> tuple[dict, dict]:
 
 def is_here(encoder: str) -> bool:
     """Whether a text encoder is on this machine. Asking is quick, trying takes a minute."""
-    if Path(encoder).is_dir():
-        return True
-    try:
-        from huggingface_hub import try_to_load_from_cache
-    except ImportError:
+    if importlib.util.find_spec("sentence_transformers") is None:
         return False
-    return bool(
-        try_to_load_from_cache(f"sentence-transformers/{Path(encoder).name}", "modules.json")
-    )
+    from huggingface_hub import try_to_load_from_cache
+
+    hub = f"sentence-transformers/{Path(encoder).name}"
+    return Path(encoder).is_dir() or bool(try_to_load_from_cache(hub, "modules.json"))
 
 
 def embed_instruction(sentence: str, encoder: str) -> np.ndarray:
-    """(384,). ValueError: it is not in the table, and the text encoder is not on this machine."""
+    """(384,). ValueError: it is not in the table, and the text encoder is not on this machine.
+    DataError: the encoder fails."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nobody waits for a hub that does not answer
     name, short = Path(encoder).name, calvin.plain(sentence)
     known = short in data.embedding_table()
-    try:
-        if not known and not is_here(encoder):
-            raise data.DataError(f"{name} is not here")
+    if known or is_here(encoder):
         return data.encode([short if known else sentence], encoder)[0]
-    except data.DataError as error:
-        known = [s for of_task in calvin.sentences().values() for s in of_task]
-        near = "\n  ".join(difflib.get_close_matches(short, known, 5, cutoff=0))
-        what = f"{sentence!r} is not known, and {name} is not here. The nearest known ones:"
-        way = f"hf download sentence-transformers/{name}, or give --text-encoder FOLDER/{name}"
-        way = f"For others: pip install sentence-transformers, then {way}"
-        raise ValueError(f"{what}\n  {near}\n{way}") from error
+    told = [s for of_task in calvin.sentences().values() for s in of_task]
+    near = "\n  ".join(difflib.get_close_matches(short, told, 5, cutoff=0))
+    what = f"{sentence!r} is not known, and {name} is not here. The nearest known ones:"
+    way = f"hf download sentence-transformers/{name}, or give --text-encoder FOLDER/{name}"
+    raise ValueError(f"{what}\n  {near}\nFor others: pip install sentence-transformers, then {way}")
 
 
 # ------------------------------------------------------------------ films
 class Filmed:
-    """An environment that keeps what its cameras see if `film` is a path, whoever drives it."""
+    """An environment that keeps what its cameras see if `film` is a path."""
 
     def __init__(self, env, film: Path | None):
         self.env, self.film, self.frames, self.caption, self.t = env, film, [], "", 0
@@ -257,8 +245,6 @@ class Filmed:
 
 def draw(static, gripper, caption: str, solved: bool | None) -> np.ndarray:
     """What the policy sees, enlarged to 256 pixels, under its instruction: (304, 520, 3) uint8."""
-    from PIL import Image, ImageDraw, ImageFont
-
     colour, word = MARKS[solved]
     picture = Image.new("RGB", (520, 304), colour)
     for x, image in ((2, static), (262, gripper)):
@@ -271,15 +257,14 @@ def draw(static, gripper, caption: str, solved: bool | None) -> np.ndarray:
 # ------------------------------------------------------------------ figures and records
 def summarise(records: list[dict]) -> dict:
     """Table I's figures: shares with 1..5 or more in a row, mean length, rates per task."""
-    solved, tasks = np.array([r["solved"] for r in records]), {}
-    for r in records:
-        for k, task in enumerate(r["tasks"][: r["solved"] + 1]):
-            ok, n = tasks.get(task, (0, 0))
-            tasks[task] = [ok + (k < r["solved"]), n + 1]
-    tasks = {task: tasks[task] for task in calvin.TASKS if task in tasks}  # [solved, attempted]
-    success = [float((solved >= n).mean()) for n in range(1, 6)]
-    length = solved.mean().item()
-    return {"chains": len(records), "avg_len": length, "success": success, "tasks": tasks}
+    lengths = np.array([r["solved"] for r in records])
+    solved = Counter(task for r in records for task in r["tasks"][: r["solved"]])
+    tried = Counter(task for r in records for task in r["tasks"][: r["solved"] + 1])
+    return {
+        "chains": len(records), "avg_len": lengths.mean().item(),
+        "success": [float((lengths >= n).mean()) for n in range(1, 6)],
+        "tasks": {task: [solved[task], tried[task]] for task in calvin.TASKS if tried[task]},
+    }  # fmt: skip
 
 
 def tables(result: dict) -> str:
@@ -287,10 +272,11 @@ def tables(result: dict) -> str:
     lines = []
     for task, (ok, n) in result["tasks"].items():
         lines.append(f"{task:<25}{f'{ok}/{n}':>8}{ok / n:>8.1%}  {result['sentences'][task]}")
+    form = "{:<15} " + 5 * "{:<9}" + "{}"
+    shares = [f"{share:.1%}" for share in result["success"]]
     lines += ["", f"{'':<16}No. Instructions in a Row ({result['chains']} chains)"]
-    lines += [f"{'Method':<16}{'1':<9}{'2':<9}{'3':<9}{'4':<9}{'5':<9}Avg. Len."]
-    shares = "".join(f"{f'{share:.1%}':<9}" for share in result["success"])
-    return "\n".join([*lines, f"{result['label']:<15} {shares}{result['avg_len']:.2f}"])
+    lines += [form.format("Method", *"12345", "Avg. Len.")]
+    return "\n".join([*lines, form.format(result["label"], *shares, f"{result['avg_len']:.2f}")])
 
 
 def table_of_seeds(paths: list[Path]) -> str:
@@ -300,13 +286,14 @@ def table_of_seeds(paths: list[Path]) -> str:
     for path in paths:
         with data.naming(path, "Give the results.json of evaluate.py, each seed once"):
             r = data.read_json(path, "Give another", RESULT)
-            if not np.isfinite(np.array([*r["success"], r["avg_len"]], float)).all():
+            figures = [*(100 * share for share in r["success"]), r["avg_len"]]
+            if not np.isfinite(figures).all():
                 raise ValueError("a figure is not finite")
             step = r.get("training", {}).get("step", "")  # the operator has none
             seeds = rows.setdefault((r["env"], r.get("label", r["method"]), step, r["chains"]), {})
             if r["seed"] in seeds:
                 raise ValueError(f"seed {r['seed']} comes twice")
-            seeds[r["seed"]] = [*(100 * share for share in r["success"]), r["avg_len"]]
+            seeds[r["seed"]] = figures
     form = "{:<8}{:<22}{:<8}{:<8}{:<7}" + 5 * "{:<14}" + "{}"
     lines = [form.format("Env.", "Method", "Steps", "Chains", "Seeds", *"12345", "Avg. Len.")]
     for key, seeds in rows.items():
@@ -322,7 +309,7 @@ def table_of_seeds(paths: list[Path]) -> str:
 def as_calvin(result: dict) -> dict:
     """The same figures in the layout of the benchmark's results.json: {training step: figures}."""
     tasks = {task: {"success": ok, "total": n} for task, (ok, n) in result["tasks"].items()}
-    rates = {str(i): share for i, share in enumerate(result["success"], 1)}
+    rates = dict(zip("12345", result["success"], strict=True))
     figures = {"avg_seq_len": result["avg_len"], "chain_sr": rates, "task_info": tasks}
     return {str(result.get("training", {}).get("step", 0)): figures}
 
@@ -370,10 +357,10 @@ class Worker:
             encoder, renderer = args.text_encoder or c["text_encoder"], c["meta"]["renderer"]
             data.same_text_encoder(encoder, c["text_encoder"], args.checkpoint)
             about |= {"method": c["config"]["method"], "seed": c["run"]["seed"]}
-            about |= {k: getattr(self.policy, k, None) for k in ("replan", "reset_on_replan")}
+            about |= {k: getattr(self.policy, k, None) for k in HOW}
             about |= {"training": {k: c[k] for k in ("step", "seconds", "run", "meta")}}
         elif args.policy != "operator":
-            self.policy = CalvinModel(args.policy)
+            self.policy = load_model(args.policy)
         if args.env == "calvin":
             about |= {"scene": args.scene, "renderer": renderer}
         about["label"] = about["method"] + (f" (disturb {args.disturb})" if args.disturb else "")
@@ -385,8 +372,7 @@ class Worker:
         if args.instruction:
             self.words = self.words | {args.instruction: self.embed(args.instruction)}
         cameras = bool(self.policy or args.film or args.live)
-        small = not isinstance(self.policy, CalvinModel)
-        self.env, self.oracle = make_environment(args, cameras, small, renderer)
+        self.env, self.oracle = make_environment(args, cameras, renderer)
 
     def start(self, number: int, film: Path | None, oracle=None):
         """A chain's first scene: (environment, function(task, limit) that tries a task in it)."""
@@ -425,10 +411,10 @@ def evaluate(args, argv: list[str]) -> dict:
     log = args.out / (f"chains_{rank}.jsonl" if rank else "chains.jsonl")
     numbers = range(args.first or 0, (args.first or 0) + args.chains)
     films = {n: args.out / f"chain_{n:04}.gif" for n in numbers[: args.film]}
-    records, result, begun = read_log(args.out, worker.about), {}, time.monotonic()
-    filmed = {n for n in numbers if n not in films or films[n].exists()}
-    todo = [n for n in numbers[rank::ranks] if n not in records or n not in filmed]
-    mine = read_log(args.out, worker.about, log.name)
+    logged = partial(read_log, args.out, worker.about)
+    records, mine, result, begun = logged(), logged(log.name), {}, time.monotonic()
+    unfilmed = {n for n, film in films.items() if not film.exists()}
+    todo = [n for n in numbers[rank::ranks] if n not in records or n in unfilmed]
     try:
         for r in started_here:
             share = os.environ | {"RANK": str(r), "WORLD_SIZE": str(ranks)}
@@ -439,20 +425,18 @@ def evaluate(args, argv: list[str]) -> dict:
             if rank and os.getppid() != parent:
                 raise SystemExit("evaluate.py: the first process was killed")
             if n not in records:  # else only its film was missing
-                # The whole log, written beside and renamed: no line is ever half written.
                 mine[n] = record
                 rows = [row | {"crc": data.checksum(row)} for row in mine.values()]
-                text = "".join(json.dumps(row) + "\n" for row in (worker.about, *rows))
-                data.write_text(log, text)
+                lines = [json.dumps(row) + "\n" for row in (worker.about, *rows)]
+                data.write_text(log, "".join(lines))  # and renamed: no line is ever half written
         if any(other.wait() for other in others):
             raise RuntimeError("another process failed: see above. The same command goes on")
-        while rank == 0 and not read_log(args.out, worker.about).keys() >= set(numbers):
+        while rank == 0 and not logged().keys() >= set(numbers):
             time.sleep(1)  # for torchrun's other processes
     finally:  # after Ctrl-C too: the tables so far
         for other in others:
             other.terminate()
-        records = read_log(args.out, worker.about)
-        done = [records[n] for n in numbers if n in records]
+        done = [row for n, row in sorted(logged().items()) if n in numbers]
         if rank == 0 and done:
             result = worker.about | summarise(done) | {"commit": pages.commit()}
             print(tables(result))
@@ -473,21 +457,24 @@ def follow(args) -> dict[str, int]:
     task = next((task for task, told in known if sentence in map(calvin.plain, told)), None)
     states = calvin.start_states() if args.first is None else [calvin.chain(args.first)[0]]
     states = [state for state in states if not task or calvin.outcomes(state, task)]
-    if not states:
-        already = args.first is not None and task.startswith(("turn", "move", "open", "close"))
-        why = "it is so already" if already else "something else has to be done before"
-        raise ValueError(f"{args.instruction!r} asks for {task}: {why}")
-    number = args.first or next(n for n in range(1000) if calvin.chain(n)[0] in states)
+    number = args.first or 0
+    if states:
+        number = next(n for n in range(number, 1000) if calvin.chain(n)[0] in states)
     worker, seen, stem = Worker(args), {}, re.sub(r"\W+", "_", sentence)[:60]
     films = (args.out / f"{stem}_{k}.gif" for k in itertools.count())
     film = next(path for path in films if not path.exists())
 
     def oracle(start, info, _) -> bool:
-        new = [x for x in calvin.TASKS if x not in seen and worker.oracle(start, info, x)]
-        seen.update(dict.fromkeys(new, env.t))
+        for each in calvin.TASKS:
+            if each not in seen and worker.oracle(start, info, each):
+                seen[each] = env.t
         return task in seen
 
     env, try_task = worker.start(number, film, oracle)
+    if not states:
+        so = calvin.is_so(env.get_info(), task)
+        why = "it is so already" if so else "something else has to be done before"
+        raise ValueError(f"{args.instruction!r} asks for {task}: {why}")
     env.caption = args.instruction
     try_task(args.instruction, args.limit)
     env.snap(solved=task in seen if task else None)
@@ -505,23 +492,23 @@ def parse(argv: list[str] | None = None) -> Options:
     """The command line, with the defaults that depend on it. ValueError: it makes no sense."""
     how = {"use_underscores": True, "config": (tyro.conf.FlagCreatePairsOff,)}
     args = tyro.cli(Options, args=argv, description=__doc__, **how)
+    first, told = args.first or 0, calvin.plain(args.instruction or "")
     ours = args.policy == "agent" and args.env == "sim" and not args.checkpoint  # a first look
     checkpoint = str(SHIPPED) if ours else args.checkpoint
-    chains = args.chains if args.chains is not None else 20 if ours else 1000 - (args.first or 0)
+    chains = args.chains if args.chains is not None else 20 if ours else 1000 - first
     film = args.film if args.film is not None else 3 if ours else 0
     run = Path(checkpoint).parent if checkpoint else Path("runs") / args.policy
     in_tree = run.resolve() == SHIPPED.parent  # where nothing is written
     out = Path("runs/first_look") if in_tree else run / f"evaluate_{args.env}"
     args = replace(args, checkpoint=checkpoint, chains=chains, film=film, out=args.out or out)
-    told = calvin.plain(args.instruction or "")
-    first, n = args.first or 0, 1 if told else args.chains
-    agent, operator = bool(args.checkpoint), args.policy == "operator"
+    agent, operator = bool(checkpoint), args.policy == "operator"
+    planned = any(getattr(args, k) is not None for k in HOW)
+    n = 1 if told else chains
     wrong = {
         "give --checkpoint RUN/agent.pt, or another --policy": (args.policy == "agent") != agent,
         "--instruction: give a sentence": args.instruction is not None and not told,
         "operator: neither --instruction nor --disturb": operator and (told or args.disturb),
-        "--replan: it is an agent's": not agent and args.replan is not None,
-        "--reset_on_replan: it is an agent's": not agent and args.reset_on_replan is not None,
+        "--replan, --reset_on_replan: they are an agent's": planned and not agent,
         "--renderer: a checkpoint needs that of its data": agent and args.renderer,
         f"there are chains 0 to 999, not {n} from {first} on": not 0 <= first < first + n <= 1000,
         "--disturb: a probability is 0 to 1": not 0 <= args.disturb <= 1,

@@ -13,6 +13,7 @@ import base64
 import copy
 import difflib
 import io
+import itertools
 import json
 import logging
 import math
@@ -25,6 +26,8 @@ import threading
 import time
 from pathlib import Path
 
+import imageio.v3 as imageio
+import jinja2
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -94,33 +97,29 @@ def report(folder: Path, name: str, settings: dict, seconds: float = 0.0) -> Non
 
 
 def write_report(folder: Path) -> None:
-    import jinja2
-
     known = read(folder / "settings.json")
-    below = sorted(path.parent for path in folder.glob("*/results.json"))
-    evaluated = ([folder] if (folder / "results.json").exists() else []) + below
+    results = folder / "results.json", *sorted(folder.glob("*/results.json"))
     content = {
         "title": folder.resolve().name,
         "stages": [stage(path, known) for path in sorted(folder.glob("*.jsonl"), reverse=True)
                    if not path.name.startswith("chains")],
         "pictures": [f"pictures/{p.name}" for p in sorted(folder.glob("pictures/*.png"))[::-1]],
         "probe": read(folder / "probe.json"),
-        "evaluations": [evaluation(path, folder) for path in evaluated],
+        "evaluations": [evaluation(path.parent, folder) for path in results if path.exists()],
         "films": [{"file": p.name, "caption": p.stem.replace("_", " "), "told": []}
                   for p in sorted(folder.glob("*.gif")) if not p.name.startswith("chain_")],
         "written": time.strftime("%Y-%m-%d %H:%M"),
     }  # fmt: skip
     content["running"] = any(s["step"] < s["steps"] for s in content["stages"])
-    loader = jinja2.FileSystemLoader(ASSETS)
-    pages = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
-    text = pages.get_template("report.html").render(content)
-    D.write_text(folder / "report.html", text)
+    how = {"autoescape": True, "undefined": jinja2.StrictUndefined}
+    pages = jinja2.Environment(loader=jinja2.FileSystemLoader(ASSETS), **how)
+    D.write_text(folder / "report.html", pages.get_template("report.html").render(content))
 
 
 def stage(path: Path, known: dict) -> dict:
     """What a stage's log says: how far it is, its curves as SVG, its settings."""
-    lines = path.read_text().splitlines(keepends=True)
-    rows = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be half there
+    lines = path.read_text().split("\n")[:-1]  # the last may be half there
+    rows = [json.loads(line) for line in lines]
     about = known.get(path.stem, {})
     settings, last = about.get("settings", {}), rows[-1] if rows else {"step": 0, "hours": 0.0}
     curves = {title: curve(f"{path.stem} {title}", rows, keys) for title, keys in CURVES.items()}
@@ -136,29 +135,28 @@ def curve(salt: str, rows: list[dict], keys: tuple[str, ...]) -> str:
     import matplotlib
     from matplotlib.figure import Figure
 
-    names = {(kind, key): [(r["step"], r[key]) for r in rows if r["kind"] == kind and key in r]
-             for key in keys for kind in ("train", "validate")}  # fmt: skip
-    lines = {name: np.array(points) for name, points in names.items() if points}
+    lines = {}
+    for key, kind in itertools.product(keys, ("train", "validate")):
+        xy = np.array([(r["step"], r[key]) for r in rows if r["kind"] == kind and key in r])
+        if len(xy):
+            lines[kind if len(keys) == 1 else f"{key.replace('_', ' ')}, {kind}"] = xy
     if not lines:
         return ""
-    colours = dict.fromkeys(("text.color", "axes.edgecolor", "xtick.color", "ytick.color"), TEXT)
-    how = {"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 9}
-    with matplotlib.rc_context(colours | how):
+    parts = ("text.color", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
+    how = {"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 9, "grid.alpha": 0.15}
+    how |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
+    with matplotlib.rc_context(dict.fromkeys(parts, TEXT) | how):
         figure = Figure((4.4, 2.5), layout="constrained")
         axes = figure.subplots()
-        for ((kind, key), xy), colour in zip(lines.items(), 2 * COLOURS, strict=False):
-            parts = np.array_split(xy, min(len(xy), POINTS))
-            xy = np.array([part.mean(0) for part in parts])
-            label = kind if len(keys) == 1 else f"{key.replace('_', ' ')}, {kind}"
+        for (label, xy), colour in zip(lines.items(), 2 * COLOURS, strict=False):
+            xy = np.array([part.mean(0) for part in np.array_split(xy, min(len(xy), POINTS))])
             marker = "o" if len(xy) < 20 else ""
             axes.plot(*xy.T, label=label, color=colour, lw=1.3, marker=marker, markersize=2.5)
         values = np.concatenate([xy[:, 1] for xy in lines.values()])
         if values.min() > 0 and values.max() > 20 * values.min():
             axes.set_yscale("log")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.15, color=TEXT)
-        short = all(len(label) < 24 for label in axes.get_legend_handles_labels()[1])
-        figure.legend(loc="outside lower center", ncols=2 if short else 1, frameon=False)
+        columns = 2 if max(map(len, lines)) < 24 else 1
+        figure.legend(loc="outside lower center", ncols=columns, frameon=False)
         file = io.StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(file, format="svg", transparent=True, metadata=nothing)
@@ -176,9 +174,9 @@ def wilson(ok: int, n: int) -> tuple[float, float]:
 
 def evaluation(path: Path, folder: Path) -> dict:
     """An evaluation's folder, as the report of `folder` shows it."""
-    result, chains = json.loads((path / "results.json").read_text()), {}
-    for log in sorted(path.glob("chains*.jsonl")):
-        rows = [json.loads(line) for line in log.read_text().splitlines()]
+    result, chains = read(path / "results.json"), {}
+    for log in path.glob("chains*.jsonl"):
+        rows = map(json.loads, log.read_text().splitlines())
         chains |= {row["chain"]: row for row in rows if "chain" in row}
     n, shares, sentences = result["chains"], result["success"], result.get("sentences", {})
     squares = sum((2 * k - 1) * share for k, share in enumerate(shares, 1))
@@ -187,9 +185,10 @@ def evaluation(path: Path, folder: Path) -> dict:
     for number, row in sorted(chains.items()):
         gif = path / f"chain_{number:04}.gif"
         if gif.exists():
-            told = [(sentences[t], k < row["solved"]) for k, t in enumerate(row["tasks"])]
-            about = {"file": gif.relative_to(folder).as_posix(), "caption": f"chain {number}"}
-            films.append(about | {"told": told[: row["solved"] + 1]})
+            tried = row["tasks"][: row["solved"] + 1]
+            told = [(sentences[task], k < row["solved"]) for k, task in enumerate(tried)]
+            film = {"file": gif.relative_to(folder).as_posix(), "caption": f"chain {number}"}
+            films.append(film | {"told": told})
     return {
         "where": "" if path == folder else f"{path.name}/", "result": result, "films": films,
         "shares": [(str(k), x, *wilson(round(x * n), n), "", "") for k, x in enumerate(shares, 1)],
@@ -207,8 +206,6 @@ class Interrupted(Exception):
 
 def png(image: np.ndarray) -> str:
     """(H, W, 3) uint8 -> a data URI."""
-    import imageio.v3 as imageio
-
     file = imageio.imwrite("<bytes>", image, extension=".png")
     return "data:image/png;base64," + base64.b64encode(file).decode()
 
@@ -228,8 +225,9 @@ class Robot:
 
     def __init__(self, worker):
         """worker: evaluate.Worker."""
-        self.worker, self.env, self.known = worker, worker.env, calvin.sentences()
-        worker.env = self
+        self.worker, self.env, worker.env = worker, worker.env, self
+        known = calvin.sentences().items()
+        self.tasks = {calvin.plain(s): task for task, told in known for s in told}
         self.task, self.words = None, None  # of the instruction; what the policy is told
         self.t, self.due = 0, 0.0  # steps of it; when the next one may begin
         self.wanted, self.shown = ("scene", worker.args.first), {}
@@ -304,15 +302,14 @@ class Robot:
         self.show(state="ready", message=f"Scene {number}.", instruction="", dream="")
 
     def follow(self, sentence: str) -> None:
-        tasks = {calvin.plain(s): task for task, told in self.known.items() for s in told}
-        self.task = tasks.get(calvin.plain(sentence))
+        self.task = self.tasks.get(calvin.plain(sentence))
         self.show(state="acting", message="Acting ...", instruction=sentence, dream="")
         try:
             if not self.worker.policy and not self.task:
-                near = difflib.get_close_matches(sentence, tasks, 5, cutoff=0)
+                near = difflib.get_close_matches(sentence, self.tasks, 5, cutoff=0)
                 raise ValueError("\n  ".join([f"{sentence!r} is not known. The nearest:", *near]))
             self.words = self.worker.words[sentence] = self.worker.embed(sentence)
-        except ValueError as error:
+        except (ValueError, D.DataError) as error:
             return self.show(state="refused", message=str(error))
         if self.task and calvin.is_so(self.env.get_info(), self.task):
             return self.show(state="refused", message="It is so already.")

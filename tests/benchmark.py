@@ -93,10 +93,10 @@ def random_play(root: Path, frames: int) -> str:
             for i in range(0, n, 1000):
                 array[i : i + 1000] = rng.integers(0, 2, (min(1000, n - i), *shape))
         spans = np.arange(0, n - 40, 100)[:, None] + [0, 32]
-        np.save(root / split / "spans.npy", spans)
-        np.save(root / split / "episodes.npy", np.array([[0, n]]))
-        np.save(root / split / "span_emb.npy", rng.normal(size=(len(spans), 384)).astype("f4"))
-        np.save(root / split / "disturbed.npy", np.zeros(n, bool))
+        emb = rng.normal(size=(len(spans), 384)).astype("f4")
+        small = {"spans": spans, "span_emb": emb, "episodes": np.array([[0, n]])}
+        for k, x in (small | {"disturbed": np.zeros(n, bool)}).items():
+            np.save(root / split / f"{k}.npy", x)
         lang = {"sentences": ["x"] * len(spans), "tasks": ["x"] * len(spans)}
         (root / split / "lang.json").write_text(json.dumps(lang))
     meta = {"format": 1, "source": "noise", "renderer": "none", "hz": 15, "skip": 2}
@@ -112,9 +112,8 @@ def stages(args: argparse.Namespace, folder: Path):
     c = dataclasses.replace(c, batch_size=B or c.batch_size, sequence_length=L or c.sequence_length)
     a = dataclasses.replace(a, batch_size=windows or a.batch_size)
     few, many = (random_play(folder / str(i), n) for i, n in enumerate(args.frames))
-    options = {"preset": args.preset, "precision": args.precision, "data": few}
-    options |= {"device": args.device, "graph": args.graph}
-    run = T.Run(T.RunConfig("wm", **options, out=str(folder / "run")), c)
+    options = {k: getattr(args, k) for k in ("preset", "precision", "device", "graph")}
+    run = T.Run(T.RunConfig("wm", **options, data=few, out=str(folder / "run")), c)
     world = W.make_world_model(c).to(run.device)
     optimizer = torch.optim.AdamW(world.parameters(), c.learning_rate, fused=True)
     B, L = c.batch_size * c.length_curriculum, c.sequence_length // c.length_curriculum
@@ -122,8 +121,8 @@ def stages(args: argparse.Namespace, folder: Path):
     load = {d: D.Sequences(D.PlayData(d, "training"), B, L, 0, c.carry_state) for d in (few, many)}
     batch, step = D.to_device(load[few].batch(0), run.device), iter(range(10**9))
     moved = sum(x.nbytes for x in batch.values())
-    update, softness = T.world_model_update(run, world, optimizer), torch.zeros(())
-    softness = softness.to(run.device)
+    update = T.world_model_update(run, world, optimizer)
+    softness = torch.zeros((), device=run.device)
 
     def world_step():
         world.train()
@@ -164,9 +163,9 @@ def stages(args: argparse.Namespace, folder: Path):
     bytes_ = sum(x.nbytes for x in (*play.values(), *language.values()))
     yield "load windows", load_windows, bytes_, shape
     yield "agent", agent_step, 0, shape
-    policy = A.Policy(world, agent)
-    obs = {"robot_obs": np.zeros(15, np.float32), "rgb_obs": {}}
-    obs["rgb_obs"] = {f"rgb_{k}": np.zeros((64, 64, 3), np.uint8) for k in ("static", "gripper")}
+    policy, black = A.Policy(world, agent), np.zeros((64, 64, 3), np.uint8)
+    obs = {"robot_obs": np.zeros(15, np.float32)}
+    obs["rgb_obs"] = {"rgb_static": black, "rgb_gripper": black}
 
     def act():
         policy.act(obs, np.zeros(384, np.float32))

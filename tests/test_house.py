@@ -21,37 +21,29 @@ ALONE = {
     "robot": [],
     "calvin": [],
 }
+HEAVY = "pybullet sentence_transformers calvin_env franky cv2 pyrealsense2 imageio"
+
+
+def alone(module: str, folder: Path, *command: str) -> str:
+    """What a command says in a folder that has this file and those it needs beside it."""
+    for name in (module, *ALONE[module]):
+        shutil.copy(ROOT / f"{name}.py", folder)
+    command = [sys.executable, *command]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 @pytest.mark.parametrize("module", ALONE)
-def test_file_imports_alone_in_an_empty_folder(module, tmp_path):
-    for name in (module, *ALONE[module]):
-        shutil.copy(ROOT / f"{name}.py", tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-c", f"import {module}"], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+def test_file_imports_alone_in_an_empty_folder_and_nothing_heavy_with_it(module, tmp_path):
+    code = f"import sys, {module}; print(*set(sys.modules).intersection({HEAVY.split()}))"
+    assert alone(module, tmp_path, "-c", code).split() == []
 
 
 @pytest.mark.parametrize("module", ["world_model", "plan", "agent"])
 def test_the_example_in_a_components_header_runs(module, tmp_path):
-    for name in (module, *ALONE[module]):
-        shutil.copy(ROOT / f"{name}.py", tmp_path)
-    command = [sys.executable, "-m", "doctest", "-v", f"{module}.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and re.search(r"[1-9]\d* tests in", done.stdout), done.stdout
-
-
-@pytest.mark.parametrize("module", ALONE)
-def test_components_import_nothing_heavy_and_nothing_of_training(module):
-    code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {module}; "
-        "print(*(m for m in ('pybullet', 'sentence_transformers', 'train', 'evaluate', "
-        "'calvin_env', 'franky', 'cv2', 'pyrealsense2', 'imageio') "
-        "if m in sys.modules))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == []
+    said = alone(module, tmp_path, "-m", "doctest", "-v", f"{module}.py")
+    assert re.search(r"[1-9]\d* tests in", said), said
 
 
 def test_every_deviation_tag_has_a_row_in_docs():
@@ -63,12 +55,7 @@ def test_every_deviation_tag_has_a_row_in_docs():
 
 @pytest.mark.parametrize("number", range(1, 9))
 def test_each_equation_is_found_once_in_the_code_and_has_a_test(number):
-    lines = [
-        line
-        for name in ("world_model", "plan", "agent")
-        for line in (ROOT / f"{name}.py").read_text().splitlines()
-        if f"Eq. {number}: " in line
-    ]
-    assert len(lines) == 1, f"Eq. {number} is marked in {lines}"
+    code = "".join((ROOT / f"{name}.py").read_text() for name in ("world_model", "plan", "agent"))
+    assert code.count(f"Eq. {number}: ") == 1
     tests = "".join(p.read_text() for p in (ROOT / "tests").glob("test_*.py"))
-    assert re.search(rf"def test_eq{number}_", tests)
+    assert f"def test_eq{number}_" in tests

@@ -53,10 +53,8 @@ def test_windows_that_do_not_enter_eq_8_do_not_matter_and_one_alone_has_no_negat
 
 def test_under_autocast_eq_8_and_plan_logits_are_not_rounded_to_bf16():
     x, y, tau = torch.randn(6, 32), torch.randn(6, 32), torch.tensor(2.66)
-    recognition, proposal = (
-        P.PlanRecognition(10, 16, 32, 24, (4, 5)),
-        P.PlanProposal(16, 8, 32, (4, 5)),
-    )
+    recognition = P.PlanRecognition(10, 16, 32, 24, (4, 5))
+    proposal = P.PlanProposal(16, 8, 32, (4, 5))
     with torch.autocast("cpu", torch.bfloat16):
         loss, _ = eq8(x, y, tau)
         logits = recognition(torch.randn(10, 2, 16))[0], proposal(x[:, :16], y[:, :8])
