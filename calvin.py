@@ -5,10 +5,9 @@
     start_pose(state) -> robot_obs, scene_obs         where a chain begins
     Table, make_oracle                                calvin_env and its own oracle
 
-The oracle reads the infos of sim.PlayTable and of calvin_env. That is not on PyPI: INSTALL says how
-to get it. None of its files is edited, and neither tacto nor calvin_agent is needed: the tactile
-camera is left out, and its look-up of a git commit, which fails outside a clone, is answered here.
-Copy this file alone. Needs: numpy, scipy; for Table also calvin_env and what that needs.
+The oracle reads the infos of sim.PlayTable and of calvin_env. Neither tacto nor calvin_agent is
+needed: the tactile camera is left out.
+Copy this file alone. Needs: numpy, scipy; for Table also calvin_env and what that needs (INSTALL).
 """
 
 import ctypes
@@ -42,14 +41,10 @@ SCENE_OBS0 = np.array([
     0.0703, 0.0924, 0.46099, 0, 0, np.pi / 2])
 # fmt: on
 BLOCKS = ("red_block", "blue_block", "pink_block")
-TABLE_PLACES = (  # m, where a chain's blocks lie on the table
-    (0.0500000896, -0.120000177, 0.459990009),
-    (0.229995412, -0.119995140, 0.459990010),
-)
-SHELF_PLACES = {  # m, the two slots in the cabinet, behind the sliding door
-    "slider_left": (-0.240851662, 0.0924044687, 0.460990009),
-    "slider_right": (0.0703416330, 0.0924044687, 0.460990009),
-}
+# m, where a chain's blocks lie: on the table; in the two slots of the cabinet behind the door.
+TABLE_PLACES = (0.0500000896, -0.120000177, 0.459990009), (0.229995412, -0.119995140, 0.459990010)
+SHELF_PLACES = {"slider_left": (-0.240851662, 0.0924044687, 0.460990009),
+                "slider_right": (0.0703416330, 0.0924044687, 0.460990009)}  # fmt: skip
 State = namedtuple("State", ("led", "lightbulb", "slider", "drawer", *BLOCKS))
 INSTALL = """To install it (docs/calvin.md):
   pip install pybullet gym==0.26.2 hydra-core scipy
@@ -174,8 +169,7 @@ def oracle(start_info, info, task):
 
 
 def is_so(info, task) -> bool:
-    """Whether a door or a light is already where `task` would bring it: a door in the nearer half
-    of its way."""
+    """Whether a door, by half its way, or a light is already where `task` would bring it."""
     rule, *arguments = _RULES[task]
     if rule is slid:
         door, metres = arguments
@@ -264,17 +258,17 @@ def chains_from(i: int, count: int, among=TASKS) -> list[tuple[str, ...]]:
             found.append(tasks)
         if len(found) == count:
             return found
-    what = f"of {', '.join(among)} hardly any five can be done in turn from {state}"
-    raise ValueError(f"{what}: give more tasks")
+    tasks = ", ".join(among)
+    raise ValueError(f"hardly any five of {tasks} can be done in turn from {state}: give more")
 
 
 def chain(number: int, among=TASKS) -> tuple[State, tuple[str, ...]]:
     """Chain `number` (0 to 999) of the benchmark: its start state and its five tasks; or five
     `among` fewer tasks, from the same state."""
     parts = np.array_split(np.arange(1000), len(start_states()))  # 6 chains of each of 40, then 5
-    order = np.random.RandomState(0).permutation(1000)
-    i = next(i for i, part in enumerate(parts) if order[number] in part)
-    return start_states()[i], chains_from(i, len(parts[i]), among)[order[number] - parts[i][0]]
+    place = np.random.RandomState(0).permutation(1000)[number]  # before they are shuffled
+    i = next(i for i, part in enumerate(parts) if place in part)
+    return start_states()[i], chains_from(i, len(parts[i]), among)[place - parts[i][0]]
 
 
 def start_pose(state: State) -> tuple[np.ndarray, np.ndarray]:
@@ -353,11 +347,10 @@ def check_targets(config, where, root: Path) -> None:
 
 
 def configuration(root: Path, scene):
-    """Of PlayTableSimEnv and what it is made of, with static and gripper camera.
+    """Of PlayTableSimEnv and what it is made of, with static and gripper camera. Raises ValueError.
     scene: a folder of CALVIN's dataset (task_D_D, or its training or validation folder), for the
     configuration it was rendered with; or of a recording of ours, for its scene; or a name in
-    calvin_env's conf/scene. Raises ValueError.
-    """
+    calvin_env's conf/scene."""
     omegaconf, where = needed("omegaconf").OmegaConf, scene
     load, recorded = omegaconf.load, validation(scene) / "recording.json"
     if recorded.exists():  # of a twin: environment D
@@ -392,17 +385,14 @@ def make_oracle(path=None):
 
 
 class Table:
-    """The real PlayTableSimEnv; target_pos (3,), target_euler (3,) are the pose that actions move.
-
-    Observations, actions, infos: those of sim.PlayTable, whose docstring has the shapes and units.
-    One Table per process: some of calvin_env's calls go to the process's first simulation.
-    """
+    """The real PlayTableSimEnv. Observations, actions, infos: those of sim.PlayTable, whose header
+    has the shapes and units; target_pos (3,) is the place that actions move.
+    One Table per process: some of calvin_env's calls go to the process's first simulation."""
 
     def __init__(self, scene=SCENE, renderer="tiny", render=True, path=None, shrink=None):
         """renderer: "egl" or "tiny". render=False: no images, whatever step is asked.
         shrink: what to do to each image, (200, 200, 3) static and (84, 84, 3) gripper, uint8.
-        Raises ImportError, ValueError, and RuntimeError where EGL or a second Table fails.
-        """
+        Raises ImportError, ValueError, and RuntimeError where EGL or a second Table fails."""
         root = home(path)
         module = needed("calvin_env.envs.play_table_env")
         module.get_git_commit_hash = lambda *_: "unknown"  # it raises where there is no clone
@@ -428,10 +418,6 @@ class Table:
     @property
     def target_pos(self):
         return np.array(self.env.robot.target_pos)
-
-    @property
-    def target_euler(self):
-        return np.array(self.env.robot.target_orn)
 
     def reset(self, robot_obs=None, scene_obs=None):
         """Restore robot_obs (15,), scene_obs (24,); None: the configuration's. It loads the scene

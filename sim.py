@@ -163,17 +163,14 @@ def _numbers(name, values, size, choices):
     return values
 
 
-def _dh_rows():
-    """The constant part (4, 4) of each row of PANDA_DH; the arm's base is in the first."""
-    rows, base = [], np.eye(4)
-    base[:3, 3] = ROBOT_BASE
-    for a, d, alpha in PANDA_DH:
-        c, s = np.cos(alpha), np.sin(alpha)
-        rows.append(np.array([[1, 0, 0, a], [0, c, -s, -d * s], [0, s, c, d * c], [0, 0, 0, 1]]))
-    return [base @ rows[0], *rows[1:]]
+def _dh_row(a, d, alpha):
+    """The constant part (4, 4) of a row of PANDA_DH."""
+    c, s = np.cos(alpha), np.sin(alpha)
+    return np.array([[1, 0, 0, a], [0, c, -s, -d * s], [0, s, c, d * c], [0, 0, 0, 1]])
 
 
-DH_ROWS = _dh_rows()
+DH_ROWS = [_dh_row(*row) for row in PANDA_DH]
+DH_ROWS[0][:3, 3] += ROBOT_BASE
 HAND_TURN = np.eye(4)  # the hand is mounted at -45°
 HAND_TURN[:2, :2] = np.array([[1, 1], [-1, 1]]) * 0.5**0.5
 
@@ -375,9 +372,9 @@ class PlayTable:
             obs["rgb_obs"] = {f"rgb_{name}": self.camera(name)[0] for name in self.sizes}
         return obs
 
-    def camera(self, name, size=None):
+    def camera(self, name):
         """Image (size, size, 3) uint8, "static" or "gripper"; per pixel body + (link + 1 << 24)."""
-        p, size = self.p, size or self.sizes[name]
+        p, size = self.p, self.sizes[name]
         if name == "static":
             view, fov = p.computeViewMatrix(STATIC_EYE, STATIC_AT, STATIC_UP), STATIC_FOV
         else:
@@ -393,25 +390,19 @@ class PlayTable:
         return np.where(owner[..., None] < 0, SKY, image).astype(np.uint8), owner
 
     def get_info(self):
-        """Contacts and states in the layout of calvin_env's info, for `oracle`."""
-        p, robot, blocks = self.p, self.get_obs(render=False)["robot_obs"], {}
+        """Contacts and states in the layout of calvin_env's info: what its oracle and ours read."""
+        p, blocks = self.p, {}
         keys = ("current_pos", "current_orn", "current_lin_vel", "current_ang_vel")
         for name, body in self.blocks.items():
             state = (*p.getBasePositionAndOrientation(body), *p.getBaseVelocity(body))
             touching = {"uid": body, "contacts": p.getContactPoints(body)}
             blocks[name] = touching | dict(zip(keys, state, strict=True))
-        table = {"uid": self.table, "links": self.links, "contacts": p.getContactPoints(self.table)}
-        knobs = {BUTTON: self.lights["led"], SWITCH: int(self._on_side)}
-        knobs = {x: {"joint_state": self._joint(x), "logical_state": on} for x, on in knobs.items()}
-        robot_info = {"uid": self.panda, "contacts": p.getContactPoints(self.panda)}
-        robot_info |= {"tcp_pos": tuple(robot[:3]), "tcp_orn": tuple(robot[3:6])}
-        robot_info |= {"gripper_opening_width": robot[6], "gripper_action": self.gripper_action}
-        robot_info["arm_joint_positions"] = robot[7:14].tolist()
-        scene_info = {"fixed_objects": {"table": table}, "movable_objects": blocks}
-        scene_info["doors"] = {x: {"current_state": self._joint(x)} for x in (SLIDE, DRAWER)}
-        scene_info |= {"buttons": {BUTTON: knobs[BUTTON]}, "switches": {SWITCH: knobs[SWITCH]}}
-        scene_info["lights"] = {x: {"logical_state": on} for x, on in self.lights.items()}
-        return {"robot_info": robot_info, "scene_info": scene_info}
+        scene = {"movable_objects": blocks}
+        scene["fixed_objects"] = {"table": {"uid": self.table, "links": self.links}}
+        scene["doors"] = {x: {"current_state": self._joint(x)} for x in (SLIDE, DRAWER)}
+        scene["lights"] = {x: {"logical_state": on} for x, on in self.lights.items()}
+        robot = {"uid": self.panda, "contacts": p.getContactPoints(self.panda)}
+        return {"robot_info": robot, "scene_info": scene}
 
     def close(self):
         """End the physics; the table is of no use afterwards."""

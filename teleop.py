@@ -6,10 +6,9 @@
 
 Both take --env calvin, and then play in CALVIN's own simulator, with its own oracle.
 
-`act(task, seen)` is a pure function: it has no way-points, no phases and no memory. One idea
-carries every skill: the hand keeps a distance from its goal that grows with its error beside the
-goal (a cone). Approach, correction and retry are then one law, and whatever pushes the hand aside
-is answered from what is seen.
+`act(task, seen)` is a pure function: no way-points, no phases, no memory. One idea carries every
+skill: the hand keeps a distance from its goal that grows with its error beside the goal (a cone).
+Approach, correction and retry are then one law.
 
              want = slope * (off - tol)            high while off the axis, down where on it
     funnel   to a point along an axis              to grasp, to put down, to press
@@ -81,14 +80,12 @@ class Seen(NamedTuple):
 
 def see(env, obs):
     """An environment's observation -> Seen."""
-    robot, scene = obs["robot_obs"], obs["scene_obs"]
-    poses = dict(zip(BLOCKS, scene[6:].reshape(3, 6), strict=True))
-    return Seen(
-        robot[:3], robot[3:6], robot[6], int(robot[14]), *scene[:4], int(scene[5]),
-        {b: pose[:3] for b, pose in poses.items()},
-        {b: Rotation.from_euler("xyz", pose[3:]).as_matrix() for b, pose in poses.items()},
-        np.array(env.target_pos),
-    )  # fmt: skip
+    robot, scene, poses = obs["robot_obs"], obs["scene_obs"], obs["scene_obs"][6:].reshape(3, 6)
+    hand = robot[:3], robot[3:6], robot[6], int(robot[14])
+    at = dict(zip(BLOCKS, poses[:, :3], strict=True))
+    turns = Rotation.from_euler("xyz", poses[:, 3:]).as_matrix()
+    axes = dict(zip(BLOCKS, turns, strict=True))
+    return Seen(*hand, *scene[:4], int(scene[5]), at, axes, np.array(env.target_pos))
 
 
 def wrap(angle):
@@ -130,11 +127,6 @@ def lying(seen, *places):
     return [b for b in BLOCKS if place_of(seen, b) in places and b != held(seen)]
 
 
-def half_size(seen, block, axis):
-    """Half of a block's extent along a world axis (0, 1 or 2)."""
-    return np.abs(seen.axes[block][axis]) @ SIZES[block] / 2
-
-
 def gap(seen, block, point):
     """Horizontal distance from a point to a block's outline, 0 inside."""
     axes = seen.axes[block]
@@ -152,10 +144,8 @@ def clear(seen):
 # A law returns where the hand should go: position (3,), euler (3,), gripper.
 def cone(goal, axis, aside, along, off, far, slope, tol=0.010):
     """The one idea: kept from `goal` along `axis`, at most by `far`, by slope times what is off.
-
-    aside (3,), along: where the hand is, across and along the axis from the goal. Sideways it goes
-    only as far as it is high enough.
-    """
+    Sideways only as far as it is high enough. aside (3,), along: the hand from the goal, across
+    and along the axis."""
     want = np.clip(slope * (off - tol), 0, far)
     share = np.clip(1 - (want - along - 0.008) / 0.05, 0.03, 1)
     return goal + want * axis + (1 - share) * aside
@@ -195,9 +185,7 @@ def travel(seen, pos, off, euler, grip):
 
 def stroke(seen, at, way, axis, far, euler, lead, ahead=0.025, back=0.03, slope=2.5):
     """Closed fingers come to `at` against `axis`, then go on along `way`, `lead` per action.
-
-    ahead, back: how far before and behind `at` along the way the hand may be to go on (m).
-    """
+    ahead, back: how far before and behind `at` along the way the hand may be to go on (m)."""
     rel, cosine = seen.tcp - at, way @ axis
     t, along = np.linalg.solve([[1, cosine], [cosine, 1]], [rel @ way, rel @ axis])
     aside = rel - t * way - along * axis
@@ -266,8 +254,7 @@ def take(seen, block, turn=0.0):
     if aside < GATE and abs(along) < 0.012 and turned < 0.25:
         return goal, euler, CLOSE
     pos, euler, grip = travel(seen, pos, off, euler, OPEN)
-    astride = aside < GATE and turned < 0.3
-    return pos, euler, OPEN if astride else grip
+    return pos, euler, OPEN if aside < GATE and turned < 0.3 else grip  # astride of the block
 
 
 def put(seen, block, xy, z, pitch, yaw=None, far=0.06, axis=UP, gate=GATE, slope=2.5):
@@ -327,7 +314,7 @@ def rotate(seen, block, sign):
 
 def beside(seen, block, sign):
     """Where the fingers stand to push a block along x."""
-    half = half_size(seen, block, 0) + 0.03  # and a finger
+    half = np.abs(seen.axes[block][0]) @ SIZES[block] / 2 + 0.03  # of its extent, and a finger
     return np.array([seen.at[block][0] - sign * half, seen.at[block][1], 0.462])
 
 
@@ -342,13 +329,13 @@ def push_into_drawer(seen, free):
     if not ok:
         return rise(seen)
     block = min(ok, key=lambda b: seen.at[b][1])  # the nearest to it, more so when it is pushed
-    y = min(seen.at[block][1] + half_size(seen, block, 1) + 0.026, 0.0)
+    half = np.abs(seen.axes[block][1]) @ SIZES[block] / 2
+    y = min(seen.at[block][1] + half + 0.026, 0.0)
     at = np.array([seen.at[block][0], y, 0.466])
     return stroke(seen, at, np.array([0, -1.0, 0]), UP, clear(seen) - 0.466, DOWN, 0.10)
 
 
-def slider(seen, left):
-    sign = -1 if left else 1
+def slider(seen, sign):
     at = np.array([0.04 - seen.door - sign * 0.05, -0.018, 0.51])
     euler, way = np.array([np.pi, -0.45, 1.5]), np.array([sign, 0.0, 0.0])
     return stroke(seen, at, way, unit(0, -1, 0.3), 0.07, euler, 0.08, ahead=0.03)
@@ -423,9 +410,9 @@ def unstack(seen):
 
 def law(task, seen, free):
     """Where the hand should go now to do `task`."""
-    kind, *_, last = words = task.split("_")
-    block = next((b for b in BLOCKS if b[6:] in words), None)
-    in_hand = held(seen)
+    words = task.split("_")
+    kind, word, last = words[0], words[1], words[-1]
+    block, in_hand, right = f"block_{word}", held(seen), 1 if last == "right" else -1
     if kind == "place":
         return place(seen, last)
     if kind in ("stack", "unstack"):
@@ -435,14 +422,12 @@ def law(task, seen, free):
     if kind == "lift":
         return lift(seen, block)
     if kind == "rotate":
-        return rotate(seen, block, 1 if last == "left" else -1)
-    if kind == "push" and block:
-        return push(seen, block, 1 if last == "right" else -1)
+        return rotate(seen, block, -right)
     if kind == "push":
-        return push_into_drawer(seen, free)
+        return push_into_drawer(seen, free) if last == "drawer" else push(seen, block, right)
     if kind == "turn":
-        return led(seen, words[1] == "on") if last == "led" else bulb(seen, words[1] == "on")
-    return slider(seen, last == "left") if kind == "move" else drawer(seen, kind == "open")
+        return (led if last == "led" else bulb)(seen, word == "on")
+    return slider(seen, right) if kind == "move" else drawer(seen, kind == "open")
 
 
 def act(task, seen, free=BLOCKS, skip=2):
@@ -521,12 +506,10 @@ def feasible(seen, alone):
     return [task for task in sim.TASKS if ok.get(task)]
 
 
-# ----------------------------------------------------------------------------- scenes and starts
+# ----------------------------------------------------------------------------------------- scenes
 def random_scene(rng, task=None):
-    """A random scene_obs (24,): doors, lights, blocks; with a task, one in which it can be done.
-
-    For a task that needs a block in the hand, one in which that block can be picked up.
-    """
+    """A random scene_obs (24,): doors, lights, blocks; with a task, one in which it can be done,
+    or in which the block that it needs in the hand can be picked up."""
     scene, words = np.zeros(24), (task or "").split("_")
     scene[0] = rng.choice([0, 0.28]) if rng.random() < 0.85 else rng.uniform(0, 0.28)
     scene[1] = rng.choice([0, 0.22], p=[0.4, 0.6]) if rng.random() < 0.85 else rng.uniform(0, 0.22)
@@ -578,28 +561,6 @@ def random_scene(rng, task=None):
         i = 6 + 6 * BLOCKS.index(block)
         scene[i : i + 6] = *at, 0, 0, yaw
     return scene
-
-
-def prepare(env, oracle, task, rng, kind):
-    """Resets to a random scene in which the task can be done; True if it worked.
-
-    kind 0, 2: at the benchmark's start pose (with a block in the hand, if the task needs one);
-    1: where another skill has ended; 3: the same, with a block in the hand.
-    """
-    obs = env.reset(sim.ROBOT_OBS0, random_scene(rng, task))
-    for _ in range(4):
-        obs, _, _, info = env.step(np.array([0, 0, 0, 0, 0, 0, 1.0]), render=False)
-    now = feasible(see(env, obs), free_blocks(info))
-    in_hand = kind == 3 or task == "stack_block" or task.startswith("place")
-    if kind != 1 and not in_hand:
-        return task in now
-    before = [t for t in now if t != task and t.startswith("lift") == in_hand]
-    if in_hand:
-        before = [t for t in before if t.split("_")[1] not in task]
-    if not before or not attempt(env, oracle, str(rng.choice(before)))[0]:
-        return False
-    seen = see(env, env.get_obs(render=False))
-    return task in feasible(seen, free_blocks(env.get_info()))
 
 
 # -------------------------------------------------------------------------------- in many processes
@@ -670,9 +631,24 @@ def in_parallel(function, jobs, procs, where, cameras):
 
 # -------------------------------------------------------------------------------------------- rates
 def _one_rate(env, oracle, task, n, seed):
+    """Trial n of a task in a random scene. Half of them begin at the benchmark's start pose, a
+    quarter where another skill has ended, a quarter, and where it is needed, with a block in the
+    hand."""
+    in_hand = n % 4 == 3 or task == "stack_block" or task.startswith("place")
     for again in range(30):
         rng = np.random.default_rng([seed, sim.TASKS.index(task), n, again])
-        if prepare(env, oracle, task, rng, n % 4):
+        obs = env.reset(sim.ROBOT_OBS0, random_scene(rng, task))
+        for _ in range(4):
+            obs, _, _, info = env.step(np.array([0, 0, 0, 0, 0, 0, 1.0]), render=False)
+        now = feasible(see(env, obs), free_blocks(info))
+        if in_hand or n % 4 == 1:
+            before = [t for t in now if t != task and t.startswith("lift") == in_hand]
+            before = [t for t in before if not in_hand or t.split("_")[1] not in task]
+            if not before or not attempt(env, oracle, str(rng.choice(before)))[0]:
+                continue
+            seen = see(env, env.get_obs(render=False))
+            now = feasible(seen, free_blocks(env.get_info()))
+        if task in now:
             return task, *attempt(env, oracle, task)
     raise RuntimeError(f"{task}: no feasible start in 30 random scenes (seed {seed}, trial {n})")
 
@@ -711,21 +687,16 @@ class Full(Exception):
 
 class Recorder:
     """Plays and records one block of consecutive frames: an episode, or more if a scene got stuck.
+    It writes under final names, and the same arguments give the same files: after a crash it is
+    repeated. A frame lasts `skip` steps of the simulator. Time t counts frames."""
 
-    A pure function of its arguments that writes under final names: after a crash it is repeated.
-    A frame lasts `skip` steps of the simulator. Time t counts frames.
-    """
-
-    def __init__(
-        self, env, oracle, folder, first, length, rng, skip=1, pictures=True, tasks=sim.TASKS
-    ):
-        self.env, self.oracle, self.folder, self.rng, self.skip = env, oracle, folder, rng, skip
-        self.tasks = tasks
-        self.t, self.end, self.pictures = first, first + length, pictures
+    def __init__(self, env, oracle, folder, first, length, rng, skip, pictures, tasks=sim.TASKS):
+        self.env, self.oracle, self.folder, self.rng = env, oracle, folder, rng
+        self.skip, self.pictures, self.tasks = skip, pictures, tasks
+        self.t, self.end, self.last = first, first + length, None
         self.episodes, self.spans, self.disturbed, self.rows = [], [], [], []
         self.infos = {}  # frame: what the oracle wants to know of it
         self.count, self.pairs = Counter(), Counter()  # tasks; (the last kind of task, task)
-        self.last = None
 
     @property
     def seen(self):
@@ -788,19 +759,14 @@ class Recorder:
         if self.rng.random() < 0.5:  # half of the episodes begin away from the start pose
             self.wander()
         while (stuck < 4 and self.t < full) or min(self.t - start, self.end - self.t) < shortest:
-            stuck = 0 if self.segment() else stuck + 1
-            stuck += 4 * bool(lying(self.seen, "lost"))
-
-    def segment(self):
-        """One piece of play, mostly a skill. False if it failed."""
-        kind = self.rng.random()
-        if kind > 0.17:
-            return self.skill()
-        if kind < 0.03:
-            self.idle(self.rng.integers(2, 12))
-        else:
-            self.wander(home=kind > 0.09)
-        return True
+            kind, done = self.rng.random(), True
+            if kind < 0.03:
+                self.idle(self.rng.integers(2, 12))
+            elif kind <= 0.17:
+                self.wander(home=kind > 0.09)
+            else:
+                done = self.skill()
+            stuck = (0 if done else stuck + 1) + 4 * bool(lying(self.seen, "lost"))
 
     def idle(self, frames):
         for _ in range(frames):
@@ -899,10 +865,10 @@ class Recorder:
 
 def _part(path):
     """What _block wrote. DataError: damaged."""
-    with data.naming(path, "Remove that file: its frames are recorded again"):
-        part = dict(json.loads(path.read_text()))
-        if part.pop("crc", None) != data.checksum(part):
-            raise ValueError("its checksum is wrong")
+    remedy = "Remove that file: its frames are recorded again"
+    part = data.read_json(path, remedy)
+    if part.pop("crc", None) != data.checksum(part):
+        raise data.DataError(f"{path}: its checksum is wrong. {remedy}.")
     return part
 
 
@@ -927,7 +893,7 @@ def record(
     if not 1 <= skip <= 10:
         raise ValueError(f"--skip {skip}: 1 to 10, or episodes are shorter than a window")
     calvin.check(*tasks)
-    folder, splits = Path(folder), {"training": frames, "validation": val_frames}
+    splits = {"training": frames, "validation": val_frames}
     with data.locked(folder):
         jobs, done, how = [], 0, (skip, pictures, seed, tasks)
         for split, n in splits.items():
@@ -947,8 +913,8 @@ def record(
         print(f"recorded in {folder} (seed {seed}):")
         for split in splits:
             finish(folder / split, *how)
-    thin = "" if skip > 1 else " --skip 2    (15 Hz, as --preset sim)"
     if pictures:
+        thin = "" if skip > 1 else " --skip 2    (15 Hz, as --preset sim)"
         print(f"next: .venv/bin/python data.py pack {folder} PACKED{thin}")
 
 
@@ -966,11 +932,9 @@ def claim(place, about, n, seed, pictures, tasks):
         found = data.read_json(file, remedy)
         found = {"tasks": [*sim.TASKS]} | found  # older ones do not name them
         changed = [k for k in found | about if found.get(k) != about.get(k)]
-        if changed:
-            lines = ", ".join(
-                f"{k} {found.get(k)!s:.99}, not {about.get(k)!s:.99}" for k in changed
-            )
-            raise data.DataError(f"{file} has {lines}. {remedy}.")
+        lines = [f"{k} {found.get(k)!s:.99}, not {about.get(k)!s:.99}" for k in changed]
+        if lines:
+            raise data.DataError(f"{file} has {', '.join(lines)}. {remedy}.")
     data.write_text(file, json.dumps(about))
     (place / "parts").mkdir(exist_ok=True)
 

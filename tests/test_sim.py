@@ -4,15 +4,17 @@ That it repeats bit for bit, in any process and after any history: test_teleop.p
 import sys
 
 import numpy as np
-import pybullet as p
 import pytest
+from scipy.spatial.transform import Rotation
 
 import sim
+import teleop
 
 TABLE_0, TABLE_1 = (0.05, -0.12, 0.45999), (0.23, -0.12, 0.45999)
 SHELF_LEFT, SHELF_RIGHT = (-0.2408, 0.0924, 0.46099), (0.0703, 0.0924, 0.46099)
 IN_DRAWER = (0.16, -0.285, 0.36234)  # when it is open
-OPEN, CLOSE = ([0, 0, 0, 0, 0, 0, grip] for grip in (1.0, -1.0))
+OPEN, CLOSE, UP = [0, 0, 0, 0, 0, 0, 1.0], [0, 0, 0, 0, 0, 0, -1.0], [0, 0, 0.5, 0, 0, 0, -1.0]
+LIFT = "lift_red_block_table"
 
 
 @pytest.fixture(scope="module")
@@ -34,27 +36,10 @@ def repeat(env, action, steps):
     return obs, info
 
 
-def drive(env, xyz, grip, speed=0.01, wait=3):
-    """Move the target straight to xyz by actions, then wait; returns the last observation, info."""
-    way = np.array(xyz) - env.target_pos
-    steps = int(np.ceil(np.abs(way).max() / speed))
-    repeat(env, [*way / steps / 0.02, 0, 0, 0, grip[6]], steps)
-    return repeat(env, grip, wait)
-
-
-def lift_red(env, to):
-    """Grasp the red block of the default scene and lift it: info before, last observation, info."""
-    env.reset()
-    start = env.get_info()
-    drive(env, (0.05, -0.12, 0.464), OPEN, speed=0.02)
-    drive(env, (0.05, -0.12, 0.464001), CLOSE, wait=8)
-    return start, *drive(env, to, CLOSE)
-
-
 def turn(a, b):
-    """Angle between two euler orientations, by PyBullet."""
-    diff = p.getDifferenceQuaternion(p.getQuaternionFromEuler(a), p.getQuaternionFromEuler(b))
-    return p.getAxisAngleFromQuaternion(diff)[1]
+    """Angle between two euler orientations."""
+    a, b = Rotation.from_euler("xyz", [a, b])
+    return (a.inv() * b).magnitude()
 
 
 # ------------------------------------------------------------------ arm and gripper
@@ -83,7 +68,7 @@ def test_kinematics_agree_with_pybullets_and_invert_each_other(env):
         pos, orn = env.p.getLinkState(env.panda, env.tcp, 0, 1)[4:6]
         xyz, rot, _ = sim.forward_kinematics(q)
         assert np.allclose(xyz, pos, atol=1e-5)
-        assert np.allclose(rot.ravel(), p.getMatrixFromQuaternion(orn), atol=1e-5)
+        assert np.allclose(rot.ravel(), env.p.getMatrixFromQuaternion(orn), atol=1e-5)
         found = sim.inverse_kinematics(q0, xyz, rot, q0, steps=50)
         assert np.allclose(sim.forward_kinematics(found)[0], xyz, atol=5e-4)
 
@@ -102,9 +87,11 @@ def test_the_tcp_lags_less_than_an_action_angles_are_wrapped_and_the_gripper_ope
 
 # ------------------------------------------------------------------ states
 def test_a_bad_state_or_action_is_an_error_that_names_it_and_moves_nothing(env):
-    bad = (np.zeros(14), None, "robot_obs must be 15"), (np.zeros(15), None, r"robot_obs\[14\]")
-    bad += ((None, np.full(24, np.nan), "scene_obs must be 24"),)
-    for *states, message in (*bad, (None, np.full(24, 0.5), r"scene_obs\[4\]")):
+    for states, message in (
+        ((np.zeros(14), None), "robot_obs must be 15"), ((np.zeros(15),), r"robot_obs\[14\]"),
+        ((None, np.full(24, np.nan)), "scene_obs must be 24"),
+        ((None, np.full(24, 0.5)), r"scene_obs\[4\]"),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             env.reset(*states)
     target = env.target_pos.copy()
@@ -131,12 +118,15 @@ def test_reset_restores_any_state(env):
 
 
 def test_lifting_a_block_is_that_task_alone_and_is_restored_in_the_middle(env):
-    start, obs, info = lift_red(env, (0.07, -0.14, 0.56))
-    assert [task for task in sim.TASKS if sim.oracle(start, info, task)] == ["lift_red_block_table"]
+    env.reset()
+    start = env.get_info()
+    assert teleop.attempt(env, sim.oracle, LIFT)[0]
+    obs, info = repeat(env, CLOSE, 3)
+    assert [task for task in sim.TASKS if sim.oracle(start, info, task)] == [LIFT]
     again = env.reset(obs["robot_obs"], obs["scene_obs"])
     assert np.abs(again["robot_obs"] - obs["robot_obs"])[:6].max() < 2e-3
     assert np.abs(again["scene_obs"] - obs["scene_obs"]).max() < 2e-3
-    held, info = drive(env, (0.07, -0.14, 0.60), CLOSE)
+    held, info = repeat(env, UP, 8)
     assert held["scene_obs"][8] - obs["scene_obs"][8] > 0.035  # the block is still in the hand
     touched = {c[2] for c in info["scene_info"]["movable_objects"]["block_red"]["contacts"]}
     assert touched == {info["robot_info"]["uid"]}
@@ -161,7 +151,8 @@ def test_doors_stay_put_the_button_springs_back_and_a_block_goes_with_the_drawer
     change = repeat(env, OPEN, 30)[0]["scene_obs"][:4] - start[:4]
     assert np.abs(change - (0, 0, -0.02, 0)).max() < 1e-3
     motor = {"targetVelocity": -0.3, "force": 100}
-    env.p.setJointMotorControl2(env.table, env.joints["base__drawer"], p.VELOCITY_CONTROL, **motor)
+    how = env.table, env.joints["base__drawer"], env.p.VELOCITY_CONTROL
+    env.p.setJointMotorControl2(*how, **motor)
     obs = repeat(env, OPEN, 40)[0]["scene_obs"]
     assert obs[1] < 0.01
     assert abs(obs[13] - IN_DRAWER[1] - 0.22) < 0.07 and abs(obs[14] - IN_DRAWER[2]) < 5e-3
@@ -169,10 +160,10 @@ def test_doors_stay_put_the_button_springs_back_and_a_block_goes_with_the_drawer
 
 def test_each_press_toggles_the_led_once_and_the_bulb_is_on_while_its_switch_is(env):
     env.reset()
-    for led in (1, 0):
-        drive(env, (-0.12, -0.12, 0.53), CLOSE, speed=0.02)
-        obs, _ = drive(env, (-0.12, -0.12, 0.475), CLOSE, wait=8)  # held down for a while
-        assert obs["scene_obs"][5] == led
+    for task, led in (("turn_on_led", 1), ("turn_off_led", 0)):
+        assert teleop.attempt(env, sim.oracle, task)[0]
+        obs, _ = repeat(env, CLOSE, 8)  # held down for a while
+        assert obs["scene_obs"][2] > 0.01 and obs["scene_obs"][5] == led
     for position, bulb in ((0.04, 0), (0.048, 1), (0.08, 1), (0.04, 0)):
         env.p.resetJointState(env.table, env.joints["base__switch"], position)
         assert repeat(env, OPEN, 1)[0]["scene_obs"][4] == bulb
@@ -220,7 +211,8 @@ def test_blocks_look_unlike_all_around_them_lights_on_unlike_off_open_doors_unli
 
 
 def test_the_gripper_camera_sees_fingers_and_the_block_between_them(env):
-    lift_red(env, (0.05, -0.12, 0.6))
+    env.reset()
+    assert teleop.attempt(env, sim.oracle, LIFT)[0]
     for finger in env.fingers:
         assert pixels(env, "gripper", env.panda, finger).sum() > 60
     block = pixels(env, "gripper", env.blocks["block_red"])

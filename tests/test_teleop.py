@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import sim
 import teleop
 
 SEED, FRAMES, VAL, SKIP = 5, 330, 130, 2
+LIFT = "lift_red_block_table"
 
 
 @pytest.fixture(scope="module")
@@ -24,51 +26,49 @@ def env():
 
 def scene(slider=0.0, drawer=0.0, light=0, led=0):
     """Red and blue on the table, pink in the cabinet's open half, at the benchmark's places."""
-    s = np.zeros(24)
+    s = calvin.SCENE_OBS0.copy()
     s[[0, 1, 3, 4, 5]] = slider, drawer, 0.088 * light, light, led
-    s[6:9], s[12:15] = (0.05, -0.12, 0.46), (0.23, -0.12, 0.46)
-    s[18:21] = (0.0703 if slider else -0.2408, 0.0924, 0.461)
-    s[[11, 17, 23]] = np.pi / 2
+    s[17], s[18] = np.pi / 2, 0.0703 if slider else -0.2408
     return s
 
 
-def seen_at(env, state, yaw=1.5, **more):
+def seen_at(state, yaw=1.5, **more):
     """What is seen of a scene with the hand at the benchmark's start, turned to `yaw`."""
     robot = sim.ROBOT_OBS0.copy()
     robot[5] = yaw
-    env.target_pos = robot[:3]
-    return teleop.see(env, {"robot_obs": robot, "scene_obs": state})._replace(**more)
+    obs = {"robot_obs": robot, "scene_obs": state}
+    return teleop.see(SimpleNamespace(target_pos=robot[:3]), obs)._replace(**more)
 
 
 # ------------------------------------------------------------------------------------ the operator
-def test_the_gap_to_a_turned_block_is_that_to_its_outline(env):
+def test_the_gap_to_a_turned_block_is_that_to_its_outline():
     state = scene()
     state[11] = 0.6  # red, 0.056 x 0.04 m, at (0.05, -0.12)
     u, v = np.array([np.cos(0.6), np.sin(0.6), 0]), np.array([-np.sin(0.6), np.cos(0.6), 0])
     for a, b, want in ((0.01, 0.01, 0), (0.058, 0, 0.03), (0, -0.06, 0.04), (0.058, 0.06, 0.05)):
         at = np.array([0.05, -0.12, 0.5]) + a * u + b * v
-        assert teleop.gap(seen_at(env, state), "block_red", at) == pytest.approx(want, abs=5e-4)
+        assert teleop.gap(seen_at(state), "block_red", at) == pytest.approx(want, abs=5e-4)
 
 
 @pytest.mark.parametrize("turn", [-1.27, 1.27])
 @pytest.mark.parametrize("here", [-1.9, -0.7, 0.0, 1.9])
-def test_a_block_is_taken_so_that_the_wrist_can_turn_it(env, here, turn):
+def test_a_block_is_taken_so_that_the_wrist_can_turn_it(here, turn):
     state = scene()
     state[6:9], state[12:15] = (-0.3, -0.1, 0.46), (0.3, -0.1, 0.46)  # out of the way
     for yaw in np.arange(-1.5, 1.6, 0.3):
         state[18:21], state[23] = (0.14, -0.1, 0.46), 1.5 + yaw
-        off = teleop.grasp_yaw(seen_at(env, state, 1.5 + here), "block_pink", turn) - 1.5
+        off = teleop.grasp_yaw(seen_at(state, 1.5 + here), "block_pink", turn) - 1.5
         assert max(abs(off), abs(off + turn)) < 2.9
         assert abs(np.sin(off - yaw)) < 0.01, "across"
     state[18:24] = 0.14, -0.1, 0.5, 0.8, 0, 1.5  # one that lies askew can be taken, too
-    assert np.isfinite(teleop.act("lift_pink_block_table", seen_at(env, state))).all()
+    assert np.isfinite(teleop.act("lift_pink_block_table", seen_at(state))).all()
 
 
-def test_the_hand_keeps_from_its_goal_by_what_is_off_beside_it(env):
+def test_the_hand_keeps_from_its_goal_by_what_is_off_beside_it():
     """The one law: straight above it comes down, beside it it stays the higher the further off."""
     goal, heights = np.array([0.1, -0.1, 0.46]), []
     for beside in (0.0, 0.015, 0.03, 0.06):
-        seen = seen_at(env, scene(), tcp=goal + np.array([beside, 0, 0.2]))
+        seen = seen_at(scene(), tcp=goal + np.array([beside, 0, 0.2]))
         pos, off, _ = teleop.funnel(seen, goal, teleop.UP, 0.1, seen.euler)
         assert off == pytest.approx(beside)
         heights.append(pos[2] - goal[2])
@@ -76,13 +76,13 @@ def test_the_hand_keeps_from_its_goal_by_what_is_off_beside_it(env):
     assert heights[-1] == pytest.approx(0.1), "and no higher"
 
 
-def test_an_action_depends_on_what_is_seen_alone_and_is_always_legal(env):
+def test_an_action_depends_on_what_is_seen_alone_and_is_always_legal():
     rng = np.random.default_rng(0)
     for task in sim.TASKS * 10:
-        state = teleop.random_scene(rng)
-        seen = seen_at(env, state, tcp=rng.uniform(*teleop.ROOM), width=rng.uniform(0, 0.08))
-        target = seen.tcp + np.array([0.04, 0, 0])
-        seen = seen._replace(grip=int(rng.choice([-1, 1])), target=target)
+        state, tcp = teleop.random_scene(rng), rng.uniform(*teleop.ROOM)
+        grip, width = int(rng.choice([-1, 1])), rng.uniform(0, 0.08)
+        target = tcp + np.array([0.04, 0, 0])
+        seen = seen_at(state, tcp=tcp, target=target, grip=grip, width=width)
         action = teleop.act(task, seen)
         assert np.array_equal(action, teleop.act(task, seen))
         assert np.abs(action).max() <= 1 and action[6] in (-1, 1)
@@ -94,13 +94,13 @@ def test_an_action_depends_on_what_is_seen_alone_and_is_always_legal(env):
 
 def test_what_the_hand_held_at_the_start_is_not_pushed_into_the_drawer(env):
     """CALVIN's rule does not count it, so the operator takes another block, or none."""
-    seen = seen_at(env, scene(drawer=0.22))
+    seen = seen_at(scene(drawer=0.22))
     to_red, to_blue = (teleop.act("push_into_drawer", seen, [b])[0] for b in teleop.BLOCKS[:2])
     assert to_red > 0.05 and to_blue > to_red, "red lies at x = 0.05 m, blue at 0.23"
     assert teleop.act("push_into_drawer", seen, [])[:2] == pytest.approx([0, 0], abs=1e-6)
     assert "push_into_drawer" not in teleop.feasible(seen, [])
     env.reset(sim.ROBOT_OBS0, scene(drawer=0.22))
-    assert teleop.attempt(env, sim.oracle, "lift_red_block_table")[0]
+    assert teleop.attempt(env, sim.oracle, LIFT)[0]
     assert "block_red" not in teleop.free_blocks(env.get_info())
 
 
@@ -114,7 +114,6 @@ def test_a_stack_beside_the_way_stays_where_it_is(env):
     assert np.linalg.norm(env.get_obs()["scene_obs"][18:21] - state[18:21]) < 0.01
 
 
-LIFT = "lift_red_block_table"
 FAMILIES = {  # one task of each family: scene, then tasks that must come first
     "rotate_red_block_left": [{}], "push_blue_block_left": [{}], "open_drawer": [{}],
     "push_into_drawer": [{"drawer": 0.22}], "close_drawer": [{"drawer": 0.22}],
@@ -146,13 +145,12 @@ def test_a_hand_that_is_pushed_aside_comes_back(env, task):
     """Four actions in another direction, ten steps before the skill would have ended."""
     env.reset(sim.ROBOT_OBS0, scene())
     _, steps = teleop.attempt(env, sim.oracle, task)
-    obs = env.reset(sim.ROBOT_OBS0, scene())
+    env.reset(sim.ROBOT_OBS0, scene())
     start = env.get_info()
-    for _ in range((steps - 10) // 2):
-        for a in [teleop.act(task, teleop.see(env, obs))] * 2:
-            obs, *_ = env.step(a, render=False)
+    assert not teleop.attempt(env, sim.oracle, task, steps - 10)[0]
+    grip = env.get_obs()["robot_obs"][14]
     for _ in range(8):
-        obs, _, _, info = env.step(np.array([0.6, -0.6, 0.2, 0, 0, 0.5, a[6]]), render=False)
+        *_, info = env.step([0.6, -0.6, 0.2, 0, 0, 0.5, grip], render=False)
     assert not sim.oracle(start, info, task)
 
     def from_the_start(_, info, task):
@@ -191,36 +189,26 @@ def frames(folder, split="training"):
     return [dict(np.load(f, allow_pickle=False)) for f in files]
 
 
-def bounds(folder, split="training"):
-    """First and last frame of each episode."""
-    return np.load(folder / split / "ep_start_end_ids.npy")
-
-
 def language(folder, split="training", name="auto_lang_ann"):
     return np.load(folder / split / data.LANGUAGE / f"{name}.npy", allow_pickle=True).item()
 
 
-def spans(folder):
-    """[((start, end), task)]."""
-    ann = language(folder)
-    return list(zip(ann["info"]["indx"], ann["language"]["task"], strict=True))
-
-
-def test_a_recording_has_calvins_layout(recording):
+def test_a_recording_has_calvins_layout_in_episodes_each_of_a_scene_of_its_own(recording):
     about = json.loads((recording / "training" / "recording.json").read_text())
     assert (about["hz"], about["source"], about["action_scale"]) == (15, "sim", [0.02, 0.05])
-    shapes = {
-        "actions": (7,), "rel_actions": (7,), "robot_obs": (15,), "scene_obs": (24,),
-        "rgb_static": (64, 64, 3), "rgb_gripper": (64, 64, 3),
-    }  # fmt: skip
+    shapes = {"actions": (7,), "rel_actions": (7,), "robot_obs": (15,), "scene_obs": (24,)}
+    shapes |= {"rgb_static": (64, 64, 3), "rgb_gripper": (64, 64, 3)}
     for split, n in (("training", FRAMES), ("validation", VAL)):
-        f, ends = frames(recording, split), bounds(recording, split)
+        f, ends = frames(recording, split), np.load(recording / split / "ep_start_end_ids.npy")
         assert len(f) == n and all(frame.keys() == shapes.keys() for frame in f)
         for k, v in [item for frame in f for item in frame.items()]:
             assert v.shape == shapes[k] and v.dtype == (np.uint8 if "rgb" in k else np.float64)
         # The episodes' bounds are inclusive, and cover every frame once.
         assert np.array_equal(np.concatenate([np.arange(a, b + 1) for a, b in ends]), np.arange(n))
-        assert np.array_equal(np.load(recording / split / "ep_lens.npy"), ends @ (-1, 1) + 1)
+        lengths, (shortest, longest) = ends @ (-1, 1) + 1, np.array(teleop.EPISODE) // SKIP
+        assert np.array_equal(np.load(recording / split / "ep_lens.npy"), lengths)
+        assert shortest <= lengths.min() and lengths.max() < longest + shortest + 150 // SKIP
+        assert len(np.unique([f[a]["scene_obs"] for a, _ in ends], axis=0)) == len(ends)
         text = (recording / split / "statistics.yaml").read_text()
         keys = ("robot_obs", "scene_obs", "mean", "std", "act_min_bound", "act_max_bound")
         assert all(f"{key}:" in text for key in keys)
@@ -228,24 +216,25 @@ def test_a_recording_has_calvins_layout(recording):
         np.testing.assert_allclose(mean, np.mean([x["scene_obs"] for x in f], axis=0), atol=1e-9)
 
 
-def test_play_is_cut_into_episodes_each_of_a_scene_of_its_own(recording):
-    ends, (shortest, longest) = bounds(recording), np.array(teleop.EPISODE) // SKIP
-    lengths, f = ends @ (-1, 1) + 1, frames(recording)
-    assert shortest <= lengths.min() and lengths.max() < longest + shortest + 150 // SKIP
-    assert len(np.unique([f[a]["scene_obs"] for a, _ in ends], axis=0)) == len(ends) > 1
-
-
 def test_replaying_the_actions_from_an_episodes_first_frame_reproduces_it_and_its_spans(
     recording, env
 ):
-    f, ann = frames(recording), spans(recording)
-    assert ann, "no skill succeeded in this recording: choose another seed"
-    for a, b in bounds(recording):
-        env.reset(f[a]["robot_obs"], f[a]["scene_obs"])
+    """In a span nothing is disturbed: there the hand turns as the operator would turn it."""
+    f, ann, own = frames(recording), language(recording), []
+    marked = np.load(recording / "training/disturbed.npy")
+    assert marked.shape == (FRAMES,) and 0 < marked.mean() < 0.5
+    spans = list(zip(ann["info"]["indx"], ann["language"]["task"], strict=True))
+    episodes = np.load(recording / "training/ep_start_end_ids.npy")
+    assert spans and len(episodes) > 1, "choose another seed"
+    for a, b in episodes:
+        obs = env.reset(f[a]["robot_obs"], f[a]["scene_obs"])
         infos = {a: env.get_info()}
         for t in range(a, b):
             action, after = f[t]["rel_actions"], f[t + 1]
             assert np.abs(action).max() <= 1 and action[6] in (-1, 1)
+            for task in [task for (start, end), task in spans if start <= t < end - 1]:
+                act = teleop.act(task, teleop.see(env, obs), skip=SKIP)
+                own.append(np.allclose(act, action))
             for _ in range(SKIP):
                 obs, _, _, infos[t + 1] = env.step(action, render=False)
             np.testing.assert_array_equal(obs["scene_obs"], after["scene_obs"])
@@ -253,10 +242,12 @@ def test_replaying_the_actions_from_an_episodes_first_frame_reproduces_it_and_it
             # The absolute action is the pose of the next frame.
             np.testing.assert_array_equal(f[t]["actions"][:6], after["robot_obs"][:6])
             assert f[t]["actions"][6] == action[6] == after["robot_obs"][14]
-        for (start, end), task in [span for span in ann if a <= span[0][0] <= b]:
+        for (start, end), task in [span for span in spans if a <= span[0][0] <= b]:
             assert end - 1 <= b and 0 < end - start <= 64 // SKIP  # as CALVIN's, without the end
             assert sim.oracle(infos[start], infos[end - 1], task)
             assert not sim.oracle(infos[start], infos[start], task)
+            assert not marked[start : end - 1].any()
+    assert np.mean(own) > 0.9
 
 
 def test_sentences_are_training_phrasings_in_training_and_the_held_out_one_in_validation(recording):
@@ -325,29 +316,17 @@ def test_only_the_tasks_that_are_given_are_practised(tmp_path):
         teleop.record(tmp_path / "new", 500, 100, tasks=("open_door",))
 
 
-def test_the_same_seed_gives_the_same_play_in_any_process(recording, tmp_path):
-    for name, seed in (("a", SEED), ("b", SEED + 1)):
-        how = {"seed": seed, "skip": SKIP, "pictures": False}
-        teleop.record(tmp_path / name, FRAMES, VAL, procs=1, **how)
-    with np.load(tmp_path / "a/training/states.npz") as a:
+def test_the_same_seed_gives_the_same_play_in_any_process_with_pictures_or_without(
+    recording, tmp_path
+):
+    for seed in (SEED, SEED + 1):
+        folder = tmp_path / str(seed)
+        teleop.record(folder, FRAMES, VAL, SKIP, pictures=False, procs=1, seed=seed)
+        play = np.load(folder / "training/states.npz")
         for key, here in (("robot_obs", "robot_obs"), ("actions", "rel_actions")):
             there = np.array([f[here] for f in frames(recording)])
-            assert np.array_equal(a[key], there), "pictures change nothing"
-        assert np.array_equal(a["spans"], language(recording)["info"]["indx"])
-    assert digest(tmp_path / "a") != digest(tmp_path / "b")
-
-
-def test_spans_begin_behind_the_last_burst_and_show_the_operators_own_doing(recording, env):
-    """In a span nothing is disturbed: there the hand turns as the operator would turn it."""
-    f, checked, marked = frames(recording), [], np.load(recording / "training/disturbed.npy")
-    assert marked.shape == (FRAMES,) and 0 < marked.mean() < 0.5
-    for (start, end), task in spans(recording):
-        assert not marked[start : end - 1].any()
-        for t in range(start, end - 1):
-            env.target_pos = f[t]["robot_obs"][:3]
-            action = teleop.act(task, teleop.see(env, f[t]), skip=SKIP)
-            checked.append(np.allclose(action[3:], f[t]["rel_actions"][3:]))
-    assert np.mean(checked) > 0.9
+            assert np.array_equal(play[key], there) == (seed == SEED)
+        assert np.array_equal(play["spans"], language(recording)["info"]["indx"]) == (seed == SEED)
 
 
 @pytest.mark.parametrize(
