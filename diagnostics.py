@@ -35,11 +35,9 @@ CONTEXT, FRAMES, CLIPS = 5, 200, 8
 
 # ---------------------------------------------------------------------------- a run
 class Log:
-    """What a run says: a line and a JSONL record at a time, and pictures. Nothing is written before
-    the first record."""
+    """What a run says: lines, the same as JSONL, and pictures. writes: one of several processes."""
 
     def __init__(self, folder: Path, stage: str, writes: bool = True):
-        """writes: one of several processes does."""
         self.folder, self.path, self.writes = folder, folder / f"{stage}.jsonl", writes
         self.validated = set()  # steps
 
@@ -67,8 +65,12 @@ class Log:
 
     def picture(self, name: str, step: int, image: np.ndarray) -> None:
         """(H, W, 3) uint8, kept as pictures/name_step.png."""
-        png = imageio.imwrite("<bytes>", image, extension=".png")
-        D.write(self.folder / "pictures" / f"{name}_{step:07d}.png", lambda file: file.write(png))
+        write_images(self.folder / "pictures" / f"{name}_{step:07d}.png", image)
+
+
+def write_images(path: Path, images: np.ndarray, **how) -> None:
+    content = imageio.imwrite("<bytes>", images, extension=path.suffix, **how)
+    D.write(path, lambda file: file.write(content))
 
 
 def mean(figures: list[dict]) -> dict[str, float]:
@@ -79,8 +81,7 @@ def mean(figures: list[dict]) -> dict[str, float]:
 @torch.no_grad()
 def track(agent: A.Agent, world, batches: D.WindowBatches, count: int = 4) -> dict[str, float]:
     """How well the agent follows held-out windows, as at run time from a state without history:
-    `follow`'s figures, and its reward as a share of the expert's, of which holding still is 0.
-    """
+    `follow`'s figures, and its reward as a share of the expert's, of which holding still is 0."""
     windows = (batches.batch(i, reset_start=1.0) for i in range(count))
     figures = mean([follow(agent, world, play, language) for play, language in windows])
     span = figures["reward_expert"] - figures["reward_hold"]
@@ -200,32 +201,27 @@ def eventful(data: D.PlayData, L: int, n: int = 3) -> dict[str, Tensor]:
     return data.frames(first + np.arange(L)[:, None], fresh=True)
 
 
-def prediction_picture(world, batch: dict[str, Tensor], hz: float) -> np.ndarray:
-    """Rows: for each sequence and both cameras, the truth, the reconstruction from the posterior,
-    the prediction from CONTEXT frames on. Columns: moments, the last context frame first."""
-    seen, unseen = world.predict(batch, CONTEXT)
-    T, B = batch["reset"].shape
-    moments = np.unique(np.linspace(CONTEXT - 1, T - 1, 12).astype(int))
-    rows = []
-    for b in range(B):
-        for k in ("static", "gripper"):
-            kinds = {"truth": batch[f"rgb_{k}"], "reconstruction": seen[k], "prediction": unseen[k]}
-            name = f"{b + 1}: {k}"
-            rows += [(f"{name}\n{kind}", x[moments, b].cpu().numpy()) for kind, x in kinds.items()]
-    return labelled(rows, moments, hz)
-
-
-def labelled(rows: list[tuple[str, np.ndarray]], moments: np.ndarray, hz: float) -> np.ndarray:
-    """rows: (name, images (n, 64, 64, 3)) of n moments, frame CONTEXT - 1 being time 0. A picture
-    of twice their size, names at its left, times at its top."""
+def prediction_picture(batch: dict, seen: dict, unseen: dict, hz: float) -> np.ndarray:
+    """seen, unseen: what the world model predicts. Rows: for three sequences and both cameras, the
+    truth, the reconstruction from the posterior, the prediction from CONTEXT frames on. Columns:
+    moments, the last context frame first, at time 0. Twice the images' size, with names."""
     from PIL import Image, ImageDraw, ImageFont
 
-    images = enlarged(np.concatenate([np.concatenate([*x], 1) for _, x in rows]))
+    T, B = batch["reset"].shape
+    moments = np.unique(np.linspace(CONTEXT - 1, T - 1, 12).astype(int))
+    rows = {}
+    for b in range(min(B, 3)):
+        for k in ("static", "gripper"):
+            kinds = {"truth": batch[f"rgb_{k}"], "reconstruction": seen[k], "prediction": unseen[k]}
+            for kind, x in kinds.items():
+                images = x[moments, b].cpu().numpy()  # (12, 64, 64, 3)
+                rows[f"{b + 1}: {k}\n{kind}"] = np.concatenate([*images], 1)
+    images = enlarged(np.concatenate([*rows.values()]))
     left, top, size = 118, 24, 128  # pixels
     picture = Image.new("RGB", (left + images.shape[1], top + len(images)), "white")
     picture.paste(Image.fromarray(images), (left, top))
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(15)
-    for i, (name, _) in enumerate(rows):
+    for i, name in enumerate(rows):
         draw.text((8, top + i * size + 44), name, "black", font)
     for i, t in enumerate(moments):
         draw.text((left + i * size + 4, 3), f"{(t - CONTEXT + 1) / hz:.1f} s", "black", font)
@@ -237,10 +233,10 @@ def enlarged(images: np.ndarray) -> np.ndarray:
     return images.repeat(2, -3).repeat(2, -2)
 
 
-def predict(checkpoint: str, data: str, out: Path, seed: int = 0, device: str = "cpu") -> dict:
+def predict(checkpoint: str, data: str, out: Path, seed: int = 0, device: str = "cpu") -> None:
     """Fig. 3: 5 frames of held-out play, then 195 steps from the recorded actions alone.
 
-    Writes prediction.png and .gif (truth above prediction), and prediction.json with PSNR (dB)
+    Writes prediction.png, prediction.gif (truth above prediction) and prediction.json: PSNR (dB)
     and SSIM of each step after the context, over all clips: of the prediction, of the
     reconstruction from the posterior, which sees every frame, and of the last context frame, held;
     with proprioception [D5] also how far the tcp is from the truth, in cm, median over clips.
@@ -277,7 +273,7 @@ def predict(checkpoint: str, data: str, out: Path, seed: int = 0, device: str = 
         for name, x in (("prediction", unseen["tcp"].cpu().numpy()), ("copy", tcp[CONTEXT - 1])):
             error = 100 * np.median(np.linalg.norm(x - tcp, axis=-1), axis=-1)
             result[f"tcp_cm_{name}"] = np.round(error[CONTEXT:], 2).tolist()
-    rows, film, moments = [], [], np.linspace(CONTEXT - 1, frames - 1, 14).astype(int)
+    film = []
     for k in tqdm(("static", "gripper"), desc="prediction", unit="camera"):
         truth = batch[f"rgb_{k}"].numpy()  # (T, B, 64, 64, 3)
         copied = torch.tensor(truth[CONTEXT - 1]).expand(*truth.shape)
@@ -286,35 +282,23 @@ def predict(checkpoint: str, data: str, out: Path, seed: int = 0, device: str = 
             curves = {"psnr": [psnr(*at_t) for at_t in pairs]}  # of the clips' mean error
             curves["ssim"] = [np.mean(list(map(ssim, *at_t))) for at_t in pairs]
             result |= {f"{m}_{k}_{name}": np.round(c, 3).tolist() for m, c in curves.items()}
-        guess = unseen[k].cpu().numpy()
-        for b in range(min(2, len(first))):
-            kinds = {"truth": truth, "prediction": guess}
-            rows += [(f"{b + 1}: {k}\n{kind}", x[moments, b]) for kind, x in kinds.items()]
-        both = np.concatenate([truth, guess], 2)  # (T, B, 128, 64, 3)
+        both = np.concatenate([truth, unseen[k].cpu().numpy()], 2)  # (T, B, 128, 64, 3)
         film.append(np.concatenate(both[:, :4].swapaxes(0, 1), 2))  # (T, 128, 4 * 64, 3)
     out = Path(out)
-    strip = labelled(rows, moments, play.meta["hz"])
-    picture = imageio.imwrite("<bytes>", strip, extension=".png")
-    D.write(out / "prediction.png", lambda file: file.write(picture))
+    picture = prediction_picture(batch, seen, unseen, play.meta["hz"])
+    write_images(out / "prediction.png", picture)
     write_film(out / "prediction.gif", enlarged(np.concatenate(film, 1)), play.meta["hz"])
     D.write_json(out / "prediction.json", result)
     print_curves(result)
-    return result
 
 
 def print_curves(result: dict) -> None:
     """Means over the first, the next and the last steps of each of prediction.json's curves."""
-    last = result["frames"] - result["context"]
-    print(f"{'PSNR (dB), SSIM in steps':<34}{'1-10':>14}{'11-50':>14}{f'51-{last}':>14}")
-    parts = (slice(0, 10), slice(10, 50), slice(50, last))
-    for key in [k.removeprefix("psnr_") for k in result if k.startswith("psnr_")]:
-        psnr, ssim = (np.array(result[f"{measure}_{key}"]) for measure in ("psnr", "ssim"))
-        print(
-            f"{key:<34}" + "".join(f"{psnr[p].mean():>9.1f}{ssim[p].mean():>5.2f}" for p in parts)
-        )
-    for key in [k for k in result if k.startswith("tcp_cm_")]:
-        means = [f"{np.mean(result[key][part]):>9.1f} cm  " for part in parts]
-        print(f"{key:<34}" + "".join(means))
+    parts = {"1-10": slice(0, 10), "11-50": slice(10, 50), "51-": slice(50, None)}
+    print(f"{'mean over steps':<30}" + "".join(f"{name:>9}" for name in parts))
+    for name, curve in result.items():
+        if isinstance(curve, list):
+            print(f"{name:<30}" + "".join(f"{np.mean(curve[p]):>9.2f}" for p in parts.values()))
 
 
 # ---------------------------------------------------------------------------- dreams
@@ -340,8 +324,7 @@ def dream(policy, obs: dict | None, embedding, limit: int = 360) -> tuple[np.nda
 
 def write_film(path: Path, frames: np.ndarray, hz: float) -> None:
     """frames (n, H, W, 3) uint8 -> a GIF."""
-    film = imageio.imwrite("<bytes>", frames, extension=".gif", duration=1000 / hz, loop=0)
-    D.write(path, lambda file: file.write(film))
+    write_images(path, frames, duration=1000 / hz, loop=0)
 
 
 # ---------------------------------------------------------------------------- command line

@@ -3,10 +3,10 @@
 The only file where data, models, losses and optimisers meet. Phase one (Sec. IV-A) minimises Eq. 2
 over sequences of play, then caches the latents of every frame and probes what they know. Phase two
 (Sec. IV-B) minimises Eqs. 5 and 6 over imagined windows while the world model stays frozen.
-Every field of the configuration is an option (`--batch_size 16`); a run that was stopped at any
-moment goes on from its last checkpoint when the same command is given again. OUT gets wm.pt and
-agent.pt, each one's predecessor (*_previous.pt) and log (*.jsonl), pictures/, what the latents know
-(probe.json) and how well the agent follows play (tracking.json).
+Every field of the configuration is an option (`--batch_size 16`). The same command goes on with a
+run that was stopped. OUT gets wm.pt and agent.pt, each one's predecessor (*_previous.pt) and log
+(*.jsonl), pictures/, what the latents know (probe.json) and how well the agent follows play
+(tracking.json).
 
 examples:
     python train.py --stage wm    --preset sim --data data/play --out runs/sim
@@ -23,6 +23,7 @@ import re
 import signal
 import sys
 import time
+import timeit
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -102,33 +103,27 @@ def previous(path: Path) -> Path:
 
 
 def check_device(device: str) -> None:
-    """ValueError: this machine does not have it, or this torch was built without it."""
-    try:
+    """DataError: this machine does not have it, or this torch was built without it."""
+    remedy = "Give --device cpu, or install a torch for it"
+    with D.naming(f"--device {device} cannot be used here", remedy):
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        what = f"--device {device} cannot be used here: {error}"
-        raise ValueError(f"{what}. Give --device cpu, or install a torch for it.") from error
 
 
 def load_checkpoint(path: Path, stage: str | None, device: str) -> dict:
-    """A plain dict of a stage (None: of any), and its path. Raises ValueError naming the file and
-    the remedy."""
+    """A plain dict of a stage (None: any), and its path. ValueError, DataError: file and remedy."""
     command = f".venv/bin/python train.py --stage {stage or '|'.join(STAGES)}"
     if not Path(path).exists():
         raise ValueError(f"{path} does not exist; make it with: {command}")
     check_device(device)
     remedy = f"copy it anew, or remove it and train again: {command}"
-    try:
+    with D.naming(path, f"It is no checkpoint of train.py, or damaged; {remedy}"):
         if zipfile.ZipFile(path).testzip():  # torch does not look at the checksums
             raise ValueError("a checksum is wrong")
         c = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:
-        what = f"{path} is no checkpoint of train.py, or damaged"
-        raise ValueError(f"{what}; {remedy} ({error})") from error
     got = c.get("stage") if isinstance(c, dict) else type(c).__name__
-    if got not in ([stage] if stage else STAGES):
-        need = f"this needs one of --stage {stage or ', '.join(STAGES)}"
-        raise ValueError(f"{path} holds stage {got!r}; {need}")
+    needed = [stage] if stage else [*STAGES]
+    if got not in needed:
+        raise ValueError(f"{path} holds stage {got!r}; this needs {' or '.join(needed)}")
     kinds = KINDS | ({"world_model": dict} if got == "agent" else {})
     wrong = [k for k in kinds if k not in c or not isinstance(c[k], kinds[k])]
     if wrong:
@@ -139,9 +134,8 @@ def load_checkpoint(path: Path, stage: str | None, device: str) -> dict:
         if not 0 <= c["step"] < 10**9 or not (isinstance(replan, int) and replan >= 1):
             raise ValueError(f"step {c['step']}, replan {replan}")
         STEPS[c["run"]["preset"]], c["run"]["steps"] + c["run"]["seed"]
-        world = c.get("world_model", {"config": {}, "model": {}, "step": 0})
-        weights = (c["model"] | world["model"]).items()
-        bad = [name for name, x in weights if not (x.float().abs() <= 1e6).all()]
+        weights = c["model"] | c.get("world_model", {"model": {}})["model"]
+        bad = [name for name, x in weights.items() if not (x.float().abs() <= 1e6).all()]
     if bad:
         raise ValueError(f"{path}: {bad[0]} is not finite, or beyond 1e6; {remedy}")
     return c | {"path": str(path)}
@@ -149,23 +143,18 @@ def load_checkpoint(path: Path, stage: str | None, device: str) -> dict:
 
 def same_kind(checkpoint: dict, data: D.PlayData, name: str) -> None:
     """ValueError unless data is of the kind that a world model has seen."""
+    then, now = ({"frame": "base"} | meta for meta in (checkpoint["meta"], data.meta))
     for key in ("hz", "action_scale", "renderer", "frame"):
-        named = ({"frame": "base"} | meta for meta in (checkpoint["meta"], data.meta))
-        there, here = (meta.get(key) for meta in named)
+        there, here = then.get(key), now.get(key)
         if there != here:
             what = f"{checkpoint['path']} was trained on data with {key} {there}, {name} has {here}"
             raise ValueError(f"{what}. Give it data of its kind, or train one on this: --stage wm")
 
 
-@contextmanager
 def fitting(path, file: str):
-    """ValueError, with its name, for a checkpoint that is not of this code's model."""
-    try:
-        yield
-    except Exception as error:
-        what = f"{path} was trained by another version of {file}, or is damaged"
-        what += "; train it again, or use the code that it was trained with"
-        raise ValueError(f"{what}: {type(error).__name__}: {error}") from error
+    """Context: DataError, with its name, for a checkpoint that is not of this code's model."""
+    what = f"It was trained by another version of {file}, or is damaged"
+    return D.naming(path, f"{what}; train it again, or use the code that it was trained with")
 
 
 def todays(config: dict) -> dict:
@@ -190,52 +179,38 @@ def load_world_model(checkpoint: dict, device: str) -> W.WorldModel:
     return world.eval().requires_grad_(False)
 
 
-def load_agent(path, device: str = "cpu", sample: bool = True, **policy) -> tuple[A.Policy, dict]:
+def load_agent(path, device: str = "cpu", sample: bool = True, **policy):
     """An agent's or a baseline's file -> the policy that acts, and the checkpoint's other entries.
 
     policy: `replan` and `reset_on_replan` where they should not be the checkpoint's.
     """
-    checkpoint = load_checkpoint(Path(path), None, device)
-    if checkpoint["stage"] in B.METHODS:
-        return load_baseline(checkpoint, device, **policy)
-    if checkpoint["stage"] != "agent":
+    c = load_checkpoint(Path(path), None, device)
+    if c["stage"] == "wm":
         raise ValueError(f"{path} holds stage 'wm', which does not act; give it --stage agent's")
-    world = load_world_model(checkpoint, device)
-    with fitting(path, "agent.py"):
-        config = checkpoint["config"]
-        old = {"replan": config.get("replan"), "reset_on_replan": config.get("forget")}
-        agent = A.Agent(A.AgentConfig(**todays(config)), world.config.latent).to(device)
-        weights = {k: x for k, x in checkpoint.pop("model").items() if not is_critic(k)}
-        missing, unknown = agent.load_state_dict(weights, strict=False)
-        wrong = unknown + [k for k in missing if not is_critic(k)]
-        if wrong:
-            raise KeyError(", ".join(wrong))
-        how = checkpoint.get("policy", old) | policy
-        policy = A.Policy(world, agent, checkpoint["meta"]["skip"], sample, **how)
-    return policy, {k: x for k, x in checkpoint.items() if k not in ("world_model", "optimizer")}
-
-
-def load_baseline(checkpoint: dict, device: str, **policy) -> tuple[B.BaselinePolicy, dict]:
-    with fitting(checkpoint["path"], "baselines.py"):
-        model = B.Baseline(B.BaselineConfig(**checkpoint["config"])).to(device)
-        model.load_state_dict(checkpoint.pop("model"))
-        how = checkpoint["policy"] | policy
-        policy = B.BaselinePolicy(model, checkpoint["meta"]["skip"], **how)
-    return policy, {k: x for k, x in checkpoint.items() if k != "optimizer"}
-
-
-def is_critic(name: str) -> bool:
-    """Acting needs no critic."""
-    return name.startswith(("critic", "slow_critic"))
+    weights, skip = c.pop("model"), c["meta"]["skip"]
+    if c["stage"] == "agent":
+        world = load_world_model(c, device)
+        with fitting(path, "agent.py"):
+            agent = A.Agent(A.AgentConfig(**todays(c["config"])), world.config.latent).to(device)
+            del agent.critic, agent.slow_critic  # acting needs neither
+            agent.load_state_dict({k: x for k, x in weights.items() if "critic" not in k})
+            old = {"replan": "replan", "reset_on_replan": "forget"}  # were in the configuration
+            old = {k: c["config"].get(name) for k, name in old.items()}
+            acts = A.Policy(world, agent, skip, sample, **c.get("policy", old) | policy)
+    else:
+        with fitting(path, "baselines.py"):
+            model = B.Baseline(B.BaselineConfig(**c["config"])).to(device)
+            model.load_state_dict(weights)
+            acts = B.BaselinePolicy(model, skip, **c["policy"] | policy)
+    return acts, {k: x for k, x in c.items() if k not in ("world_model", "optimizer")}
 
 
 def publish(checkpoint, path) -> None:
-    """runs/.../agent.pt -> a file for others to evaluate and not to train on: half precision, no
-    critics and no optimiser, less than a third of the size."""
+    """agent.pt -> a file for others to evaluate, not to train on: half precision, no critics, no
+    optimiser."""
     c = load_checkpoint(Path(checkpoint), "agent", "cpu")
-    world, agent = c["world_model"]["model"], c["model"]
-    c["world_model"]["model"] = {k: x.half() for k, x in world.items()}
-    c["model"] = {k: x.half() for k, x in agent.items() if not is_critic(k)}
+    for part in (c, c["world_model"]):
+        part["model"] = {k: x.half() for k, x in part["model"].items() if "critic" not in k}
     c["run"] |= {"data": RunConfig.data, "out": RunConfig.out, "wm": RunConfig.wm}
     for private in ("optimizer", "random", "path"):
         c.pop(private, None)
@@ -263,9 +238,8 @@ class Captured:
     """An update of the weights as a CUDA graph: its kernels, some 10,000, are launched as one.
 
     The first calls run as they are, for libraries and optimisers allocate then. The next one is
-    recorded, which computes nothing; from then on the record is replayed. It reads arguments where
-    they were copied to, and its results are overwritten by the next call. Arguments are tensors
-    and numbers, in tuples, lists and dicts; where a shape changes, all begins anew.
+    recorded, and from then on replayed. A record reads tensors and numbers where they were copied
+    to, and overwrites its last results; where a shape changes, all begins anew.
     """
 
     WARM_UP = 3
@@ -279,14 +253,11 @@ class Captured:
         shapes = [x.shape if isinstance(x, Tensor) else () for x in given]
         if shapes != self.shapes:
             torch.cuda.synchronize()
-            fixed = [torch.as_tensor(x, device=self.device).clone() for x in given]
-            self.arguments, self.fixed = tree_unflatten(fixed, structure), fixed
+            self.fixed = [torch.as_tensor(x, device=self.device).clone() for x in given]
+            self.arguments = tree_unflatten(self.fixed, structure)
             self.shapes, self.calls, self.graph, self.result = shapes, 0, None, None
         for fixed, x in zip(self.fixed, given, strict=True):
-            if isinstance(x, Tensor):
-                fixed.copy_(x)
-            else:
-                fixed.fill_(x)
+            fixed[...] = x
         self.calls += 1
         if self.calls <= self.WARM_UP:  # on the stream of the record, as autograd wants it
             self.stream.wait_stream(torch.cuda.current_stream())
@@ -296,12 +267,9 @@ class Captured:
             return result
         if self.graph is None:  # thread_local: the next batch is being read by another thread
             self.graph, how = torch.cuda.CUDAGraph(), {"capture_error_mode": "thread_local"}
-            try:
+            with D.naming("a step as a CUDA graph", "Repeat the command with --graph false"):
                 with torch.cuda.graph(self.graph, stream=self.stream, **how):
                     self.result = self.update(*self.arguments)
-            except RuntimeError as error:
-                what = f"a step could not be recorded as a CUDA graph: {error}"
-                raise ValueError(f"{what}. Repeat the command with --graph false.") from error
         self.graph.replay()
         return self.result
 
@@ -319,7 +287,7 @@ class Run:
         self.steps = config.steps or steps.get(config.stage, steps["baseline"])
         self.figures, self.interrupted = [], False
         self.rank, self.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+        cuda = config.device != "cpu" and (config.device == "cuda" or torch.cuda.is_available())
         self.device = kind = "cuda" if cuda else "cpu"
         bf16 = [config.precision == "bf16" or (config.precision == "auto" and bf16_is_faster(kind))]
         if self.ranks > 1:  # torchrun started several of these
@@ -339,15 +307,13 @@ class Run:
             print(json.dumps(self.settings, indent=1, ensure_ascii=False))
             how = f"{'bf16' if self.bf16 else 'fp32'} products, {self.ranks} processes"
             print(f"{self.steps} steps on {self.device}, {how}")
-            if self.device == "cpu" and config.preset == "paper":
-                print("note: preset paper is for GPUs; a step takes half a minute here")
 
     # ------------------------------------------------------------------ several processes
     def shard(self, n: int) -> slice:
         """This process's share of n rows; rank r has the r-th of equal parts."""
         if n % self.ranks:
             what = f"{n} rows cannot be shared by {self.ranks} processes evenly"
-            raise ValueError(f"{what}: another --batch_size, or another number of processes")
+            raise ValueError(f"{what}: give another --batch_size, or start another number of them")
         n //= self.ranks
         return slice(self.rank * n, self.rank * n + n)
 
@@ -359,8 +325,9 @@ class Run:
 
     def captured(self, update):
         """`update`, which must ask for no number, as a CUDA graph where that can be."""
-        possible = "cuda" in self.device and self.ranks == 1 and self.config.graph
-        return Captured(update, self.device) if possible else update
+        if "cuda" in self.device and self.ranks == 1 and self.config.graph:
+            return Captured(update, self.device)
+        return update
 
     # ------------------------------------------------------------------ steps
     def progress(self, start: int):
@@ -371,9 +338,9 @@ class Run:
             signal.signal(signal.SIGINT, self.interrupt)
         else:  # each has its own random numbers from here on
             torch.manual_seed(hash((self.config.seed, start, self.rank)) % 2**63)
-        how = {"initial": start, "total": self.steps, "unit": "step", "disable": self.rank > 0}
+        steps = range(start, self.steps + 1)
         try:
-            yield from tqdm(range(start, self.steps + 1), **how)
+            yield from tqdm(steps, initial=start, total=self.steps, unit="step", disable=self.rank)
         finally:
             signal.signal(signal.SIGINT, handler)
 
@@ -405,13 +372,12 @@ class Run:
     def report(self) -> None:
         known = {"steps": self.steps, "processes": self.ranks, "bf16": self.bf16}
         if self.rank == 0:
-            settings = self.settings | known | {"device": self.device}
-            pages.report(self.out, self.config.stage, settings)
+            known = self.settings | known | {"device": self.device}
+            pages.report(self.out, self.config.stage, known)
 
     @contextmanager
     def aside(self, module: torch.nn.Module):
-        """Validation: evaluation mode, no gradients, fixed random numbers, and the training's own
-        ones left where they were."""
+        """Validation: evaluation mode, no gradients, random numbers of its own."""
         module.eval()
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(0)
@@ -419,8 +385,8 @@ class Run:
         module.train()
 
     def record(self, done: int, figures: dict[str, Tensor]) -> None:
-        """Keeps a step's figures where they are, for reading them would wait for the device; now
-        and then checks them, and logs their means since the last time."""
+        """Keeps a step's figures on the device, for reading them would wait for it; now and then
+        checks them, and logs their means."""
         self.figures.append(torch.stack([x.float().to(self.device) for x in figures.values()]))
         logs = self.due(done, self.config.log_every)
         if logs or self.saves(done) or done == self.start + 10:
@@ -493,7 +459,7 @@ class Run:
         for path in paths:
             try:
                 return load_checkpoint(path, self.config.stage, "cpu")
-            except ValueError as error:
+            except (ValueError, D.DataError) as error:
                 if path == paths[-1]:
                     raise
                 print(f"note: {error}; going back to {paths[-1]}")
@@ -503,26 +469,24 @@ class Run:
         """ValueError where a checkpoint cannot go on with this configuration or this data."""
         path = c["path"]
         if {"optimizer", "random"} - c.keys():
-            what = f"{path} was published, without its optimiser, or is damaged"
+            what = f"{path} was published without its optimiser, or is damaged"
             raise ValueError(f"{what}: it cannot be trained on. Give another --out.")
-        now, then = self.settings, c["run"] | todays(c["config"])
-        changed = [k for k in now if k not in RESUMABLE and now[k] != then.get(k)]
+        here = self.settings | self.data.meta | {"frames": len(self.data)}
+        there = {"frames": len(self.data)} | c | c["run"] | todays(c["config"]) | c["meta"]
+        names = [k for k in here | c["meta"] if k not in RESUMABLE]
+        changed = [k for k in names if there.get(k) != here.get(k)]
         if changed:
-            lines = "\n".join(f"  --{k}: {then.get(k)!r} there, {now[k]!r} here" for k in changed)
-            what = f"{path} was trained with another configuration:\n{lines}\nGive the same"
-            raise ValueError(f"{what} options to go on with it, or another --out to begin anew.")
-        here = self.data.meta | {"frames": len(self.data)}
-        there = c["meta"] | {"frames": c.get("frames", len(self.data))}
-        if there != here:
-            what = f"{path} was trained on other data, {there}; {self.config.data} is {here}"
-            raise ValueError(f"{what}. Give that data, or another --out.")
+            lines = [f"  {k}: {there.get(k)!r} there, {here.get(k)!r} here" for k in changed]
+            what = f"{path} was trained with another configuration or on other data"
+            remedy = "Give the same to go on with it, or another --out."
+            raise ValueError("\n".join([f"{what}:", *lines, remedy]))
 
 
 def forecast(per_step: float, steps: int) -> str:
     """What so many steps of so many seconds mean."""
     rest = timedelta(seconds=round(per_step * steps))
-    end = datetime.now() + rest
-    text = f"{per_step:.3g} s per step: the end in {rest}, at {end:%Y-%m-%d %H:%M}"
+    end = f"{datetime.now() + rest:%Y-%m-%d %H:%M}"
+    text = f"{per_step:.3g} s per step: the end in {rest}, at {end}"
     if rest.days >= 2:
         text += f"\nnote: that is {rest.days} days. On a CPU, --preset sim takes an hour or two."
     return text
@@ -536,19 +500,16 @@ def bf16_is_faster(device: str) -> bool:
     mkldnn = torch.backends.mkldnn.is_available()  # not in every torch
     if not (mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return False
-    seconds = {}
-    for dtype in 10 * (torch.float32, torch.bfloat16):
+
+    def seconds(dtype: torch.dtype) -> float:
         x = torch.ones(512, 512, dtype=dtype)
-        begun = time.perf_counter()
-        x @ x
-        took = time.perf_counter() - begun
-        seconds[dtype] = min(took, seconds.get(dtype, took))
-    return seconds[torch.bfloat16] < seconds[torch.float32]
+        return min(timeit.repeat(lambda: x @ x, number=1, repeat=20))
+
+    return seconds(torch.bfloat16) < seconds(torch.float32)
 
 
 def prefetched(batches, device: str):
-    """Batches (tuples of dicts) of a generator, on the device: the next one is read, by another
-    thread, while this one is trained on."""
+    """Batches (tuples of dicts) on the device; a thread reads the next one during each step."""
 
     def read() -> tuple[dict, ...] | None:
         batch = next(batches, None)
@@ -610,7 +571,7 @@ def train_world_model(run: Run) -> None:
     )  # fmt: skip
     start, checkpoint = run.resume(world, {"world": optimizer})
 
-    # Sequences of play; in the first half of the steps, n times as many, n times shorter [D25].
+    # Sequences; in the first half of the steps, n times as many, n times shorter [D25].
     B, L, n = c.batch_size, c.sequence_length, c.length_curriculum
     if "cuda" in device:
         data.keep_on(device, torch.cuda.mem_get_info(device)[0])
@@ -634,8 +595,9 @@ def train_world_model(run: Run) -> None:
                     fresh = world.initial(batch["reset"].shape[1])
                     with run.precision:
                         figures.append(world.loss(batch, fresh)[1])
-                seen = D.to_device(clips, device)
-                picture = diagnostics.prediction_picture(world, seen, data.meta["hz"])
+                batch = D.to_device(clips, device)
+                guess = world.predict(batch, diagnostics.CONTEXT)
+                picture = diagnostics.prediction_picture(batch, *guess, data.meta["hz"])
             run.log.picture("prediction", step, picture)
             run.validated(step, diagnostics.mean(figures))
         if step == run.steps:
@@ -665,7 +627,6 @@ def train_world_model(run: Run) -> None:
         D.write_json(run.out / "probe.json", {"step": run.steps} | probe)
         print(f"probe of held-out latents (median errors; chance: the training split's): {probe}")
     options = f"--preset {run.config.preset} --data {run.config.data} --out {run.config.out}"
-    print(f"\nworld model: {run.checkpoint_path}")
     print(f"next: .venv/bin/python train.py --stage agent {options}")
 
 
@@ -749,8 +710,8 @@ def train_agent(run: Run) -> None:
     if run.rank == 0:
         source = data.meta["source"]
         env = "real --robot SETUP.json" if source == "robot" else source
-        print(f"\nagent: {run.checkpoint_path}\nnext: .venv/bin/python evaluate.py --env {env} "
-              f"--checkpoint {run.checkpoint_path}")  # fmt: skip
+        options = f"--env {env} --checkpoint {run.checkpoint_path}"
+        print(f"next: .venv/bin/python evaluate.py {options}")
 
 
 # ---------------------------------------------------------------------------- the baselines
@@ -791,8 +752,6 @@ def train_baseline(run: Run) -> None:
         if run.saves(step + 1):
             policy = B.POLICY_PRESETS[run.config.preset]
             run.save(step + 1, model, {"model": optimizer}, policy=policy)
-    if run.rank == 0:
-        print(f"\n{run.config.stage}: {run.checkpoint_path}")
 
 
 # ---------------------------------------------------------------------------- command line
@@ -820,15 +779,11 @@ def parse(arguments: list[str] | None = None) -> tuple[RunConfig, object]:
         both, args=words, default=both(run, model), description=__doc__, use_underscores=True,
         config=(tyro.conf.FlagConversionOff,),
     )  # fmt: skip
-    least = {"log_every": 1, "validate_every": 1, "checkpoint_every": 1, "steps": 0, "seed": 0}
-    for name, n in least.items():
-        if getattr(options.run, name) < n:
-            raise ValueError(f"--{name} {getattr(options.run, name)}: at least {n}")
-    for name, value in dataclasses.asdict(options.model).items():
-        size = isinstance(value, int) and not isinstance(value, bool)
-        least = -1 if name == "shift" else 0  # a baseline may go without its augmentation
-        if (size or name.endswith(("lr", "learning_rate"))) and value <= least:
-            raise ValueError(f"--{name} {value}: above {least}")
+    for name, value in (vars(options.run) | vars(options.model)).items():
+        positive = type(value) is int or name.endswith(("lr", "learning_rate"))
+        nil = value == 0 and name in ("steps", "seed", "shift")  # shift: of a baseline's images
+        if positive and value <= 0 and not nil:
+            raise ValueError(f"--{name} {value}: too small")
     return options.run, options.model
 
 
@@ -841,7 +796,7 @@ def main(arguments: list[str] | None = None) -> None:
             STAGES[config.stage][1](run)
             run.report()
             if first:
-                print(f"to look at: {run.out / 'report.html'}")
+                print(f"{config.stage}: {run.checkpoint_path}; to look at: {run.out}/report.html")
             if run.ranks > 1:  # the others wait for rank 0; leaving threads behind aborts a process
                 dist.barrier()
                 dist.destroy_process_group()

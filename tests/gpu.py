@@ -52,11 +52,11 @@ class Report:
 
     def say(self, name: str, ok: bool | None = None, **figures) -> None:
         """ok: whether it is as it should be; None: nothing was asked."""
-        text = ", ".join(f"{k} {x:.4g}" if isinstance(x, float) else f"{k} {x}"
-                         for k, x in figures.items())  # fmt: skip
+        rounded = {k: float(f"{x:.4g}") if isinstance(x, float) else x for k, x in figures.items()}
+        text = ", ".join(f"{k} {x}" for k, x in rounded.items())
         verdict = {None: "      ", True: "ok    ", False: "FAILED"}[ok]
-        print(f"{self.limit - self.left():5.0f} s  {verdict}  {name}: {text}", file=self.stdout,
-              flush=True)  # fmt: skip
+        line = f"{self.limit - self.left():5.0f} s  {verdict}  {name}: {text}"
+        print(line, file=self.stdout, flush=True)
         self.found["findings"][name] = figures if ok is None else figures | {"ok": ok}
         self.found["seconds"] = round(self.limit - self.left(), 1)
         self.failed += [name] if ok is False else []
@@ -85,68 +85,50 @@ def same_draws():
         yield
 
 
-def world_model_loss(preset: str, device: str) -> tuple:
-    """The loss and the model, of some noise."""
-    c, (L, B) = W.PRESETS[preset], (8, 4)
-    g = torch.Generator().manual_seed(0)
-    batch = {f"rgb_{k}": torch.randint(256, (L, B, 64, 64, 3), generator=g) for k in W.CAMERAS}
-    batch = {k: x.to(torch.uint8) for k, x in batch.items()}
-    batch |= {"a_prev": torch.randn(L, B, 7, generator=g).tanh(), "reset": torch.zeros(L, B) > 0}
-    batch["robot_obs"] = torch.randn(L, B, 15, generator=g)
-    world = W.make_world_model(c).to(device)
-
-    def loss(precision):
-        with same_draws(), precision:
-            return world.loss(D.to_device(batch, device), world.initial(B))[0]
-
-    return world, loss
-
-
-def agent_loss(preset: str, device: str) -> tuple:
+def losses(preset: str, play: str, device: str):
+    """Yields (name, model, function of its loss) for both stages, a few rows of each."""
     c, a, n = W.PRESETS[preset], A.PRESETS[preset], 4
-    g = torch.Generator().manual_seed(0)
-    world = W.make_world_model(c).requires_grad_(False).to(device)
-    agent = A.Agent(a, c.latent).to(device)
+    torch.manual_seed(0)
+    world, agent = W.make_world_model(c).to(device), A.Agent(a, c.latent).to(device)
     agent.recognition.eval()  # no dropout
+    sequences = D.Sequences(D.PlayData(play, "training"), n, 8, 0).batch(0)
+    sequences = D.to_device(sequences, device)
+    yield "world model", world, lambda: world.loss(sequences, world.initial(n))[0]
+    g = torch.Generator().manual_seed(0)
     s_E = torch.randn(a.sequence_length, n, c.latent, generator=g).tanh()
-    play = {"s_E": s_E, "a": torch.randn(len(s_E), n, 7, generator=g).tanh()}
-    play["length"] = torch.full((n,), a.min_window)
-    language = play | {"emb": torch.randn(n, 384, generator=g), "align": torch.ones(n) > 0}
-    both = [D.to_device(x, device) for x in (play, language)]
-
-    def loss(precision):
-        with same_draws(), precision:
-            return sum(agent.losses(world, *both)[:2])
-
-    return agent, loss
+    windows = {"s_E": s_E, "a": torch.randn(len(s_E), n, 7, generator=g).tanh()}
+    windows["length"] = torch.full((n,), a.min_window)
+    told = windows | {"emb": torch.randn(n, 384, generator=g), "align": torch.ones(n) > 0}
+    both = [D.to_device(x, device) for x in (windows, told)]
+    world.requires_grad_(False)
+    yield "agent", agent, lambda: sum(agent.losses(world, *both)[:2])
 
 
-def compare_losses(report: Report, preset: str, device: str) -> None:
+def compare_losses(report: Report, preset: str, play: str, device: str) -> None:
     """Losses and gradients: this device in fp32, with TF32 as torch's defaults have it, and in
     bf16, against the CPU in fp32."""
-    tf32 = torch.backends.cudnn.allow_tf32
+    tf32, found = torch.backends.cudnn.allow_tf32, {}
     cases = {"cpu": ("cpu", False, False), "fp32": (device, False, False)}
     cases |= {"default": (device, False, tf32), "bf16": (device, True, tf32)}
-    most = {"fp32": (1e-4, 1e-4), "default": (1e-2, 5e-2), "bf16": (2e-2, 3e-1)}
-    for name, make in (("world model", world_model_loss), ("agent", agent_loss)):
-        found = {}
-        for case, (where, bf16, convolutions) in cases.items():
-            torch.manual_seed(0)
-            torch.backends.cudnn.allow_tf32 = convolutions
-            model, loss_of = make(preset, where)
-            loss = loss_of(torch.autocast(where, torch.bfloat16, bf16))
+    for case, (where, bf16, convolutions) in cases.items():
+        torch.backends.cudnn.allow_tf32 = convolutions
+        for name, model, loss_of in losses(preset, play, where):
+            with same_draws(), torch.autocast(where, torch.bfloat16, bf16):
+                loss = loss_of()
             loss.backward()
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
-            found[case] = loss.item(), torch.cat([x.float().cpu().flatten() for x in gradients])
-        (loss, gradient), torch.backends.cudnn.allow_tf32 = found["cpu"], tf32
+            gradient = torch.cat([x.float().cpu().flatten() for x in gradients])
+            found[name, case] = loss.item(), gradient
+    torch.backends.cudnn.allow_tf32 = tf32
+    most = {"fp32": (1e-4, 1e-4), "default": (1e-2, 5e-2), "bf16": (2e-2, 3e-1)}
+    for name in ("world model", "agent"):
+        right, right_gradient = found[name, "cpu"]
         for case, (a, b) in most.items():
-            off = abs(found[case][0] / loss - 1), relative(found[case][1], gradient)
-            report.say(f"{name}, {case} against the CPU", off[0] < a and off[1] < b,
-                       loss=off[0], gradient=off[1])  # fmt: skip
-
-
-def relative(x: torch.Tensor, y: torch.Tensor) -> float:
-    return float((x - y).norm() / y.norm().clamp_min(1e-30))
+            loss, gradient = found[name, case]
+            loss = abs(loss / right - 1)
+            gradient = float((gradient - right_gradient).norm() / right_gradient.norm())
+            ok = loss < a and gradient < b
+            report.say(f"{name}, {case} against the CPU", ok, loss=loss, gradient=gradient)
 
 
 def compare_frames(report: Report, play: str, device: str) -> None:
@@ -155,8 +137,8 @@ def compare_frames(report: Report, play: str, device: str) -> None:
     keeps = kept.keep_on(device, 2**40)
     index = np.random.default_rng(0).integers(0, len(disk), (8, 16))
     pairs = zip(disk.frames(index).values(), kept.frames(index).values(), strict=True)
-    report.say("kept frames are the disk's", keeps and all(torch.equal(a, b.cpu())
-               for a, b in pairs), frames=len(kept))  # fmt: skip
+    same = keeps and all(torch.equal(a, b.cpu()) for a, b in pairs)
+    report.say("kept frames are the disk's", same, frames=len(kept))
 
 
 def trained(stage: str, preset: str, out: Path, **options) -> dict[str, torch.Tensor]:
@@ -189,31 +171,23 @@ def compare_runs(report: Report, preset: str, play: str, device: str, folder: Pa
     """
     how = {"data": play, "device": device, "log_every": 6, "validate_every": 6}
     how |= {"checkpoint_every": 7}
-    for stage in ("wm", "agent"):
-        wm = str(folder / "plain" / "wm.pt")
-        run = functools.partial(trained, stage, preset, **how, wm=wm if stage == "agent" else "")
-        start = run(folder / f"start_{stage}", steps=1, graph=False)
-        plain = run(folder / "plain", steps=12, graph=False)
-        again = run(folder / "again", steps=12, graph=False)
-        graph = run(folder / "graph", steps=12)
+    for stage, wm in (("wm", ""), ("agent", str(folder / "plain/wm.pt"))):
+        run = functools.partial(trained, stage, preset, **how, wm=wm)
+        steps = {"start": 1, "plain": 12, "again": 12, "graph": 12}
+        runs = {k: run(folder / k, steps=n, graph=k == "graph") for k, n in steps.items()}
         (folder / "resumed").mkdir(exist_ok=True)
         shutil.copy(folder / "graph" / f"{stage}_previous.pt", folder / "resumed" / f"{stage}.pt")
-        resumed = run(folder / "resumed", steps=12)
-        names = [k for k, x in plain.items() if x.dtype == torch.float32 and x.dim()]
-
-        def flat(weights, names=names):
-            return torch.cat([weights[k].flatten() for k in names])
-
-        moved, off = flat(plain) - flat(start), {}
-        pairs = {"plain again": (again, plain), "a graph's run is the plain one": (graph, plain)}
-        pairs |= {"resumed, it is the same": (resumed, graph)}
-        for name, (a, b) in pairs.items():
-            off[name] = float((flat(a) - flat(b)).norm() / moved.norm())
+        runs["resumed"] = run(folder / "resumed", steps=12)
+        names = [k for k, x in runs["plain"].items() if x.dtype == torch.float32 and x.dim()]
+        flat = {k: torch.cat([w[name].flatten() for name in names]) for k, w in runs.items()}
+        moved = (flat["plain"] - flat["start"]).norm()
+        noise = float((flat["again"] - flat["plain"]).norm() / moved)
         # Other draws, or a step that is lost, are as much as was moved.
-        noise = off.pop("plain again")
-        for name, x in off.items():
-            report.say(f"{stage}: {name}", x <= max(0.02, 3 * noise),
-                       off=x, plain_again=noise)  # fmt: skip
+        pairs = {"a graph's run is the plain one": ("graph", "plain")}
+        pairs["resumed, it is the same"] = "resumed", "graph"
+        for name, (a, b) in pairs.items():
+            off = float((flat[a] - flat[b]).norm() / moved)
+            report.say(f"{stage}: {name}", off <= max(0.02, 3 * noise), off=off, plain_again=noise)
 
 
 # ---------------------------------------------------------------------------- how fast is it?
@@ -222,17 +196,16 @@ def time_stages(report: Report, args: argparse.Namespace, took: dict, folder: Pa
     dtype = torch.bfloat16 if T.bf16_is_faster(args.device) else torch.float32
     n = None if args.device == "cuda" else 256
     here = benchmark.machine(args.device, dtype, n)
-    report.say("machine", dtype=str(dtype), TFLOP_per_s=here["flop_rate"] / 1e12,
-               TB_per_s=here["copy_rate"] / 1e12)  # fmt: skip
+    rates = {"TFLOP_per_s": here["flop_rate"] / 1e12, "TB_per_s": here["copy_rate"] / 1e12}
+    report.say("machine", dtype=str(dtype), **rates)
     flop = {}
     frames = (4000, 4000) if args.device == "cuda" else (300, 300)
     for graph in (False, True):
         how = {"preset": args.preset, "precision": "auto", "device": args.device, "graph": graph}
         how |= {"batch_size": None, "sequence_length": None, "windows": None, "frames": frames}
+        stages = benchmark.stages(argparse.Namespace(**how), folder / f"stages_{graph}")
         with quiet():
-            for stage, function, moved, of in benchmark.stages(
-                argparse.Namespace(**how), folder / f"stages_{graph}"
-            ):
+            for stage, function, moved, of in stages:
                 if stage.startswith("load, ") or (graph and stage not in WANTED):
                     continue
                 if args.device == "cuda":
@@ -279,12 +252,12 @@ def train_both(report: Report, args: argparse.Namespace, took: dict, play: str, 
     names = {"wm": ("world model", "loss"), "agent": ("agent", "action_mse")}
     graph = "agent, as trained" in report.found["findings"]  # it could be recorded
     for stage, (name, figure) in names.items():
-        rows = []
+        losses = []
 
-        def spy(log, kind, step, figures, seconds, stage=stage, rows=rows):
+        def spy(log, kind, step, figures, seconds, stage=stage, figure=figure, losses=losses):
             write(log, kind, step, figures, seconds)
             kept = {k: float(x) for k, x in figures.items()}
-            rows.append(kept | {"kind": kind})
+            losses.extend([kept[figure]] if kind == "train" else [])
             report.say(f"train {stage}, {kind} {step}", seconds=float(seconds), **kept)
 
         share = (report.left() - 20) / (2 if stage == "wm" else 1) - 20
@@ -292,14 +265,13 @@ def train_both(report: Report, args: argparse.Namespace, took: dict, play: str, 
         if steps < 8:
             report.say(f"train {stage}", left_s=report.left(), note="no time was left")
             return
-        every = {"log_every": max(1, steps // 8), "validate_every": steps}
+        how = {"data": play, "device": args.device, "graph": graph, "steps": steps}
+        how |= {"log_every": steps // 8, "validate_every": steps, "checkpoint_every": steps}
         with mock.patch.object(diagnostics.Log, "write", spy):
-            trained(stage, args.preset, out, data=play, device=args.device, steps=steps,
-                    checkpoint_every=steps, graph=graph, **every)  # fmt: skip
-        losses = [row[figure] for row in rows if row["kind"] == "train"]
+            trained(stage, args.preset, out, **how)
         falls = losses[-1] < losses[0] if args.preset == "paper" else None
-        report.say(f"train {stage}: {figure} falls", falls, steps=steps, first=losses[0],
-                   last=losses[-1])  # fmt: skip
+        figures = {"steps": steps, "first": losses[0], "last": losses[-1]}
+        report.say(f"train {stage}: {figure} falls", falls, **figures)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -327,7 +299,7 @@ def main(arguments: list[str] | None = None) -> int:
             benchmark.random_play(Path(play), 2000 if args.device == "cuda" else 600)
         report.say("play", source=D.PlayData(play, "training").meta["source"])
         parts = {
-            "losses": lambda: compare_losses(report, args.preset, args.device),
+            "losses": lambda: compare_losses(report, args.preset, play, args.device),
             "frames": lambda: compare_frames(report, play, args.device),
             "runs": lambda: compare_runs(report, small, play, args.device, folder),
             "times": lambda: time_stages(report, args, took, folder),

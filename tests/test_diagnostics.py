@@ -43,11 +43,11 @@ def test_predictions_of_figure_3_are_judged_after_the_context(packed, trained, t
     assert len(result["psnr_static_prediction"]) == len(result["ssim_gripper_copy"]) == 75
     # Held still, the picture with the dot moving is off from the first step on; exact: infinite dB.
     assert 5 < min(result["psnr_static_copy"]) <= max(result["psnr_static_copy"]) < 40
-    # Two clips by both cameras, truth above prediction, at 14 moments, beside names and times.
+    # Two clips by both cameras, three kinds of each, at 12 moments, beside names and times.
     picture = imageio.imread(tmp_path / "out" / "prediction.png")
-    assert picture.shape == (24 + 8 * 128, 118 + 14 * 128, 3)
-    assert all((picture[24 + 128 * i :][:128, :118] < 128).any() for i in range(8))
-    assert all((picture[:24, 118 + 128 * i :][:, :128] < 128).any() for i in range(14))
+    assert picture.shape == (24 + 12 * 128, 118 + 12 * 128, 3)
+    assert all((picture[24 + 128 * i :][:128, :118] < 128).any() for i in range(12))
+    assert all((picture[:24, 118 + 128 * i :][:, :128] < 128).any() for i in range(12))
     assert imageio.imread(tmp_path / "out" / "prediction.gif").shape[1:3] == (512, 256)
 
 

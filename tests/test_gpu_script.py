@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+from unittest import mock
 
 import gpu
 import pytest
@@ -31,8 +32,8 @@ def run(stage, packed, trained, out, *more):
 def test_the_script_goes_through_all_of_its_parts_on_a_cpu(packed, tmp_path, monkeypatch):
     few = dataclasses.replace(W.PRESETS["tiny"], batch_size=2)
     monkeypatch.setitem(W.PRESETS, "tiny", few)
-    how = f"--device cpu --preset tiny --seconds 0 --train 1 --play {packed} --out {tmp_path}"
-    code = gpu.main(how.split())
+    how = f"--device cpu --preset tiny --seconds 0 --train 1 --limit 3600 --play {packed}"
+    code = gpu.main([*how.split(), "--out", str(tmp_path)])
     found = json.loads((tmp_path / "gpu_cpu.json").read_text())["findings"]
     assert code == 0, [f for f in found.items() if not f[1].get("ok", True)]
     assert found.keys() > {
@@ -75,19 +76,11 @@ def test_a_recorded_step_trains_as_a_plain_one(stage, packed, trained, quick_pro
         yield
         graph.record(updates[-1])
 
-    class Stream:
-        def __init__(self, device=None):
-            pass
-
-        def wait_stream(self, other):
-            pass
-
-    for name, stand_in in {
-        "Stream": Stream, "current_stream": Stream, "stream": lambda s: contextlib.nullcontext(),
-        "synchronize": lambda: None, "CUDAGraph": Graph, "graph": record,
-        "is_current_stream_capturing": lambda: False,
-    }.items():  # fmt: skip
-        monkeypatch.setattr(torch.cuda, name, stand_in)
+    for name in ("Stream", "current_stream", "stream", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
     def captured(self, update):
         updates.append(train.Captured(update, "cpu"))
