@@ -492,7 +492,7 @@ def rollouts(args: Rollouts) -> dict:
     embeddings = D.encode([about["sentence"] for about in tasks.values()], encoder)
     for about, embedding in zip(tasks.values(), embeddings, strict=True):
         about["embedding"] = embedding
-    identity = {"env": "real", "method": checkpoint["config"]["method"], "step": checkpoint["step"]}
+    identity = {"env": "real", "method": checkpoint["method"], "step": checkpoint["step"]}
     given = ("checkpoint", "limit", "seed", "dry_run", "replan", "reset_on_replan")
     identity |= {k: getattr(args, k) for k in given} | {"task_file": str(args.tasks)}
     identity |= {f"robot.{k}": x for k, x in dataclasses.asdict(config).items()}

@@ -356,7 +356,7 @@ class Worker:
             self.policy, c = load_agent(args)
             encoder, renderer = args.text_encoder or c["text_encoder"], c["meta"]["renderer"]
             data.same_text_encoder(encoder, c["text_encoder"], args.checkpoint)
-            about |= {"method": c["config"]["method"], "seed": c["run"]["seed"]}
+            about |= {"method": c["method"], "seed": c["run"]["seed"]}
             about |= {k: getattr(self.policy, k, None) for k in HOW}
             about |= {"training": {k: c[k] for k in ("step", "seconds", "run", "meta")}}
         elif args.policy != "operator":

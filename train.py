@@ -180,7 +180,8 @@ def load_world_model(checkpoint: dict, device: str) -> W.WorldModel:
 
 
 def load_agent(path, device: str = "cpu", sample: bool = True, **policy):
-    """An agent's or a baseline's file -> the policy that acts, and the checkpoint's other entries.
+    """An agent's or a baseline's file -> the policy that acts, and the checkpoint's other entries,
+    with its `method`.
 
     policy: `replan` and `reset_on_replan` where they should not be the checkpoint's.
     """
@@ -202,6 +203,7 @@ def load_agent(path, device: str = "cpu", sample: bool = True, **policy):
             model = B.Baseline(B.BaselineConfig(**c["config"])).to(device)
             model.load_state_dict(weights)
             acts = B.BaselinePolicy(model, skip, **c["policy"] | policy)
+    c["method"] = c["config"].get("method", c["stage"])  # as Table I names it
     return acts, {k: x for k, x in c.items() if k not in ("world_model", "optimizer")}
 
 

@@ -287,7 +287,7 @@ def session(tmp_path, monkeypatch):
     run = types.SimpleNamespace(made=[], answers=[], during=[], out=tmp_path / "out")
     run.checkpoint = {
         "meta": {"hz": 15, "action_scale": [0.02, 0.05], "renderer": "camera"},
-        "text_encoder": D.TEXT_ENCODER, "config": {"method": "lumos"}, "step": 5,
+        "text_encoder": D.TEXT_ENCODER, "method": "lumos", "step": 5,
     }  # fmt: skip
     run.tasks = {
         "rows": [{"row": "Both", "paper": [60, 50, 70], "tasks": tasks}],

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import baselines as B
 import calvin
 import data
 import evaluate as E
@@ -89,7 +90,7 @@ def test_each_action_is_held_for_skip_steps_and_seen_only_after_them(skip):
 def fake(monkeypatch, tmp_path):
     """evaluate.main on a fake environment and policy; an embedding is the sentence's length."""
     checkpoint = {
-        "config": {"method": "no_ditto"}, "run": {"seed": 3, "preset": "tiny"}, "step": 9,
+        "method": "no_ditto", "run": {"seed": 3, "preset": "tiny"}, "step": 9,
         "seconds": 1.5, "text_encoder": "an-encoder", "path": "agent.pt",
         "meta": {"hz": 30, "skip": 1, "action_scale": [0.02, 0.05], "renderer": sim.LOOK},
     }  # fmt: skip
@@ -380,6 +381,22 @@ def test_without_a_checkpoint_the_published_policy_is_taken_and_solves_something
     assert "assets" not in str(E.parse(["--checkpoint", str(E.SHIPPED)]).out)
     args = E.parse(["--checkpoint", "run/agent.pt", "--first", "10"])
     assert (args.chains, args.film) == (990, 0) and E.parse(["--film", "0"]).film == 0
+
+
+def test_a_baseline_is_evaluated_as_the_agent_is(tmp_path):
+    config = dataclasses.replace(B.PRESETS["tiny"], **B.METHODS["hulc"])
+    meta = {"source": "sim", "renderer": sim.LOOK, "hz": 15.0, "skip": 2, "format": 1}
+    meta |= {"action_scale": [0.02, 0.05], "text_encoder": data.TEXT_ENCODER}
+    checkpoint = {
+        "stage": "hulc", "config": dataclasses.asdict(config), "meta": meta, "step": 1,
+        "model": B.Baseline(config).state_dict(), "policy": B.POLICY_PRESETS["tiny"],
+        "run": {"preset": "tiny", "steps": 1, "seed": 3}, "seconds": 0.5,
+        "text_encoder": data.TEXT_ENCODER,
+    }  # fmt: skip
+    torch.save(checkpoint, tmp_path / "hulc.pt")
+    more = ["--chains", "1", "--limit", "4", "--out", str(tmp_path)]
+    result = E.main(["--checkpoint", str(tmp_path / "hulc.pt"), *more])
+    assert (result["method"], result["seed"], result["chains"]) == ("hulc", 3, 1)
 
 
 # ------------------------------------------------------------------ sentences
