@@ -832,9 +832,9 @@ class Recorder:
         rng, out = self.rng, {}
         for _ in range(rng.choice([0, 1, 2], p=[0.45, 0.45, 0.1])):
             kind, longest = BURSTS[rng.choice(4, p=[0.2, 0.15, 0.3, 0.35])]
-            off = rng.normal(size=6) * [0.03, 0.03, 0.015, 0, 0.1, 0.4]  # m, rad
+            off = rng.normal(size=6) * [0.03, 0.03, 0.015, 0.1, 0.1, 0.4]  # m, rad
             if kind == "astray":
-                off = np.append(rng.uniform(*ROOM), [0, 0.1, 0.5] * rng.normal(size=3))
+                off = np.append(rng.uniform(*ROOM), [0.1, 0.1, 0.5] * rng.normal(size=3))
             first = rng.integers(0, 15)
             out |= dict.fromkeys(range(first, first + rng.integers(1, longest)), (kind, off))
         return out
