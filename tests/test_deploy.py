@@ -1,5 +1,6 @@
 """What deploy.py promises: recordings that train, rollouts that a person judges, Table II."""
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -26,9 +27,16 @@ C = R.RobotConfig()
 DRAWER = "pull out the drawer"
 
 
+@pytest.fixture
+def env():
+    """The doubles at a recording's 30 Hz."""
+    with contextlib.closing(doubled(R.recording(C))) as env:
+        yield env
+
+
 # ---------------------------------------------------------------------------- check
-def test_the_check_shows_all_that_the_policy_sees_and_moves_nothing(tmp_path, capsys):
-    env = doubled(keys=["x", "y", "n"])
+def test_the_check_shows_all_that_the_policy_sees_and_moves_nothing(env, tmp_path, capsys):
+    env.keys += ["x", "y", "n"]
     P.check(env, tmp_path / "check.png")
     text = capsys.readouterr().out
     for word in ("320 x 240", "noise", "0.30 m/s, 0.75 rad/s", "check.png", "WILL MOVE"):
@@ -36,34 +44,27 @@ def test_the_check_shows_all_that_the_policy_sees_and_moves_nothing(tmp_path, ca
     for name, value in dataclasses.asdict(env.config).items():
         assert f"{name}: {value}" in text
     picture = np.asarray(Image.open(tmp_path / "check.png"))
-    assert picture.shape == (2 * 286, 3 * 260, 3)
-    for row, camera in enumerate(env.cameras.values()):
-        top = 286 * row + 28
-        policy = picture[top : top + 256, 522 : 522 + 256]
+    for row, camera in zip(np.split(picture, 2), env.cameras.values(), strict=True):
+        label, whole, policy = row[:28], row[60:252, 2:258], row[28:284, 522:778]
         recorded = R.resize_area(camera.frame[:, 40:280], 200)
         np.testing.assert_array_equal(policy[2::4, 2::4], R.resize_area(recorded, 64))
-        whole, label = picture[top + 32 : top + 224, 2:258], picture[top - 28 : top, :780]
         np.testing.assert_allclose(whole.mean((0, 2))[:30], 0, atol=1)  # outside the crop
         assert whole[:, 40:216].mean() > 100 and label.std() > 10  # inside it; it has a text
     with pytest.raises(R.RobotError, match="said no"):
         P.check(env, tmp_path / "check.png")
-    env.cameras["rgb_static"].read = lambda: (np.zeros((200, 200, 3), np.uint8), np.inf)
-    with pytest.raises(R.RobotError, match="shows nothing"):
-        P.check(env, tmp_path / "check.png")
     assert env.arm.calls == []
-    env.close()
 
 
-def test_the_check_refuses_an_arm_whose_pose_is_not_its_joints_and_a_neutral_pose_out_of_bounds(
-    tmp_path,
-):
-    env = doubled(dataclasses.replace(C, box_high=(0.45, 0.4, 0.6)))
+def test_the_check_refuses_an_arm_a_neutral_pose_or_a_camera_that_cannot_be_used(env, tmp_path):
+    env.config = dataclasses.replace(env.config, box_high=(0.45, 0.4, 0.6))
     with pytest.raises(R.RobotError, match="outside the box"):
         P.check(env, tmp_path / "check.png")
     env.arm.q = HOME + 0.05
     with pytest.raises(R.RobotError, match="another arm"):
         P.check(env, tmp_path / "check.png")
-    env.close()
+    env.cameras["rgb_static"].read = lambda: (np.zeros((200, 200, 3), np.uint8), np.inf)
+    with pytest.raises(R.RobotError, match="shows nothing"):
+        P.check(env, tmp_path / "check.png")
 
 
 # ---------------------------------------------------------------------------- play
@@ -101,7 +102,8 @@ def test_recorded_play_is_packed_and_its_actions_are_differences_of_commanded_po
     data = D.PlayData(tmp_path / "packed", "training")
     assert len(data) == 50 and data.rgb_static.shape == (50, 64, 64, 3)
     assert (data.meta["hz"], data.meta["action_scale"]) == (15, [0.02, 0.05])
-    assert (data.meta["source"], data.meta["renderer"]) == ("robot", "camera")
+    about = [data.meta.get(k) for k in ("source", "renderer", "frame")]
+    assert about == ["robot", "camera", None]  # absent: the base frame
     kept = commands["training"][::2]
     for t in range(len(data)):  # App. E
         want = (kept[t + 1][:3, 3] - kept[t][:3, 3]) / 0.02
@@ -136,19 +138,15 @@ def test_frames_that_a_crash_left_behind_become_an_episode(folder):
         P.Recorder(folder, "training", other).start()
 
 
-def test_an_episode_shorter_than_a_window_leaves_nothing(tmp_path):
-    env = doubled(R.recording(C))
-    env.reset()
+def test_an_episode_shorter_than_a_window_leaves_nothing(env, tmp_path):
     actions = iter([act()] * 20)
     assert P.record(env, tmp_path / "play", "training", lambda obs: next(actions, None)) == 0
     assert not list(tmp_path.glob("play/*/episode_*.npz"))
-    env.close()
 
 
-def test_guided_by_hand_the_commanded_pose_is_the_measured_one_and_only_the_hand_moves(tmp_path):
-    env = doubled(R.recording(C))
-    env.reset()
-    env.arm.calls.clear()
+def test_guided_by_hand_the_commanded_pose_is_the_measured_one_and_only_the_hand_moves(
+    env, tmp_path
+):
     state, looks = env.arm.state, []
 
     def guided():
@@ -162,18 +160,6 @@ def test_guided_by_hand_the_commanded_pose_is_the_measured_one_and_only_the_hand
     assert P.record(env, tmp_path / "play", "training") >= 20 and set(env.arm.calls) == {"close"}
     frames = [np.load(p) for p in sorted(tmp_path.glob("play/training/episode_*.npz"))]
     assert frames[0]["rel_actions"][2] < 0 and frames[-1]["rel_actions"][6] == -1
-    env.close()
-
-
-def test_a_hand_that_holds_something_keeps_it_when_an_episode_begins(tmp_path):
-    arm = Double()
-    arm.width = 0.04
-    env = doubled(R.recording(C), arm=arm)
-    looks = iter(range(99))
-    P.record(env, tmp_path / "play", "training", lambda obs: act()[:6] if next(looks) else None)
-    assert env.get_obs()["robot_obs"][14] == -1
-    env.close()
-    assert set(arm.calls) == {"stop"}
 
 
 def test_actions_beyond_one_are_clipped_and_counted(tmp_path):
@@ -186,6 +172,17 @@ def test_actions_beyond_one_are_clipped_and_counted(tmp_path):
     actions = [np.load(p)["rel_actions"][0] for p in sorted(tmp_path.glob("*/episode_*.npz"))]
     np.testing.assert_allclose(actions, [1, 1, 0.5], atol=1e-9)
     assert recorder.clipped == 1
+
+
+def test_a_hand_that_holds_something_keeps_it_when_an_episode_begins(tmp_path):
+    arm = Double()
+    arm.width = 0.04
+    env = doubled(R.recording(C), arm=arm)
+    looks = iter(range(99))
+    P.record(env, tmp_path / "play", "training", lambda obs: act()[:6] if next(looks) else None)
+    assert env.get_obs()["robot_obs"][14] == -1
+    env.close()
+    assert set(arm.calls) == {"stop"}
 
 
 def test_ctrl_c_in_a_recording_thinned_to_the_set_ups_rate_says_that_everything_is_kept(
@@ -232,12 +229,10 @@ def test_annotated_play_has_its_language_and_trains_and_no_probe_asks_for_the_sc
 
 
 def test_the_frame_of_relative_actions_travels_with_the_data(folder, tmp_path):
-    for name in ("base", "tool"):
-        for path in folder.glob("*/recording.json"):
-            path.write_text(json.dumps(json.loads(path.read_text()) | {"frame": name}))
-        D.pack(folder, tmp_path / name, lang_folder="none", procs=1)
-        meta = D.PlayData(tmp_path / name, "training").meta
-        assert meta.get("frame", "base") == name  # absent in what was packed before: base
+    for path in folder.glob("*/recording.json"):
+        D.write_json(path, D.read_json(path, "") | {"frame": "tool"})
+    D.pack(folder, tmp_path / "packed", lang_folder="none", procs=1)
+    assert D.PlayData(tmp_path / "packed", "training").meta["frame"] == "tool"
 
 
 @pytest.mark.parametrize(
