@@ -52,14 +52,15 @@ def terminal_key() -> str | None:
 def connected(config: R.RobotConfig, dry_run: bool):
     """The environment with the terminal as its keyboard; at the end the arm is at rest."""
     saved = termios.tcgetattr(sys.stdin) if sys.stdin.isatty() else None
-    with contextlib.closing(R.RealEnv(config, dry_run, key=terminal_key)) as env:
-        try:
-            if saved:
-                tty.setcbreak(sys.stdin)  # keys count without Enter
-            yield env
-        finally:
-            if saved:
-                termios.tcsetattr(sys.stdin, termios.TCSADRAIN, saved)
+    env = R.RealEnv(config, dry_run, key=terminal_key)
+    try:
+        if saved:
+            tty.setcbreak(sys.stdin)  # keys count without Enter
+        yield env
+    finally:
+        env.close()  # the arm first: a terminal that is held back may block
+        if saved:
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, saved)
 
 
 def ask(env, text: str, choices: str) -> str:
@@ -442,8 +443,8 @@ def all_rollouts(todo: list[dict], policy, tasks: dict, config: R.RobotConfig, a
 
 
 def all_dreams(todo: list[dict], policy, tasks: dict, config: R.RobotConfig, args):
-    """Each single task's rollout once more in the world model alone, from the same first picture:
-    a film, judged by a person as Table II's last column was."""
+    """Each single task's rollout again, in the world model alone, from the same first picture: a
+    film, judged by a person as Table II's last column was."""
     import diagnostics
 
     for r in todo:
