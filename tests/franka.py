@@ -24,7 +24,6 @@ HOME = np.array(R.RobotConfig().neutral[0])
 HAND = np.eye(4)  # the hand's tool in the flange's frame
 HAND[:3, :3], HAND[2, 3] = R.Rotation.from_euler("z", -np.pi / 4).as_matrix(), 0.1034
 RealEnv = R.RealEnv  # tests put something else in its place
-COLLISION = 7  # index of cartesian_reflex among libfranka's errors
 
 
 def act(*a) -> np.ndarray:
@@ -96,18 +95,20 @@ class Noise:
         pass
 
 
-def doubled(c=None, keys=None, dry_run=False, arm=None, log=None):
-    """A RealEnv of doubles. keys: a list of what the operator presses next."""
-    arm, keys = arm or Double(), [] if keys is None else keys
-    c = dataclasses.replace(c or R.RobotConfig(), max_frame_age=2.0, max_state_age=2.0)
-    cameras = {"rgb_static": Noise(), "rgb_gripper": Noise()}
-
-    def key():
-        return keys.pop(0) if keys else ""
-
-    env = RealEnv(c, dry_run, arm, cameras, key, clock=lambda: arm.state().time)
+def environment(c, arm, cameras=None, log=None, dry_run=False):
+    """A RealEnv by the arm's clock. Its list `keys` is what the operator presses next."""
+    keys = []
+    env = RealEnv(c, dry_run, arm, cameras, key=lambda: keys.pop(0) if keys else "",
+                  clock=lambda: arm.state().time)  # fmt: skip
     env.keys, env.log = keys, log
     return env
+
+
+def doubled(c=None, arm=None, **options):
+    """An environment of doubles."""
+    c = dataclasses.replace(c or R.RobotConfig(), max_frame_age=2.0, max_state_age=2.0)
+    cameras = {"rgb_static": Noise(), "rgb_gripper": Noise()}
+    return environment(c, arm or Double(), cameras, **options)
 
 
 # ---------------------------------------------------------------------------- franky-sim
@@ -115,7 +116,7 @@ def patch(protocol, server_class):
     """Lets the stock server report a reflex, and clear it when it is told to recover. Returns
     what causes one: the motion is aborted, the error stays until recovery."""
     state, recover = server_class.robot_state.fget, protocol.AutomaticErrorRecoveryCommand.handle
-    flags = tuple(i == COLLISION for i in range(41))
+    flags = tuple(i == 7 for i in range(41))  # libfranka's errors: 7 is cartesian_reflex
     now = {"errors": flags, "reflex_reason": flags, "robot_mode": protocol.RobotMode.kReflex}
     server_class.broken = False
 

@@ -21,7 +21,7 @@ import numpy as np
 import pybullet as bullet
 import pybullet_data
 import pytest
-from franka import HAND, HOME, Double, Lost, act, doubled
+from franka import HAND, HOME, Double, Lost, act, doubled, environment
 from pybullet_utils.bullet_client import BulletClient
 from scipy.spatial.transform import Rotation
 
@@ -402,10 +402,9 @@ def double(tmp_path):
 
 def test_the_interface_is_the_simulators(double):
     obs = double.reset()
-    for name in ("rgb_static", "rgb_gripper"):
-        image = obs["rgb_obs"].pop(name)
+    assert [*obs["rgb_obs"]] == ["rgb_static", "rgb_gripper"]
+    for image in obs["rgb_obs"].values():
         assert (image.shape, image.dtype) == ((64, 64, 3), np.uint8)
-    assert obs["rgb_obs"] == {}
     T, robot_obs = R.flange(HOME) @ HAND, obs["robot_obs"]
     np.testing.assert_allclose(pose(*robot_obs[:3], robot_obs[3:6]), T, atol=1e-6)
     np.testing.assert_array_equal(robot_obs[6:], [0.08, *HOME, 1.0])
@@ -429,16 +428,14 @@ def test_reset_goes_to_the_joints_of_robot_obs_and_refuses_those_that_are_unsafe
 
 def test_a_hand_that_stays_busy_ends_the_wait_before_a_rollout_and_in_it(double):
     double.config = dataclasses.replace(double.config, patience=0.1)
-    grip, double.arm.grip = double.arm.grip, lambda opened: False
-    with pytest.raises(R.Stopped, match="hand has been busy"):
-        double.reset()
-    double.arm.grip = grip
     double.reset()
     double.arm.grip = lambda opened: False
     with pytest.raises(R.Stopped, match="hand has been busy"):
         for _ in range(100):
             double.step(-act())
             time.sleep(0.005)
+    with pytest.raises(R.Stopped, match="hand has been busy"):
+        double.reset()
 
 
 def test_ticks_are_one_period_apart_and_each_is_on_the_disk_before_the_next(double):
@@ -521,11 +518,8 @@ def simulated(tmp_path_factory):
 def env(simulated, film, tmp_path, request):
     c = dataclasses.replace(C, host=simulated.host, realtime=False, static=film, gripper=film,
                             dynamics=0.3, **getattr(request, "param", {}))  # fmt: skip
-    keys, arm = [], R.Arm(c)
     with open(tmp_path / "log.jsonl", "w") as log:
-        env = R.RealEnv(c, arm=arm, key=lambda: keys.pop(0) if keys else "",
-                        clock=lambda: arm.state().time)  # fmt: skip
-        env.keys, env.log = keys, log
+        env = environment(c, R.Arm(c), log=log)
         env.reset()
         yield env
         env.close()
@@ -560,12 +554,11 @@ def test_a_policy_runs_at_15_hz(env, simulated, request):
     policy = train.load_agent(HERE.parent / "assets/sim.pt")[0]
     obs, times, errors, began = env.get_obs(), [], [], time.time()
     for tick in range(int(15 * SECONDS)):
-        target, action = env.T.copy(), policy.act(obs, np.zeros(384, np.float32))
+        action = policy.act(obs, np.zeros(384, np.float32))
         action[:6] = to_and_fro(tick)[:6]
         obs, _, _, _ = env.step(action)
         times.append(env.state.time)
         errors.append(1000 * np.linalg.norm(env.state.M[:3, 3] - env.T[:3, 3]))
-        assert np.linalg.norm(env.T[:3, 3] - target[:3, 3]) <= 0.4 / 15 + 0.05
     period, wall = 1000 * np.diff(times), time.time() - began
     report(request, f"{1000 / period.mean():.3f} Hz by the arm's clock ({len(times)} ticks, "
            f"{times[-1] - times[0]:.0f} s, real-time factor {SECONDS / wall:.2f}); period std "
@@ -617,7 +610,7 @@ def test_after_a_fault_that_passes_the_arm_goes_on_and_nothing_jumps(
     drive(env, 40)
     log = events(env, *kinds.split(), "stopped")
     assert " ".join(e["event"] for e in log) == kinds and words in json.dumps(log[0])
-    assert env.recoveries == len(events(env, "error")) == (kinds == "error recovered")
+    assert env.recoveries == kinds.count("recovered")
     noticed, back = (e["wall"] - when for e in log)
     report(request, f"noticed after {noticed:.2f} s, goes on after {back:.2f} s")
     assert simulated.travel(log[1]["wall"]) > 0.02
