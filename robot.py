@@ -530,10 +530,9 @@ class Arm:
 class RealEnv:
     """Arm and cameras behind the simulators' interface, at config.hz.
 
-    arm, cameras: instead of the set-up's. key: function returning a pressed key, "" if there is
-    none. clock: what 15 Hz go by, s (a simulated arm's, if it is slower than real time). In a
-    rollout the operator's keys are s success, f failed, r repeat (invalid), a abort; others wait
-    in `pressed` for who reads them.
+    arm, cameras: instead of the set-up's. key() -> a pressed key, or "". clock() -> what 15 Hz go
+    by, s (a simulated arm's may be slow). The operator's keys in a rollout: s success, f failed,
+    r repeat (invalid), a abort; others wait in `pressed` for who reads them.
     """
 
     def __init__(self, c, dry_run=False, arm=None, cameras=None, key=None, clock=time.monotonic):
@@ -604,10 +603,9 @@ class RealEnv:
         return obs
 
     def step(self, action, render=True, guided=False):
-        """One action (7,) and the wait for the next tick: observation, 0.0, False, info.
-        Raises Stopped, with the arm at rest, or KeyboardInterrupt. render: for the simulators.
-        guided: a person moves the arm; the commanded pose is the measured one, and only the hand
-        is commanded."""
+        """One action (7,) and the wait for the next tick: observation, 0.0, False, info. Raises
+        Stopped, with the arm at rest, or KeyboardInterrupt. render: for the simulators. guided: a
+        person moves the arm; the commanded pose is the measured one; only the hand is commanded."""
         return self._guard(self._step, action, guided), 0.0, False, self.get_info()
 
     def get_obs(self):
@@ -656,7 +654,7 @@ class RealEnv:
         raise Stopped(reason)
 
     def _recover(self, error, began: float):
-        """A reflex, a pre-emption, a lost connection: clear it and go on from the measured pose,
+        """Clears a reflex, a pre-emption, a lost connection, to go on from the measured pose,
         unless that lasted longer than `patience` since `began`."""
         self.recoveries += 1
         text = f"{type(error).__name__}: {error}"
