@@ -58,7 +58,7 @@ def connected(config: R.RobotConfig, dry_run: bool):
             tty.setcbreak(sys.stdin)  # keys count without Enter
         yield env
     finally:
-        env.close()
+        env.close()  # the arm first: a terminal that is held back may block
         if saved:
             termios.tcsetattr(sys.stdin, termios.TCSADRAIN, saved)
 
@@ -103,16 +103,14 @@ def save_film(path: Path, film: list[tuple], hz: float):
 def check_cameras(env, picture: Path):
     """Saves all of each camera's picture with its crop, what is recorded, what the policy gets.
     RobotError: a dark or frozen camera."""
-    rows = []
-    images, ages = env.frames()
+    rows, (images, ages) = [], env.frames()
     for name, image in images.items():
-        camera = env.cameras[name]
+        camera, small = env.cameras[name], R.resize_area(image, env.config.policy_size)
         top, bottom, left, right = camera.box
         whole = camera.frame // 3  # what the crop leaves out is dark
         whole[top:bottom, left:right] = camera.frame[top:bottom, left:right]
-        small = R.resize_area(image, env.config.policy_size)
-        label = f"{name}: {whole.shape[1]} x {whole.shape[0]} with its crop, recorded {len(image)} "
-        label += f"x {len(image)}, policy {len(small)} x {len(small)}"
+        sizes = [f"{x.shape[1]} x {x.shape[0]}" for x in (whole, image, small)]
+        label = "{}: {} with its crop, recorded {}, policy {}".format(name, *sizes)
         rows.append(strip(label, [whole, image, small]))
         label += f" ({camera.spec}), {ages[name]:.2f} s old, grey levels +- {image.std():.0f}"
         print(label)
@@ -279,36 +277,34 @@ def read_tasks(args: Rollouts) -> tuple[dict, dict, list[dict]]:
     with D.naming(args.tasks, "Give it rows, tasks and chains as assets/tabletop.json has them"):
         setup = json.loads(args.tasks.read_text())
         tasks = {t: about for row in setup["rows"] for t, about in row["tasks"].items()}
-        texts = [x[k] for x in tasks.values() for k in ("scene", "sentence")]
-        "".join([*texts, *(chain["scene"] for chain in setup["chains"])])  # TypeError: no text
+        "".join(x["sentence"] + x["scene"] for x in tasks.values())  # TypeError: no text
+        "".join(chain["scene"] for chain in setup["chains"])
         unknown = {t for chain in setup["chains"] for t in chain["tasks"]} - set(tasks)
         if unknown:
             raise ValueError(f"chains have {sorted(unknown)}, which no row has")
     jobs = []
     for task, about in tasks.items():
-        jobs += [{"name": f"{task}/{k:02}", "k": k, "scene": about["scene"], "tasks": [task]}
-                 for k in range(args.rollouts)]  # fmt: skip
-    chains = setup["chains"][: args.chains]
-    jobs += [{"name": f"chain/{k:02}", "k": k} | x for k, x in enumerate(chains)]
+        job = {"scene": about["scene"], "tasks": [task]}
+        jobs += [{"name": f"{task}/{k:02}", "k": k} | job for k in range(args.rollouts)]
+    for k, chain in enumerate(setup["chains"][: args.chains]):
+        jobs.append({"name": f"chain/{k:02}", "k": k} | chain)
     return setup, tasks, jobs
-
-
-def counted(records: list[dict], tasks, dream: bool = False) -> list[int]:
-    """[solved, tried] of rollouts of these single tasks."""
-    single = [r for r in records if len(r["tasks"]) == 1 and r["tasks"][0] in tasks]
-    solved = [r["solved"] for r in single if r.get("dream", False) == dream]
-    return [sum(solved), len(solved)]
 
 
 def table_ii(records: list[dict], setup: dict) -> dict:
     """Table II's figures: [solved, tried] of each row and task, lengths of the chains. Both
     vegetables' tasks are parts of one row, judged apart."""
+
+    def counted(tasks, dream: bool = False) -> list[int]:  # chains do not count here
+        these = [r for r in records if r["tasks"] in [[task] for task in tasks]]
+        solved = [r["solved"] for r in these if r.get("dream", False) == dream]
+        return [sum(solved), len(solved)]
+
     rows, tasks = [], {}
     for row in setup["rows"]:
-        seen, dreamed = counted(records, row["tasks"]), counted(records, row["tasks"], True)
-        entry = {"row": row["row"], "paper": row.get("paper"), "real": seen, "dream": dreamed}
-        rows.append(entry)
-        tasks |= {task: counted(records, [task]) for task in row["tasks"]}
+        figures = {"real": counted(row["tasks"]), "dream": counted(row["tasks"], dream=True)}
+        rows.append({"row": row["row"], "paper": row.get("paper")} | figures)
+        tasks |= {task: counted([task]) for task in row["tasks"]}
     chains = [r["solved"] for r in records if len(r["tasks"]) > 1]
     return {"tasks": tasks, "rows": rows, "chains": chains, "paper": setup.get("paper_chains")}
 
@@ -317,22 +313,24 @@ def table(result: dict) -> str:
     """Laid out like the paper's Table II, the paper's figures beside ours."""
 
     def line(name, n, cells, form="{:.1f}%") -> str:
-        cells = [x if isinstance(x, str) else "-" if x is None else form.format(x) for x in cells]
+        cells = ["-" if x is None else form.format(x) for x in cells]
         return f"{name:<38}{n:>5}" + "".join(f"{x:>10}" for x in cells)
 
+    def mean(figures):
+        known = [x for x in figures if x is not None]
+        return np.mean(known) if known else None
+
     here = "dry run" if result["dry_run"] else "real"
-    lines = [line("", "", ["here", "", "paper"])]
-    lines.append(line("Task / Method", "n", [here, "dream", "LUMOS", "HULC", "W. Model"]))
-    columns = []
+    lines = [line("", "", ["here", "", "paper"], "{}")]
+    lines.append(line("Task / Method", "n", [here, "dream", "LUMOS", "HULC", "W. Model"], "{}"))
+    rates = []
     for row in result["rows"]:
         ours = [100 * ok / n if n else None for ok, n in (row["real"], row["dream"])]
-        columns.append([*ours, *(row["paper"] or [None] * 3)])
-        lines.append(line(row["row"], row["real"][1], columns[-1]))
-    known = [[x for x in column if x is not None] for column in zip(*columns, strict=True)]
-    means = [np.mean(column) if column else None for column in known]
-    lines.append(line("Average over tasks", "", means, "{:.2f}%"))
+        rates.append([*ours, *(row["paper"] or [None] * 3)])
+        lines.append(line(row["row"], row["real"][1], rates[-1]))
+    lines.append(line("Average over tasks", "", map(mean, zip(*rates, strict=True)), "{:.2f}%"))
     chains, paper = result["chains"], result["paper"] or [None, None]
-    lengths = [np.mean(chains) if chains else None, None, *paper, None]
+    lengths = [mean(chains), None, *paper, None]
     lines.append(line("Average no. of sequential tasks", len(chains), lengths, "{:.2f}"))
     return "\n".join(lines)
 
@@ -349,8 +347,8 @@ def load_policy(args: Rollouts, c: R.RobotConfig):
     policy, checkpoint = train.load_agent(args.checkpoint, args.device, **given)
     have = {"frame": "base"} | checkpoint["meta"]  # only other frames are named
     have["hz x skip"] = round(have["hz"] * policy.skip, 6)
-    want = {"hz x skip": c.hz, "action_scale": list(c.action_scale), "frame": c.frame}
-    for key, x in (want | {"renderer": "camera"}).items():
+    want = {"hz x skip": c.hz, "action_scale": list(c.action_scale)}
+    for key, x in (want | {"frame": c.frame, "renderer": "camera"}).items():
         if have[key] != x:
             what = f"{args.checkpoint} was trained on data with {key} {have[key]}, not {x}"
             raise ValueError(f"{what}: record data that agrees, and train on that.")
@@ -445,8 +443,8 @@ def all_rollouts(todo: list[dict], policy, tasks: dict, config: R.RobotConfig, a
 
 
 def all_dreams(todo: list[dict], policy, tasks: dict, config: R.RobotConfig, args):
-    """Each single task's rollout once more in the world model alone, from the same first picture:
-    a film, judged by a person as Table II's last column was."""
+    """Each single task's rollout again, in the world model alone, from the same first picture: a
+    film, judged by a person as Table II's last column was."""
     import diagnostics
 
     for r in todo:
@@ -503,8 +501,8 @@ def rollouts(args: Rollouts) -> dict:
         raise ValueError(f"{log} has no rollouts: make them first, without --dream")
     todo, make = [job for job in jobs if job["name"] not in records], all_rollouts
     if args.dream:
-        todo = [r for name, r in records.items() if f"dream/{name}" not in records]
-        todo = [r for r in todo if len(r["tasks"]) == 1 and "dream" not in r]
+        done = [r for r in records.values() if len(r["tasks"]) == 1 and "dream" not in r]
+        todo = [r for r in done if f"dream/{r['chain']}" not in records]
         todo = [r for r in todo if (args.out / f"rollouts/{r['log']}_start.npz").exists()]
         make = all_dreams
     left, result = len(todo), {}

@@ -34,7 +34,7 @@ from typing import Annotated, Literal, NamedTuple
 import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
-from scipy.spatial.transform import Rotation
+from scipy.spatial.transform import RigidTransform, Rotation
 
 # The intersection of Panda's (FER) and FR3's joint limits, rad.
 Q_LOW = np.array([-2.7437, -1.7628, -2.8973, -3.0421, -2.8065, 0.5445, -2.8973])
@@ -126,8 +126,7 @@ class RobotConfig:
 
 
 def load_config(path) -> RobotConfig:
-    """SETUP.json -> RobotConfig. RobotError names a field that does not exist, is of another kind
-    or out of its range."""
+    """SETUP.json -> RobotConfig. RobotError names a field that is unknown or out of its range."""
     try:
         return TypeAdapter(RobotConfig).validate_json(Path(path).read_bytes())
     except (OSError, ValueError) as error:
@@ -143,12 +142,11 @@ def recording(c: RobotConfig) -> RobotConfig:
 # ---------------------------------------------------------------------------- geometry
 def flange(q) -> np.ndarray:
     """Joint angles (7,) -> the flange's pose (4, 4) in the base frame."""
-    T = np.eye(4)
+    p, R = np.zeros(3), Rotation.identity()
     for (a, d, alpha), angle in zip(DH, [*q, 0.0], strict=True):
-        (s, c), (sa, ca) = (np.sin(angle), np.cos(angle)), (np.sin(alpha), np.cos(alpha))
-        rows = [[c, -s, 0, a], [s * ca, c * ca, -sa, -d * sa], [s * sa, c * sa, ca, d * ca]]
-        T = T @ [*rows, [0, 0, 0, 1]]
-    return T
+        R = R * Rotation.from_euler("x", alpha)
+        p, R = p + R.apply([a, 0, d]), R * Rotation.from_euler("z", angle)
+    return RigidTransform.from_components(p, R).as_matrix()
 
 
 def tilt(R: Rotation) -> float:
@@ -157,8 +155,7 @@ def tilt(R: Rotation) -> float:
 
 
 def share_within(start, end, centre, radius: float) -> float:
-    """The largest s in [0, 1] for which start + s (end - start) is no further than radius from
-    centre; 0 where even start is."""
+    """The largest s in [0, 1] with start + s (end - start) within radius of centre, else 0."""
     d, f = end - start, start - centre
     a, b, c = d @ d, d @ f, f @ f - radius**2
     if a < 1e-18 or c > 1e-9:
@@ -171,14 +168,12 @@ def numbers(what: str, x, shape: tuple) -> np.ndarray:
     """x as floats. Unsafe: it is not an array of finite real numbers in that shape."""
     try:
         out = np.asarray(x)
-        if out.dtype.kind not in "iuf" or out.shape != shape:
-            raise ValueError(f"{out.dtype} {out.shape}")
-        out = out.astype(float)
+        real = out.dtype.kind in "iuf" and out.shape == shape
+        if not real or not np.isfinite(out.astype(float)).all():
+            raise ValueError(f"{out.dtype} {out.shape}, {out.tolist()}")
+        return out.astype(float)
     except Exception as error:  # whatever x is: a list of unequal rows, a tensor with a gradient
-        raise Unsafe(f"{what} is not {shape} real numbers: {error}") from error
-    if not np.isfinite(out).all():
-        raise Unsafe(f"{what} has numbers that are not finite: {out.tolist()}")
-    return out
+        raise Unsafe(f"{what} is not {shape} finite real numbers: {error}") from error
 
 
 def pose(what: str, x) -> tuple[np.ndarray, Rotation]:
@@ -192,8 +187,8 @@ def pose(what: str, x) -> tuple[np.ndarray, Rotation]:
 
 
 def check_state(c: RobotConfig, M, q, boxed: bool = True) -> tuple[np.ndarray, Rotation]:
-    """The measured position and rotation. Unsafe: a state that no motion may start from or go on
-    in. boxed: a tool outside the box is unsafe, too."""
+    """The measured position and rotation. Unsafe: no motion may start from this state or go on
+    in it. boxed: a tool outside the box is unsafe, too."""
     (m, R), q = pose("the measured pose", M), numbers("the joints' state", q, (7,))
     margin = np.minimum(q - Q_LOW, Q_HIGH - q)
     j = int(margin.argmin())
@@ -209,11 +204,11 @@ def check_state(c: RobotConfig, M, q, boxed: bool = True) -> tuple[np.ndarray, R
 def safe_target(c: RobotConfig, T, action, M, q) -> tuple[np.ndarray, list[str]]:
     """Commanded pose T and an action -> the next commanded pose (4, 4), and what was limited.
 
-    T, M (4, 4); action, q (7,). Whatever comes in, what goes out is finite, in the box, no more
-    tilted than max_tilt and on the leash to M; it is a clamped, speed-limited step from T, or
-    from where the leash pulled T back to. That retreat is at once, whatever the speed limit: it
-    is as far as the arm itself was moved, and a target left behind would pull with more force.
-    Raises Unsafe where there is no such pose, and for whatever is no action, pose or joint state.
+    T, M (4, 4); action, q (7,). What goes out is finite, in the box, no more tilted than max_tilt
+    and on the leash to M; it is a clamped, speed-limited step from T, or from where the leash
+    pulled T back to. That retreat ignores the speed limit: it is as far as the arm itself was
+    moved, and a target left behind would pull with more force. Unsafe: there is no such pose, or
+    an input is no action, pose or joint state.
     """
     a, (p, R) = numbers("the action", action, (7,)), pose("the commanded pose", T)
     m, R_m = check_state(c, M, q)
@@ -258,9 +253,8 @@ def safe_target(c: RobotConfig, T, action, M, q) -> tuple[np.ndarray, list[str]]
         raise Unsafe(f"the tool is tilted by {tilt(R):.2f} rad, {c.max_tilt} are allowed")
     if share < 1:
         notes.append("tilt")
-    out = np.eye(4)
-    out[:3, :3], out[:3, 3] = R_goal.as_matrix(), np.clip(goal, c.box_low, c.box_high)
-    return out, notes
+    goal = np.clip(goal, c.box_low, c.box_high)  # rounding may have left it just outside
+    return RigidTransform.from_components(goal, R_goal).as_matrix(), notes
 
 
 def check_homing(c: RobotConfig, q, goal, F_T_EE) -> None:
@@ -361,7 +355,7 @@ class Camera:
             while self.running:
                 frame, now = self.grab(), time.monotonic()
                 # A driver may repeat its last picture for ever. No two of a live camera are equal.
-                if self.frame is None or not np.array_equal(frame, self.frame):
+                if not np.array_equal(frame, self.frame):
                     self.newest = (self._cut(frame), now)
                 self.frame = frame
         except Exception as error:  # told by read(), in the control loop
@@ -536,10 +530,9 @@ class Arm:
 class RealEnv:
     """Arm and cameras behind the simulators' interface, at config.hz.
 
-    arm, cameras: instead of the set-up's. key: function returning a pressed key, "" if there is
-    none. clock: what 15 Hz go by, s (a simulated arm's, if it is slower than real time). In a
-    rollout the operator's keys are s success, f failed, r repeat (invalid), a abort; others wait
-    in `pressed` for who reads them.
+    arm, cameras: instead of the set-up's. key() -> a pressed key, or "". clock() -> what 15 Hz go
+    by, s (a simulated arm's may be slow). The operator's keys in a rollout: s success, f failed,
+    r repeat (invalid), a abort; others wait in `pressed` for who reads them.
     """
 
     def __init__(self, c, dry_run=False, arm=None, cameras=None, key=None, clock=time.monotonic):
@@ -610,10 +603,9 @@ class RealEnv:
         return obs
 
     def step(self, action, render=True, guided=False):
-        """One action (7,) and the wait for the next tick: observation, 0.0, False, info.
-        Raises Stopped, with the arm at rest, or KeyboardInterrupt. render: for the simulators.
-        guided: a person moves the arm; the commanded pose is the measured one, and only the hand
-        is commanded."""
+        """One action (7,) and the wait for the next tick: observation, 0.0, False, info. Raises
+        Stopped, with the arm at rest, or KeyboardInterrupt. render: for the simulators. guided: a
+        person moves the arm; the commanded pose is the measured one; only the hand is commanded."""
         return self._guard(self._step, action, guided), 0.0, False, self.get_info()
 
     def get_obs(self):
@@ -662,7 +654,7 @@ class RealEnv:
         raise Stopped(reason)
 
     def _recover(self, error, began: float):
-        """A reflex, a pre-emption, a lost connection: clear it and go on from the measured pose,
+        """Clears a reflex, a pre-emption, a lost connection, to go on from the measured pose,
         unless that lasted longer than `patience` since `began`."""
         self.recoveries += 1
         text = f"{type(error).__name__}: {error}"

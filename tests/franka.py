@@ -1,15 +1,15 @@
 """Arms to test robot.py and deploy.py against: a double without dynamics, and franky-sim.
 
-    python tests/franka.py HOST     a simulated FR3; then lines on stdin: reflex | dump FILE
+    python tests/franka.py HOST [HISTORY]     a simulated FR3; SIGUSR1 causes a reflex
 
-franky-sim speaks libfranka's network protocol on loopback; what the arm did is written from the
-simulator's side, not the client's. A silent connection is a process stopped by SIGSTOP.
+franky-sim speaks libfranka's network protocol on loopback. HISTORY: a file of what the arm did, by
+the simulator, not the client. A silent connection is a process stopped by SIGSTOP.
 """
 
 import dataclasses
 import gc
 import os
-import select
+import signal
 import sys
 import time
 from pathlib import Path
@@ -24,8 +24,6 @@ HOME = np.array(R.RobotConfig().neutral[0])
 HAND = np.eye(4)  # the hand's tool in the flange's frame
 HAND[:3, :3], HAND[2, 3] = R.Rotation.from_euler("z", -np.pi / 4).as_matrix(), 0.1034
 RealEnv = R.RealEnv  # tests put something else in its place
-COLLISION = 7  # index of cartesian_reflex among libfranka's errors
-reflex = [False]
 
 
 def act(*a) -> np.ndarray:
@@ -97,62 +95,62 @@ class Noise:
         pass
 
 
-def doubled(c=None, keys=None, dry_run=False, arm=None, log=None):
-    """A RealEnv of doubles. keys: a list of what the operator presses next."""
-    arm, keys = arm or Double(), [] if keys is None else keys
-    c = dataclasses.replace(c or R.RobotConfig(), max_frame_age=2.0, max_state_age=2.0)
-    cameras = {"rgb_static": Noise(), "rgb_gripper": Noise()}
-
-    def key():
-        return keys.pop(0) if keys else ""
-
-    env = RealEnv(c, dry_run, arm, cameras, key, clock=lambda: arm.state().time)
+def environment(c, arm, cameras=None, log=None, dry_run=False):
+    """A RealEnv by the arm's clock. Its list `keys` is what the operator presses next."""
+    keys = []
+    env = RealEnv(c, dry_run, arm, cameras, key=lambda: keys.pop(0) if keys else "",
+                  clock=lambda: arm.state().time)  # fmt: skip
     env.keys, env.log = keys, log
     return env
 
 
+def doubled(c=None, arm=None, **options):
+    """An environment of doubles."""
+    c = dataclasses.replace(c or R.RobotConfig(), max_frame_age=2.0, max_state_age=2.0)
+    cameras = {"rgb_static": Noise(), "rgb_gripper": Noise()}
+    return environment(c, arm or Double(), cameras, **options)
+
+
 # ---------------------------------------------------------------------------- franky-sim
-def break_down(protocol, server):
-    """A reflex as the protocol has it: the motion is aborted, the error stays until recovery."""
-    server.stop_motion()
-    if server.current_motion_id:
-        message = (protocol.RobotCommand.kMove, server.current_motion_id)
-        status = protocol.MoveStatus.kReflexAborted
-        protocol.BaseCommand.send_response(server._tcp_socket, *message, status)
-        server.reset_current_motion_id()
-    reflex[0] = True
-
-
 def patch(protocol, server_class):
-    """Let the stock server report a reflex, and clear it when it is told to recover."""
-    state = server_class.robot_state.fget
-    handle = protocol.AutomaticErrorRecoveryCommand.handle
+    """Lets the stock server report a reflex, and clear it when it is told to recover. Returns
+    what causes one: the motion is aborted, the error stays until recovery."""
+    state, recover = server_class.robot_state.fget, protocol.AutomaticErrorRecoveryCommand.handle
+    flags = tuple(i == 7 for i in range(41))  # libfranka's errors: 7 is cartesian_reflex
+    now = {"errors": flags, "reflex_reason": flags, "robot_mode": protocol.RobotMode.kReflex}
+    server_class.broken = False
 
     def robot_state(self):
-        s = state(self)
-        if not reflex[0]:
-            return s
-        flags = tuple(i == COLLISION for i in range(41))
-        mode = protocol.RobotMode.kReflex
-        return dataclasses.replace(s, errors=flags, reflex_reason=flags, robot_mode=mode)
+        return dataclasses.replace(state(self), **now) if self.broken else state(self)
 
-    def recover(self, server):
-        reflex[0] = False
-        handle(self, server)
+    def handle(self, server):
+        server.broken = False
+        recover(self, server)
+
+    def break_down(server):
+        server.stop_motion()
+        if server.current_motion_id:
+            message = (protocol.RobotCommand.kMove, server.current_motion_id)
+            status = protocol.MoveStatus.kReflexAborted
+            protocol.BaseCommand.send_response(server._tcp_socket, *message, status)
+            server.reset_current_motion_id()
+        server.broken = True
 
     server_class.robot_state = property(robot_state)
-    protocol.AutomaticErrorRecoveryCommand.handle = recover
+    protocol.AutomaticErrorRecoveryCommand.handle = handle
+    return break_down
 
 
-def serve(host):
+def serve(host, history=os.devnull):
+    """history: rows of float64: wall clock, simulated time, the tool's xyz, the hand's width."""
     from franky_sim import SimulationServer
     from franky_sim import franka_robot_protocol as protocol
     from franky_sim.franka_robot_server import FrankaRobotServer
     from franky_sim.mujoco_simulator import MujocoSimulator
 
-    patch(protocol, FrankaRobotServer)
-    rows = []  # wall, simulated time, tool xyz, largest joint speed, hand width, robot in control
-    with MujocoSimulator(enable_visualization=False) as sim:
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    break_down = patch(protocol, FrankaRobotServer)
+    with open(history, "wb", 0) as file, MujocoSimulator(enable_visualization=False) as sim:
         arm = sim.add_robot(initial_hand_width=0.08)
         with SimulationServer(sim, hostname_candidates=[host]) as server:
             robot = server.robot_servers[0]
@@ -164,17 +162,10 @@ def serve(host):
                 server.run_once(realtime=False)
                 n += 1
                 if n % 10 == 0:
-                    s = robot.robot_state
-                    p, v = s.O_T_EE[12:15], np.abs(s.dq).max()
-                    busy = robot.current_motion_id > 0
-                    rows.append((time.time(), n / 1000, *p, v, arm.hand_width, busy))
-                    if select.select([0], [], [], 0)[0]:
-                        command, *names = os.read(0, 4096).decode().split()
-                        if command == "reflex":
-                            break_down(protocol, robot)
-                        elif command == "dump":
-                            np.save(names[0] + ".part.npy", np.array(rows))
-                            os.replace(names[0] + ".part.npy", names[0])
+                    p = robot.robot_state.O_T_EE[12:15]
+                    file.write(np.array([time.time(), n / 1000, *p, arm.hand_width]).tobytes())
+                    if signal.sigtimedwait([signal.SIGUSR1], 0):
+                        break_down(robot)
                 deadline += 1e-3
                 late = time.perf_counter() - deadline
                 if late < 0:
@@ -184,4 +175,4 @@ def serve(host):
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(*sys.argv[1:])

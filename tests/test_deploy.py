@@ -1,5 +1,6 @@
 """What deploy.py promises: recordings that train, rollouts that a person judges, Table II."""
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -24,11 +25,19 @@ import robot as R
 ROOT = Path(__file__).resolve().parent.parent
 C = R.RobotConfig()
 DRAWER = "pull out the drawer"
+ASK = P.ask
+
+
+@pytest.fixture
+def env():
+    """The doubles at a recording's 30 Hz."""
+    with contextlib.closing(doubled(R.recording(C))) as env:
+        yield env
 
 
 # ---------------------------------------------------------------------------- check
-def test_the_check_shows_all_that_the_policy_sees_and_moves_nothing(tmp_path, capsys):
-    env = doubled(keys=["x", "y", "n"])
+def test_the_check_shows_all_that_the_policy_sees_and_moves_nothing(env, tmp_path, capsys):
+    env.keys += ["x", "y", "n"]
     P.check(env, tmp_path / "check.png")
     text = capsys.readouterr().out
     for word in ("320 x 240", "noise", "0.30 m/s, 0.75 rad/s", "check.png", "WILL MOVE"):
@@ -36,34 +45,27 @@ def test_the_check_shows_all_that_the_policy_sees_and_moves_nothing(tmp_path, ca
     for name, value in dataclasses.asdict(env.config).items():
         assert f"{name}: {value}" in text
     picture = np.asarray(Image.open(tmp_path / "check.png"))
-    assert picture.shape == (2 * 286, 3 * 260, 3)
-    for row, camera in enumerate(env.cameras.values()):
-        top = 286 * row + 28
-        policy = picture[top : top + 256, 522 : 522 + 256]
+    for row, camera in zip(np.split(picture, 2), env.cameras.values(), strict=True):
+        label, whole, policy = row[:28], row[60:252, 2:258], row[28:284, 522:778]
         recorded = R.resize_area(camera.frame[:, 40:280], 200)
         np.testing.assert_array_equal(policy[2::4, 2::4], R.resize_area(recorded, 64))
-        whole, label = picture[top + 32 : top + 224, 2:258], picture[top - 28 : top, :780]
         np.testing.assert_allclose(whole.mean((0, 2))[:30], 0, atol=1)  # outside the crop
         assert whole[:, 40:216].mean() > 100 and label.std() > 10  # inside it; it has a text
     with pytest.raises(R.RobotError, match="said no"):
         P.check(env, tmp_path / "check.png")
-    env.cameras["rgb_static"].read = lambda: (np.zeros((200, 200, 3), np.uint8), np.inf)
-    with pytest.raises(R.RobotError, match="shows nothing"):
-        P.check(env, tmp_path / "check.png")
     assert env.arm.calls == []
-    env.close()
 
 
-def test_the_check_refuses_an_arm_whose_pose_is_not_its_joints_and_a_neutral_pose_out_of_bounds(
-    tmp_path,
-):
-    env = doubled(dataclasses.replace(C, box_high=(0.45, 0.4, 0.6)))
+def test_the_check_refuses_an_arm_a_neutral_pose_or_a_camera_that_cannot_be_used(env, tmp_path):
+    env.config = dataclasses.replace(env.config, box_high=(0.45, 0.4, 0.6))
     with pytest.raises(R.RobotError, match="outside the box"):
         P.check(env, tmp_path / "check.png")
     env.arm.q = HOME + 0.05
     with pytest.raises(R.RobotError, match="another arm"):
         P.check(env, tmp_path / "check.png")
-    env.close()
+    env.cameras["rgb_static"].read = lambda: (np.zeros((200, 200, 3), np.uint8), np.inf)
+    with pytest.raises(R.RobotError, match="shows nothing"):
+        P.check(env, tmp_path / "check.png")
 
 
 # ---------------------------------------------------------------------------- play
@@ -101,7 +103,8 @@ def test_recorded_play_is_packed_and_its_actions_are_differences_of_commanded_po
     data = D.PlayData(tmp_path / "packed", "training")
     assert len(data) == 50 and data.rgb_static.shape == (50, 64, 64, 3)
     assert (data.meta["hz"], data.meta["action_scale"]) == (15, [0.02, 0.05])
-    assert (data.meta["source"], data.meta["renderer"]) == ("robot", "camera")
+    about = [data.meta.get(k) for k in ("source", "renderer", "frame")]
+    assert about == ["robot", "camera", None]  # absent: the base frame
     kept = commands["training"][::2]
     for t in range(len(data)):  # App. E
         want = (kept[t + 1][:3, 3] - kept[t][:3, 3]) / 0.02
@@ -136,19 +139,15 @@ def test_frames_that_a_crash_left_behind_become_an_episode(folder):
         P.Recorder(folder, "training", other).start()
 
 
-def test_an_episode_shorter_than_a_window_leaves_nothing(tmp_path):
-    env = doubled(R.recording(C))
-    env.reset()
+def test_an_episode_shorter_than_a_window_leaves_nothing(env, tmp_path):
     actions = iter([act()] * 20)
     assert P.record(env, tmp_path / "play", "training", lambda obs: next(actions, None)) == 0
     assert not list(tmp_path.glob("play/*/episode_*.npz"))
-    env.close()
 
 
-def test_guided_by_hand_the_commanded_pose_is_the_measured_one_and_only_the_hand_moves(tmp_path):
-    env = doubled(R.recording(C))
-    env.reset()
-    env.arm.calls.clear()
+def test_guided_by_hand_the_commanded_pose_is_the_measured_one_and_only_the_hand_moves(
+    env, tmp_path
+):
     state, looks = env.arm.state, []
 
     def guided():
@@ -162,18 +161,6 @@ def test_guided_by_hand_the_commanded_pose_is_the_measured_one_and_only_the_hand
     assert P.record(env, tmp_path / "play", "training") >= 20 and set(env.arm.calls) == {"close"}
     frames = [np.load(p) for p in sorted(tmp_path.glob("play/training/episode_*.npz"))]
     assert frames[0]["rel_actions"][2] < 0 and frames[-1]["rel_actions"][6] == -1
-    env.close()
-
-
-def test_a_hand_that_holds_something_keeps_it_when_an_episode_begins(tmp_path):
-    arm = Double()
-    arm.width = 0.04
-    env = doubled(R.recording(C), arm=arm)
-    looks = iter(range(99))
-    P.record(env, tmp_path / "play", "training", lambda obs: act()[:6] if next(looks) else None)
-    assert env.get_obs()["robot_obs"][14] == -1
-    env.close()
-    assert set(arm.calls) == {"stop"}
 
 
 def test_actions_beyond_one_are_clipped_and_counted(tmp_path):
@@ -186,6 +173,17 @@ def test_actions_beyond_one_are_clipped_and_counted(tmp_path):
     actions = [np.load(p)["rel_actions"][0] for p in sorted(tmp_path.glob("*/episode_*.npz"))]
     np.testing.assert_allclose(actions, [1, 1, 0.5], atol=1e-9)
     assert recorder.clipped == 1
+
+
+def test_a_hand_that_holds_something_keeps_it_when_an_episode_begins(tmp_path):
+    arm = Double()
+    arm.width = 0.04
+    env = doubled(R.recording(C), arm=arm)
+    looks = iter(range(99))
+    P.record(env, tmp_path / "play", "training", lambda obs: act()[:6] if next(looks) else None)
+    assert env.get_obs()["robot_obs"][14] == -1
+    env.close()
+    assert set(arm.calls) == {"stop"}
 
 
 def test_ctrl_c_in_a_recording_thinned_to_the_set_ups_rate_says_that_everything_is_kept(
@@ -232,12 +230,10 @@ def test_annotated_play_has_its_language_and_trains_and_no_probe_asks_for_the_sc
 
 
 def test_the_frame_of_relative_actions_travels_with_the_data(folder, tmp_path):
-    for name in ("base", "tool"):
-        for path in folder.glob("*/recording.json"):
-            path.write_text(json.dumps(json.loads(path.read_text()) | {"frame": name}))
-        D.pack(folder, tmp_path / name, lang_folder="none", procs=1)
-        meta = D.PlayData(tmp_path / name, "training").meta
-        assert meta.get("frame", "base") == name  # absent in what was packed before: base
+    for path in folder.glob("*/recording.json"):
+        D.write_json(path, D.read_json(path, "") | {"frame": "tool"})
+    D.pack(folder, tmp_path / "packed", lang_folder="none", procs=1)
+    assert D.PlayData(tmp_path / "packed", "training").meta["frame"] == "tool"
 
 
 @pytest.mark.parametrize(
@@ -257,13 +253,32 @@ def test_a_span_that_cannot_be_is_an_error_that_names_the_file(folder, tmp_path,
 
 
 # ---------------------------------------------------------------------------- rollouts
-class Drifting:
-    """A policy that drifts; the operator's key of each instruction comes at its fourth step."""
+class Session:
+    """`deploy.py rollouts` with the double, an operator's keys, and a policy that drifts; the
+    operator's key of each instruction comes at its fourth step."""
 
     skip = 1
 
-    def __init__(self, during: list, press):
-        self.during, self.press, self.key, self.steps = during, press, None, -10
+    def __init__(self, folder):
+        self.folder, self.out, self.made, self.steps = folder, folder / "out", [], -10
+        self.setup = {"max_frame_age": 2.0}
+        meta = {"hz": 15, "action_scale": [0.02, 0.05], "renderer": "camera"}
+        self.checkpoint = {"meta": meta, "method": "lumos", "step": 5}
+        self.checkpoint["text_encoder"] = D.TEXT_ENCODER
+        tasks = {"a": {"sentence": DRAWER, "scene": "drawer shut"}}
+        tasks["b"] = {"sentence": DRAWER, "scene": "in hand", "held": True}
+        rows = [{"row": "Both", "paper": [60, 50, 70], "tasks": tasks}]
+        chains = [{"scene": "as it is", "tasks": ["a", "b", "a", "b", "a"]}]
+        self.tasks = {"rows": rows, "chains": chains}
+
+    def environment(self, c, dry_run, key):
+        self.made.append(doubled(c, dry_run=dry_run))
+        return self.made[-1]
+
+    def ask(self, env, text, choices):  # the keys that were to be pressed are used up in order
+        assert self.answers and self.answers[0] in choices, (text, choices, self.answers)
+        env.keys.append(self.answers.pop(0))
+        return ASK(env, text, choices)
 
     def reset(self):
         self.steps, self.key = 0, self.during.pop(0) if self.during else None
@@ -273,52 +288,28 @@ class Drifting:
         if self.steps == 4 and self.key == "ctrl-c":
             os.kill(os.getpid(), signal.SIGINT)
         elif self.steps == 4 and self.key:
-            self.press(self.key)
+            self.made[-1].keys.append(self.key)
         return act(0.1)
+
+    def rollouts(self, answers, keys=(), rollouts=2, more=()):
+        self.answers, self.during = list(answers), list(keys)
+        setup, tasks = self.folder / "setup.json", self.folder / "tasks.json"
+        D.write_json(setup, self.setup)
+        D.write_json(tasks, self.tasks)
+        options = ["--tasks", tasks, "--limit", 8, "--rollouts", rollouts]
+        options += ["--out", self.out, "--checkpoint", "agent.pt"] if self.out else []
+        return P.main(["rollouts", str(setup), *map(str, options), *more])
 
 
 @pytest.fixture
 def session(tmp_path, monkeypatch):
-    """`deploy.py rollouts` with the double, a policy that drifts, and an operator's keys."""
     import train
 
-    tasks = {"a": {"sentence": DRAWER, "scene": "drawer shut"},
-             "b": {"sentence": DRAWER, "scene": "in hand", "held": True}}  # fmt: skip
-    run = types.SimpleNamespace(made=[], answers=[], during=[], out=tmp_path / "out")
-    run.checkpoint = {
-        "meta": {"hz": 15, "action_scale": [0.02, 0.05], "renderer": "camera"},
-        "text_encoder": D.TEXT_ENCODER, "method": "lumos", "step": 5,
-    }  # fmt: skip
-    run.tasks = {
-        "rows": [{"row": "Both", "paper": [60, 50, 70], "tasks": tasks}],
-        "chains": [{"scene": "as it is", "tasks": ["a", "b", "a", "b", "a"]}],
-    }
-    run.setup = {"max_frame_age": 2.0}
-
-    def ask(env, text, choices):  # the keys that the operator was to press are used up in order
-        assert run.answers and run.answers[0] in choices, (text, choices, run.answers)
-        env.keys.append(run.answers.pop(0))
-        return real_ask(env, text, choices)
-
-    def environment(c, dry_run, key):
-        run.made.append(doubled(c, dry_run=dry_run))
-        return run.made[-1]
-
-    def rollouts(answers, keys=(), rollouts=2, more=()):
-        run.answers[:], run.during[:] = list(answers), list(keys)
-        (tmp_path / "tasks.json").write_text(json.dumps(run.tasks))
-        (tmp_path / "setup.json").write_text(json.dumps(run.setup))
-        options = {"--tasks": tmp_path / "tasks.json", "--limit": 8, "--rollouts": rollouts}
-        options |= {"--out": run.out, "--checkpoint": "agent.pt"} if run.out else {}
-        options = [str(x) for pair in options.items() for x in pair]
-        return P.main(["rollouts", str(tmp_path / "setup.json"), *options, *more])
-
-    real_ask, run.rollouts = P.ask, rollouts
-    policy = Drifting(run.during, lambda key: run.made[-1].keys.append(key))
-    monkeypatch.setattr(train, "load_agent", lambda *_: (policy, run.checkpoint))
-    monkeypatch.setattr(R, "RealEnv", environment)
-    monkeypatch.setattr(P, "ask", ask)
-    return run
+    session = Session(tmp_path)
+    monkeypatch.setattr(train, "load_agent", lambda *_: (session, session.checkpoint))
+    monkeypatch.setattr(R, "RealEnv", session.environment)
+    monkeypatch.setattr(P, "ask", session.ask)
+    return session
 
 
 def lines(path: Path) -> list[dict]:
@@ -365,30 +356,30 @@ def test_a_policy_of_another_rate_or_scale_is_refused_before_anything_moves(sess
     assert session.made == []
 
 
-@pytest.mark.parametrize(("key", "outcome"), [("f", "failed"), ("a", "abort"), ("r", "repeat")])
+@pytest.mark.parametrize(
+    ("key", "answers", "outcome", "counts"),
+    [
+        ("f", "ygq", "failed", [0, 1]),
+        ("a", "yg", "abort", None),
+        ("r", "yggq", "repeat", [1, 1]),
+        (None, "ygfq", "failed: homing: blocked", [0, 1]),  # judged by the operator
+    ],
+)
 def test_a_rollout_that_ends_before_its_first_step_has_its_outcome(
-    session, monkeypatch, key, outcome
+    session, monkeypatch, key, answers, outcome, counts
 ):
     def home(self, q, check):  # the operator presses the key while the arm is homing
+        if key is None:
+            raise Lost("blocked")
         if not session.out.joinpath("rollouts/a_00_1.jsonl").exists():
             session.made[-1].keys.append(key)
         check()
 
     monkeypatch.setattr(Double, "home", home)
-    result = session.rollouts("yg" + {"f": "q", "a": "", "r": "gq"}[key], ["s"])
-    want = {"f": [0, 1], "r": [1, 1]}.get(key)
-    assert result.get("tasks", {}).get("a") == want
+    result = session.rollouts(answers, ["s"])
+    assert result.get("tasks", {}).get("a") == counts
     assert outcomes(session, "a_00")[0] == outcome
     assert not session.out.joinpath("rollouts/a_00_0.gif").exists()
-
-
-def test_homing_that_is_refused_is_judged_by_the_operator(session, monkeypatch):
-    def home(self, q, check):
-        raise Lost("blocked")
-
-    monkeypatch.setattr(Double, "home", home)
-    assert session.rollouts("ygfq")["tasks"]["a"] == [0, 1]
-    assert "blocked" in (session.out / "rollouts.jsonl").read_text()
 
 
 def test_ctrl_c_keeps_everything_and_says_how_to_go_on(session, capsys):
@@ -420,9 +411,9 @@ def test_what_fails_before_the_first_motion_leaves_no_record_behind(session, mon
     with pytest.raises(SystemExit, match="said no"):
         session.rollouts("n")
     assert set(session.made[-1].arm.calls) <= {"stop"}
-    session.setup["max_state_age"] = 1.0
+    session.setup = {"max_state_age": 1.0}
     assert session.rollouts("ygq", ["s"])["tasks"]["a"] == [1, 1]
-    session.setup["max_state_age"] = 0.5
+    session.setup = {"max_state_age": 0.5}
     only = r"another evaluation: robot.max_state_age was 1.0 and is 0.5 .*Give another"
     with pytest.raises(SystemExit, match=only):
         session.rollouts("")
@@ -490,8 +481,8 @@ def test_the_task_file_is_the_papers_22_tasks_in_14_rows_and_20_chains():
     setup = json.loads((ROOT / "assets/tabletop.json").read_text())
     tasks = [t for row in setup["rows"] for t in row["tasks"]]
     assert len(setup["rows"]) == 14 and len(tasks) == len(set(tasks)) == 22
-    for k, average in enumerate((67.68, 63.39, 75.89)):  # Table II: over its rows
-        assert abs(np.mean([row["paper"][k] for row in setup["rows"]]) - average) < 0.01
+    averages = np.mean([row["paper"] for row in setup["rows"]], axis=0)  # Table II: over its rows
+    np.testing.assert_allclose(averages, [67.68, 63.39, 75.89], atol=0.01)
     assert setup["paper_chains"] == [2.05, 1.90]  # its last row
     sentences = {x["sentence"] for row in setup["rows"] for x in row["tasks"].values()}
     assert sentences <= set(D.embedding_table())  # no text encoder needed

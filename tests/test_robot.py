@@ -5,6 +5,7 @@ protocol. They are about real time, so they run only where LUMOS_ROBOT_SECONDS s
 is driven: `make robot-test`, on a machine that does nothing else.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -15,11 +16,13 @@ import threading
 import time
 from pathlib import Path
 
+import imageio.v3 as imageio
 import numpy as np
 import pybullet as bullet
 import pybullet_data
 import pytest
-from franka import HAND, HOME, Double, Lost, act, doubled
+from franka import HAND, HOME, Double, Lost, act, doubled, environment
+from pybullet_utils.bullet_client import BulletClient
 from scipy.spatial.transform import Rotation
 
 import data as D
@@ -41,10 +44,15 @@ def angle(A, B) -> float:
     return float(np.arccos(np.clip((np.trace(A @ B.T) - 1) / 2, -1, 1)))
 
 
+def safe(**given):
+    """safe_target where nothing is wrong but what is given."""
+    return R.safe_target(**{"c": C, "T": pose(), "action": act(), "M": pose(), "q": HOME} | given)
+
+
 def moved(*action, T=None, **changes):
     """Where one action leads a pose that the arm is at: the new pose, and what was limited."""
     T = pose() if T is None else T
-    return R.safe_target(dataclasses.replace(C, **changes), T, act(*action), T, HOME)
+    return safe(c=dataclasses.replace(C, **changes), T=T, action=act(*action), M=T)
 
 
 # ---------------------------------------------------------------------------- geometry
@@ -55,39 +63,33 @@ def test_rotations_are_pybullets_in_the_action_and_in_robot_obs():
 
     rng, env = np.random.default_rng(0), doubled()
     for _ in range(50):
-        a = rng.uniform(-0.9, 0.9, 3)
+        a, straight = rng.uniform(-0.9, 0.9, 3), pose()[:3, :3]
         np.testing.assert_allclose(
-            moved(0, 0, 0, *a)[0][:3, :3], matrix(0.05 * a) @ pose()[:3, :3], atol=1e-9
+            moved(0, 0, 0, *a)[0][:3, :3], matrix(0.05 * a) @ straight, atol=1e-9
         )
-        env.arm.target[:3, :3] = pose(euler=rng.uniform(-0.9, 0.9, 3))[:3, :3] @ pose()[:3, :3]
+        env.arm.target[:3, :3] = matrix(a) @ straight
         obs = env.get_obs()["robot_obs"]
         np.testing.assert_allclose(matrix(obs[3:6]), env.arm.target[:3, :3], atol=1e-9)
     env.close()
 
 
 def test_the_flange_is_where_pybullets_panda_has_it():
-    client = bullet.connect(bullet.DIRECT)
-    try:
-        urdf = pybullet_data.getDataPath() + "/franka_panda/panda.urdf"
-        arm = bullet.loadURDF(urdf, useFixedBase=True, physicsClientId=client)
-        for q in [*C.neutral, *np.random.default_rng(2).uniform(R.Q_LOW, R.Q_HIGH, (20, 7))]:
-            for i in range(7):
-                bullet.resetJointState(arm, i, q[i], physicsClientId=client)
-            link, T = bullet.getLinkState(arm, 7, 0, 1, physicsClientId=client), R.flange(q)
-            np.testing.assert_allclose(T[:3, 3], link[4], atol=1e-4)
-            rot = np.reshape(bullet.getMatrixFromQuaternion(link[5]), (3, 3))
-            np.testing.assert_allclose(T[:3, :3], rot, atol=1e-4)
-    finally:
-        bullet.disconnect(client)
+    world = BulletClient(bullet.DIRECT)
+    urdf = pybullet_data.getDataPath() + "/franka_panda/panda.urdf"
+    arm = world.loadURDF(urdf, useFixedBase=True)
+    for q in [*C.neutral, *np.random.default_rng(2).uniform(R.Q_LOW, R.Q_HIGH, (20, 7))]:
+        for i in range(7):
+            world.resetJointState(arm, i, q[i])
+        link, T = world.getLinkState(arm, 7, 0, 1), R.flange(q)
+        np.testing.assert_allclose(T[:3, 3], link[4], atol=1e-4)
+        turn = Rotation.from_quat(link[5]).as_matrix()
+        np.testing.assert_allclose(T[:3, :3], turn, atol=1e-4)
 
 
-def test_every_neutral_pose_is_safe_and_reachable_from_every_other():
+def test_every_neutral_pose_is_reachable_and_homing_does_not_sink_through_the_table():
     for q in C.neutral:
         for goal in C.neutral:
             R.check_homing(C, q, goal, HAND)
-
-
-def test_homing_does_not_sink_through_the_table():
     with pytest.raises(R.Unsafe, match="outside the box"):
         R.check_homing(dataclasses.replace(C, box_low=(0.3, -0.4, 0.45)), HOME, HOME, HAND)
     folded = np.array([0, 0.9, 0, -1.6, 0, 2.5, 0.785])  # the tool is lower than the table
@@ -98,15 +100,12 @@ def test_homing_does_not_sink_through_the_table():
 # ---------------------------------------------------------------------------- safety
 def test_an_action_of_one_is_the_papers_step_in_the_frame_that_the_set_up_names():
     T = pose(euler=(np.pi, 0, np.pi / 2))  # the tool's x is the base's y
-    out, notes = moved(1.0, T=T)
-    np.testing.assert_allclose(out[:3, 3] - T[:3, 3], [0.02, 0, 0], atol=1e-12)
-    assert notes == []
-    out, _ = moved(0, 0, 0, 0, 0, 1.0, T=T)
-    np.testing.assert_allclose(
-        out[:3, :3], pose(euler=(np.pi, 0, np.pi / 2 + 0.05))[:3, :3], atol=1e-12
-    )
-    out, _ = moved(1.0, T=T, frame="tool")
-    np.testing.assert_allclose(out[:3, 3] - T[:3, 3], [0, 0.02, 0], atol=1e-12)
+    for frame, step in (("base", [0.02, 0, 0]), ("tool", [0, 0.02, 0])):
+        out, notes = moved(1.0, T=T, frame=frame)
+        np.testing.assert_allclose(out[:3, 3] - T[:3, 3], step, atol=1e-12)
+        assert notes == []
+    turned = pose(euler=(np.pi, 0, np.pi / 2 + 0.05))
+    np.testing.assert_allclose(moved(0, 0, 0, 0, 0, 1.0, T=T)[0], turned, atol=1e-12)
 
 
 def test_rotations_are_composed_which_near_straight_down_is_almost_adding_angles():
@@ -121,39 +120,32 @@ def test_rotations_are_composed_which_near_straight_down_is_almost_adding_angles
 def test_actions_are_integrated_on_the_commanded_pose_not_the_measured_one():
     T = pose()
     for _ in range(5):
-        T, _ = R.safe_target(C, T, act(), pose(z=0.29), HOME)  # the arm sags by a centimetre
+        T, _ = safe(T=T, M=pose(z=0.29))  # the arm sags by a centimetre
     np.testing.assert_allclose(T[:3, 3], [0.5, 0, 0.3])
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("where", ["action", "T", "M", "q"])
-def test_a_number_that_is_not_finite_is_refused_wherever_it_is(where, bad):
+def test_a_number_that_is_not_finite_is_refused_wherever_it_is(where):
     for k in range(7):
-        given = {"T": pose(), "action": act(), "M": pose(), "q": HOME.copy()}
-        given[where].flat[k] = bad
-        with pytest.raises(R.Unsafe, match="finite"):
-            R.safe_target(C, **given)
+        for bad in (np.nan, np.inf, -np.inf):
+            x = {"action": act(), "T": pose(), "M": pose(), "q": HOME.copy()}[where]
+            x.flat[k] = bad
+            with pytest.raises(R.Unsafe, match="finite"):
+                safe(**{where: x})
 
 
-NO_NUMBERS = [None, "0000000", ["0.1"] * 7, [[0.1], [0.1, 0.2]], np.zeros(6), np.zeros((1, 7))]
-NO_NUMBERS += [np.zeros(7, bool), np.zeros(7, complex), np.full(7, None), {"a": 1}, object()]
-
-
-def test_what_is_not_seven_real_numbers_is_no_action_and_no_joint_state():
-    for bad in NO_NUMBERS:
-        for args in ((pose(), bad, pose(), HOME), (pose(), act(), pose(), bad)):
-            with pytest.raises(R.Unsafe, match="real numbers"):
-                R.safe_target(C, *args)
-
-
-def test_what_is_no_pose_is_refused_as_a_command_and_as_a_measurement():
+def test_what_is_no_action_no_pose_or_no_joint_state_is_refused():
     T, column = pose(), np.array([[1.0], [1], [1], [0]])
     stretched, zero, huge = T * (1 + 0.1 * column), T * (1 - column), T * (1 + 1e300 * column)
     mirrored = T @ np.diag([1, 1, -1, 1])
-    for bad in (None, T[:3], 2 * T, stretched, zero, huge, mirrored, [*T.tolist()[:3], [0, 0, 0]]):
-        for args in ((bad, act(), T, HOME), (T, act(), bad, HOME)):
-            with pytest.raises(R.Unsafe, match=r"no pose|\(4, 4\)"):
-                R.safe_target(C, *args)
+    no_poses = [T[:3], 2 * T, stretched, zero, huge, mirrored, [*T.tolist()[:3], [0, 0, 0]]]
+    sevens = [["0.1"] * 7, np.zeros(7, bool), np.zeros(7, complex), np.full(7, None)]
+    sevens += ["0000000", [[0.1], [0.1, 0.2]], np.zeros(6), np.zeros((1, 7))]
+    for names, wrong in ((("action", "q"), sevens), (("T", "M"), no_poses)):
+        for bad in (None, {"a": 1}, object(), *wrong):
+            for name in names:
+                with pytest.raises(R.Unsafe, match=r"real numbers|no pose"):
+                    safe(**{name: bad})
 
 
 @pytest.mark.parametrize("joint", range(7))
@@ -162,15 +154,15 @@ def test_a_joint_close_to_its_limit_is_named(joint):
         q = HOME.copy()
         q[joint] = limit[joint] + sign * 0.09
         with pytest.raises(R.Unsafe, match=f"joint {joint + 1} "):
-            R.safe_target(C, pose(), act(), pose(), q)
+            safe(q=q)
         q[joint] = limit[joint] + sign * 0.11
-        R.safe_target(C, pose(), act(), pose(), q)
+        safe(q=q)
 
 
 def test_outside_the_box_is_refused_overshooting_is_not_and_at_a_wall_the_target_slides():
     with pytest.raises(R.Unsafe, match="outside the box"):
         moved(T=pose(x=0.75))
-    assert R.safe_target(C, pose(x=0.70), act(), pose(x=0.72), HOME)[0][0, 3] == 0.70
+    assert safe(T=pose(x=0.70), M=pose(x=0.72))[0][0, 3] == 0.70
     out, notes = moved(0.5, 0.5, T=pose(x=0.695))
     np.testing.assert_allclose(out[:3, 3], [0.70, 0.01, 0.3], atol=1e-12)
     assert notes == ["box"]
@@ -179,9 +171,9 @@ def test_outside_the_box_is_refused_overshooting_is_not_and_at_a_wall_the_target
 def test_the_leash_stops_a_target_that_runs_ahead_and_pulls_back_one_that_is_left_behind():
     T = pose()
     for _ in range(9):  # a blocked arm
-        T, notes = R.safe_target(C, T, act(1.0), pose(), HOME)
+        T, notes = safe(T=T, action=act(1.0))
     assert notes == ["leash"] and abs(T[0, 3] - 0.55) < 1e-9
-    T, notes = R.safe_target(C, T, act(), pose(x=0.45), HOME)  # a pushed one
+    T, notes = safe(T=T, M=pose(x=0.45))  # a pushed one
     assert notes == ["pulled back"] and abs(T[0, 3] - 0.50) < 1e-9
 
 
@@ -230,22 +222,18 @@ def test_10000_random_and_hostile_actions_never_exceed_a_bound(frame, jumpy):
         assert angle(RT, before[:3, :3]) <= 1.2 / 15 + 1e-6 + turned
         M_before = M.copy()
     assert refused > 1000 and sent > 1000  # both happened, or this shows nothing
-    assert limited >= {"clamped", "speed", "box", "turn", "tilt"} | (
-        {"leash"} - {jumpy and "leash"}
-    )
+    assert limited >= {"clamped", "speed", "box", "turn", "tilt"}
+    assert jumpy or "leash" in limited
 
 
-def test_the_largest_share_of_a_way_on_the_leash_is_found_by_bisection_too():
-    rng = np.random.default_rng(3)
+def test_the_largest_share_of_a_way_on_the_leash_is_found_by_trying_many_too():
+    rng, shares = np.random.default_rng(3), np.linspace(0, 1, 10_001)
     for _ in range(300):
         start, end, centre = rng.normal(0, 1, (3, 3))
         radius = np.linalg.norm(start - centre) + rng.uniform(0, 1)
-        low, high = 0.0, 1.0
-        for middle in [1.0] + [None] * 50:
-            middle = (low + high) / 2 if middle is None else middle
-            fits = np.linalg.norm(start + middle * (end - start) - centre) <= radius
-            low, high = (middle, high) if fits else (low, middle)
-        assert abs(R.share_within(start, end, centre, radius) - low) < 1e-6
+        away = np.linalg.norm(start + shares[:, None] * (end - start) - centre, axis=1)
+        want = shares[away <= radius].max()
+        assert R.share_within(start, end, centre, radius) == pytest.approx(want, abs=1.1e-4)
 
 
 def test_the_hand_has_a_dead_band_and_above_zero_opens():
@@ -263,43 +251,48 @@ def test_config_has_the_papers_values():
     assert fast.hz * fast.action_scale[0] == pytest.approx(C.hz * C.action_scale[0])
 
 
+@pytest.fixture
+def load(tmp_path):
+    def load(given):
+        (tmp_path / "setup.json").write_text(given if isinstance(given, str) else json.dumps(given))
+        return R.load_config(tmp_path / "setup.json")
+
+    return load
+
+
 NUMBERS = [f.name for f in dataclasses.fields(C) if isinstance(f.default, int | float | tuple)]
 
 
 @pytest.mark.parametrize("name", [n for n in NUMBERS if n != "realtime"])
-def test_every_number_of_a_set_up_has_a_range_and_a_kind(name, tmp_path):
+def test_every_number_of_a_set_up_has_a_range_and_a_kind(name, load):
     default = getattr(C, name)
     for bad in (-10_000, 1e9, "fast", True, None, float("nan")):
         given = bad
         if isinstance(default, tuple):
             given = [[bad] * 7] if name == "neutral" else [bad] * len(default)
-        (tmp_path / "setup.json").write_text(json.dumps({name: given}))
         with pytest.raises(R.RobotError, match=name):
-            R.load_config(tmp_path / "setup.json")
+            load({name: given})
 
 
 WRONG = {  # field: values that are refused
     "hosst": ["1"], "host": ["", 1], "static": ["webcam"], "realtime": [1], "frame": ["world"],
     "control": ["torque"], "box_slack": [0.09], "box_low": [[0.3, 0.1], [0.9, 0, 0]],
-    "record_hz": [31], "action_scale": [[0.0, 0.05]],
-    "static_crop": [[0, 200, 100], [0, 200, -1, 200]],
+    "record_hz": [31], "static_crop": [[0, 200, 100], [0, 200, -1, 200]],
     "neutral": [[[0, 0, 0]], [[0, 0, 0, 0, 0, 0, 0]], []],
 }  # fmt: skip
-TEXTS = [(json.dumps({k: x}), k) for k, values in WRONG.items() for x in values]
+WRONG = [({k: x}, k) for k, values in WRONG.items() for x in values]
 
 
-@pytest.mark.parametrize(("text", "match"), [*TEXTS, ("{", "JSON"), ("[1]", "object")])
-def test_a_wrong_set_up_names_the_field(text, match, tmp_path):
-    (tmp_path / "setup.json").write_text(text)
+@pytest.mark.parametrize(("given", "match"), [*WRONG, ("{", "JSON"), ("[1]", "object")])
+def test_a_wrong_set_up_names_the_field(given, match, load):
     with pytest.raises(R.RobotError, match=match):
-        R.load_config(tmp_path / "setup.json")
+        load(given)
 
 
-def test_a_set_up_changes_the_fields_that_it_names(tmp_path):
+def test_a_set_up_changes_the_fields_that_it_names(load):
     given = {"host": "1.2.3.4", "leash": [0.04, 0.2], "dynamics": 1, "gripper_crop": [0, 9, 1, 10]}
     given["neutral"] = [C.neutral[0], [0.1, *C.neutral[0][1:]]]
-    (tmp_path / "setup.json").write_text(json.dumps(given))
-    c = R.load_config(tmp_path / "setup.json")
+    c = load(given)
     assert (c.host, c.leash, c.dynamics) == ("1.2.3.4", (0.04, 0.2), 1)
     assert c.gripper_crop == (0, 9, 1, 10) and c.neutral[1][0] == 0.1 and c.hz == C.hz
 
@@ -307,15 +300,13 @@ def test_a_set_up_changes_the_fields_that_it_names(tmp_path):
 # ---------------------------------------------------------------------------- cameras, from files
 @pytest.fixture(scope="module")
 def film(tmp_path_factory):
-    """A second of film, 320 x 240, blue with a white bar that moves."""
-    cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed")
-    path = tmp_path_factory.mktemp("film") / "film.avi"
-    out = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 30, (320, 240))
-    for i in range(30):
-        image = np.full((240, 320, 3), (255, 0, 0), np.uint8)  # OpenCV's blue
-        image[:, 8 * i : 8 * i + 20] = 255
-        out.write(image)
-    out.release()
+    """A film of 0.3 s, 320 x 240, blue with a white bar that moves."""
+    pytest.importorskip("cv2", reason="OpenCV is not installed")
+    path, images = tmp_path_factory.mktemp("film") / "film.gif", np.zeros((10, 240, 320, 3), "u1")
+    images[..., 2] = 255
+    for i, image in enumerate(images):
+        image[:, 20 * i : 20 * i + 20] = 255
+    imageio.imwrite(path, images, duration=30, loop=0)
     return f"opencv:{path}"
 
 
@@ -326,37 +317,33 @@ def test_images_shrink_exactly_as_data_py_does():
 
 
 def test_a_film_plays_as_a_camera_in_rgb_cropped_and_again_and_a_still_picture_grows_old(film):
-    camera = R.Camera(film, None, 200)
-    try:
+    with contextlib.closing(R.Camera(film, None, 200)) as camera:
         seen, began = set(), time.monotonic()
-        while time.monotonic() - began < 2.2:  # the film has one second
+        while time.monotonic() - began < 2.2:
             image, stamp = camera.read()
             seen.add(stamp)
             time.sleep(0.01)
         assert camera.frame.shape == (240, 320, 3) and image.shape == (200, 200, 3)
         assert camera.box == (0, 240, 40, 280)
         assert image[..., 2].mean() > 200  # blue in OpenCV's order is the last channel in RGB
-        assert 30 < len(seen) < 90 and max(seen) - began > 1.5
+        assert 12 < len(seen) < 90 and max(seen) - began > 1.5  # it has ten pictures
         still = camera.frame  # grab() is the camera's own thread's: OpenCV bears no second one
         camera.grab = lambda: time.sleep(0.03) or still
         time.sleep(0.6)
         assert time.monotonic() - camera.read()[1] > 0.4
-    finally:
-        camera.close()
 
 
 def test_a_missing_camera_or_a_wrong_crop_is_an_error_that_names_it_and_leaves_no_arm_open(
     tmp_path, film, monkeypatch
 ):
-    opened = []
-    monkeypatch.setattr(R, "Arm", lambda c: opened.append(Double()) or opened[0])
+    arm = Double()
+    monkeypatch.setattr(R, "Arm", lambda c: arm)
     with pytest.raises(R.RobotError, match="no_such"):
         R.RealEnv(dataclasses.replace(C, static=f"opencv:{tmp_path / 'no_such.mp4'}"))
-    assert opened[0].calls == ["stop"]  # it was closed
-    camera = R.Camera(film, (0, 240, 100, 340), 200)
-    with pytest.raises(R.RobotError, match="lie inside"):
-        camera.read()
-    camera.close()
+    assert arm.calls == ["stop"]  # it was closed
+    with contextlib.closing(R.Camera(film, (0, 240, 100, 340), 200)) as camera:
+        with pytest.raises(R.RobotError, match="lie inside"):
+            camera.read()
 
 
 @pytest.mark.parametrize(
@@ -386,26 +373,22 @@ def test_a_recorded_realsense_file_plays_through_the_drivers_pipeline(tmp_path):
     sensor.open(profile)
     sensor.start(lambda frame: None)
     for i in range(60):
-        image = np.full((480, 640, 3), (200, 10, 10), np.uint8)
-        image[:, 10 * i : 10 * i + 40] = 255
         frame = rs.software_video_frame()
-        frame.pixels, frame.stride, frame.bpp = image, 640 * 3, 3
-        frame.timestamp, frame.domain = i * 33.3, rs.timestamp_domain.hardware_clock
+        frame.pixels = np.full((480, 640, 3), (200, 10, i), np.uint8)
+        frame.timestamp, frame.stride, frame.bpp = i * 33.3, 640 * 3, 3
+        frame.domain = rs.timestamp_domain.hardware_clock
         frame.frame_number, frame.profile = i + 1, profile.as_video_stream_profile()
         sensor.on_video_frame(frame)
         time.sleep(0.01)
     sensor.stop()
     sensor.close()
     del recorder
-    camera = R.Camera(f"realsense:{path}", None, 200)
-    try:
+    with contextlib.closing(R.Camera(f"realsense:{path}", None, 200)) as camera:
         image, stamp = camera.read()
         assert camera.frame.shape == (480, 640, 3) and image.shape == (200, 200, 3)
         assert image[..., 0].mean() > image[..., 2].mean()  # red first
         time.sleep(0.3)
         assert camera.read()[1] > stamp  # it goes on
-    finally:
-        camera.close()
 
 
 # ---------------------------------------------------------------------------- with a double
@@ -419,9 +402,9 @@ def double(tmp_path):
 
 def test_the_interface_is_the_simulators(double):
     obs = double.reset()
-    assert {k: (x.shape, x.dtype) for k, x in obs["rgb_obs"].items()} == dict.fromkeys(
-        ("rgb_static", "rgb_gripper"), ((64, 64, 3), np.uint8)
-    )
+    assert [*obs["rgb_obs"]] == ["rgb_static", "rgb_gripper"]
+    for image in obs["rgb_obs"].values():
+        assert (image.shape, image.dtype) == ((64, 64, 3), np.uint8)
     T, robot_obs = R.flange(HOME) @ HAND, obs["robot_obs"]
     np.testing.assert_allclose(pose(*robot_obs[:3], robot_obs[3:6]), T, atol=1e-6)
     np.testing.assert_array_equal(robot_obs[6:], [0.08, *HOME, 1.0])
@@ -445,16 +428,14 @@ def test_reset_goes_to_the_joints_of_robot_obs_and_refuses_those_that_are_unsafe
 
 def test_a_hand_that_stays_busy_ends_the_wait_before_a_rollout_and_in_it(double):
     double.config = dataclasses.replace(double.config, patience=0.1)
-    grip, double.arm.grip = double.arm.grip, lambda opened: False
-    with pytest.raises(R.Stopped, match="hand has been busy"):
-        double.reset()
-    double.arm.grip = grip
     double.reset()
     double.arm.grip = lambda opened: False
     with pytest.raises(R.Stopped, match="hand has been busy"):
         for _ in range(100):
             double.step(-act())
             time.sleep(0.005)
+    with pytest.raises(R.Stopped, match="hand has been busy"):
+        double.reset()
 
 
 def test_ticks_are_one_period_apart_and_each_is_on_the_disk_before_the_next(double):
@@ -463,9 +444,7 @@ def test_ticks_are_one_period_apart_and_each_is_on_the_disk_before_the_next(doub
     for k in range(30):
         double.step(act(0.01 * k))
         times.append(double.state.time)
-        log = events(double)
-        assert log[-1]["event"] == "tick" and log[-1]["action"][0] == pytest.approx(0.01 * k)
-        assert len([x for x in log if x["event"] == "tick"]) == k + 1
+        assert [x["action"][0] for x in events(double, "tick")] == [0.01 * i for i in range(k + 1)]
     assert np.diff(times).mean() == pytest.approx(1 / 15, abs=0.006)
 
 
@@ -477,35 +456,27 @@ def test_an_arm_that_a_hand_stopped_is_not_started_again(double):
 
 
 # ---------------------------------------------------------------------------- on loopback
-def needs_franky():
-    pytest.importorskip("franky", reason="franky-control is not installed")
-    pytest.importorskip("franky_sim", reason="franky-sim is not installed")
-
-
 class Simulated:
     """The simulated arm's process, and what it says that the arm did."""
 
     def __init__(self, host, folder):
-        self.host, self.folder, self.dumps = host, folder, 0
-        command = [sys.executable, str(HERE / "franka.py"), host]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.host, self.path = host, folder / "history"
+        command = [sys.executable, HERE / "franka.py", host, self.path]
         # In a session of its own: a Ctrl-C here must not end the robot that we talk to.
-        self.process = subprocess.Popen(command, **pipes, start_new_session=True)
+        options = {"stdout": subprocess.PIPE, "text": True, "start_new_session": True}
+        self.process = subprocess.Popen(command, **options)
         assert self.process.stdout.readline() == "READY\n"
 
-    def tell(self, line):
-        self.process.stdin.write(line + "\n")
-        self.process.stdin.flush()
+    def reflex(self):
+        self.process.send_signal(signal.SIGUSR1)
+
+    def silence(self, seconds):
+        self.process.send_signal(signal.SIGSTOP)
+        threading.Timer(seconds, self.process.send_signal, [signal.SIGCONT]).start()
 
     def history(self, begin=0.0, end=np.inf):
-        """(N, 8): wall, simulated time, tool's xyz, largest joint speed, hand's width, in motion"""
-        self.dumps += 1
-        path = self.folder / f"dump{self.dumps}.npy"
-        self.tell(f"dump {path}")
-        deadline = time.monotonic() + 20
-        while not path.exists() and time.monotonic() < deadline:
-            time.sleep(0.02)
-        h = np.load(path)
+        """(N, 6): wall clock, simulated time, tool's xyz, hand's width."""
+        h = np.fromfile(self.path).reshape(-1, 6)
         return h[(h[:, 0] >= begin) & (h[:, 0] <= end)]
 
     def in_real_time(self, begin, end):
@@ -528,15 +499,15 @@ class Simulated:
         h = self.in_real_time(since - 0.5, time.time())
         away = np.linalg.norm(h[:, 2:5] - h[-1, 2:5], axis=1) > 0.002
         assert (h[:, 0] < since + within - 0.5).any()
-        last = h[away & (h[:, 0] > since), 0]
-        return float(last.max() - since) if len(last) else 0.0
+        return float(h[away, 0].max(initial=since) - since)
 
 
 @pytest.fixture(scope="module")
 def simulated(tmp_path_factory):
     if not SECONDS:
         pytest.skip("real time, which a busy machine cannot give: make robot-test")
-    needs_franky()
+    for name in ("franky", "franky_sim"):
+        pytest.importorskip(name, reason=f"{name} is not installed: make robot")
     robot = Simulated(f"127.0.{os.getpid() % 200 + 1}.7", tmp_path_factory.mktemp("franka"))
     yield robot
     robot.process.kill()
@@ -547,11 +518,8 @@ def simulated(tmp_path_factory):
 def env(simulated, film, tmp_path, request):
     c = dataclasses.replace(C, host=simulated.host, realtime=False, static=film, gripper=film,
                             dynamics=0.3, **getattr(request, "param", {}))  # fmt: skip
-    keys, arm = [], R.Arm(c)
     with open(tmp_path / "log.jsonl", "w") as log:
-        env = R.RealEnv(c, arm=arm, key=lambda: keys.pop(0) if keys else "",
-                        clock=lambda: arm.state().time)  # fmt: skip
-        env.keys, env.log = keys, log
+        env = environment(c, R.Arm(c), log=log)
         env.reset()
         yield env
         env.close()
@@ -567,15 +535,9 @@ def to_and_fro(i) -> np.ndarray:
     return act(0, 0.6 if i // 15 % 2 == 0 else -0.6)
 
 
-def drive(env, steps, policy=to_and_fro, at=None, fault=None) -> float:
-    """Steps with `fault()` before step `at`; when that was (wall clock)."""
-    when = 0.0
+def drive(env, steps, policy=to_and_fro):
     for i in range(steps):
-        if i == at:
-            when = time.time()
-            fault()
         env.step(policy(i))
-    return when
 
 
 def report(request, text):
@@ -592,12 +554,11 @@ def test_a_policy_runs_at_15_hz(env, simulated, request):
     policy = train.load_agent(HERE.parent / "assets/sim.pt")[0]
     obs, times, errors, began = env.get_obs(), [], [], time.time()
     for tick in range(int(15 * SECONDS)):
-        target, action = env.T.copy(), policy.act(obs, np.zeros(384, np.float32))
+        action = policy.act(obs, np.zeros(384, np.float32))
         action[:6] = to_and_fro(tick)[:6]
         obs, _, _, _ = env.step(action)
         times.append(env.state.time)
         errors.append(1000 * np.linalg.norm(env.state.M[:3, 3] - env.T[:3, 3]))
-        assert np.linalg.norm(env.T[:3, 3] - target[:3, 3]) <= 0.4 / 15 + 0.05
     period, wall = 1000 * np.diff(times), time.time() - began
     report(request, f"{1000 / period.mean():.3f} Hz by the arm's clock ({len(times)} ticks, "
            f"{times[-1] - times[0]:.0f} s, real-time factor {SECONDS / wall:.2f}); period std "
@@ -613,64 +574,67 @@ def test_a_policy_runs_at_15_hz(env, simulated, request):
 
 
 def frozen(env, name, seconds=None):
-    """A camera that gives its last picture again and again, for some time."""
+    """From now on a camera gives its last picture again and again, for some time."""
     camera = env.cameras[name]
     live, still = camera.grab, camera.frame
-
-    def freeze():
-        camera.grab = lambda: time.sleep(0.03) or still
-        if seconds:
-            threading.Timer(seconds, setattr, (camera, "grab", live)).start()
-
-    return freeze
+    camera.grab = lambda: time.sleep(0.03) or still
+    if seconds:
+        threading.Timer(seconds, setattr, (camera, "grab", live)).start()
 
 
-def silence(simulated, seconds):
-    os.kill(simulated.process.pid, signal.SIGSTOP)
-    threading.Timer(seconds, os.kill, (simulated.process.pid, signal.SIGCONT)).start()
-
-
-def test_a_frozen_camera_holds_the_arm_and_when_it_lives_again_it_goes_on(env, simulated, request):
-    when = drive(env, 45, at=20, fault=frozen(env, "rgb_static", 2.0))
-    assert simulated.travel(when + 1.2, when + 1.9) < 0.002
-    assert simulated.travel(when + 2.5) > 0.02
-    hold = events(env, "hold", "resumed", "stopped")
-    assert [e["event"] for e in hold] == ["hold", "resumed"]
-    report(request, f"holds {hold[0]['wall'] - when:.2f} s after the last picture")
-    assert "rgb_static" in hold[0]["reason"][0] and hold[0]["wall"] - when < 0.8
-
-
-def test_a_stale_state_holds_and_goes_on(env, simulated, request):
-    when = drive(env, 45, at=20, fault=lambda: silence(simulated, 0.6))
-    hold = events(env, "hold", "resumed", "error")
-    report(request, f"holds {hold[0]['wall'] - when:.2f} s after the last state")
-    assert [e["event"] for e in hold] == ["hold", "resumed"] and "state is" in hold[0]["reason"][0]
-
-
-def unplugged(env, simulated):
+def unplugged(env, name):
     def unplug():
         raise OSError("device removed")
 
-    env.cameras["rgb_static"].grab = unplug
+    env.cameras[name].grab = unplug
 
 
-def nothing(env, simulated):
-    pass
+FAULTS = {  # name: what happens, how it begins and ends in the log, words of how it begins
+    "camera frozen": (lambda e, s: frozen(e, "rgb_static", 2.0), "hold resumed", "rgb_static"),
+    "arm's state stale": (lambda e, s: s.silence(0.6), "hold resumed", "state is"),
+    "silent for 2.5 s": (lambda e, s: s.silence(2.5), "error recovered", "Network"),
+    "pre-empted": (lambda e, s: e.arm.robot.stop(), "error recovered", "error"),
+    "reflex": (lambda e, s: s.reflex(), "error recovered", "cartesian_reflex"),
+}
 
 
-ENDINGS = {  # name: what happens before step 20, what the policy does from then on, the reason
-    "camera frozen": (
-        lambda e, s: frozen(e, "rgb_gripper")(),
-        to_and_fro,
-        r"rgb_gripper is .* old",
-    ),
-    "camera unplugged": (unplugged, to_and_fro, "device removed"),
-    "silent for 4.5 s": (lambda e, s: silence(s, 4.5), to_and_fro, r"Network.*s to recover"),
-    "abort": (lambda e, s: e.keys.append("a"), to_and_fro, "abort"),
-    "repeat": (lambda e, s: e.keys.append("r"), to_and_fro, "repeat"),
-    "failed": (lambda e, s: e.keys.append("f"), to_and_fro, "failed"),
-    "not finite": (nothing, lambda i: act(np.nan if i == 25 else 0.1), "finite"),
-    "slow policy": (nothing, lambda i: time.sleep(0.5) or to_and_fro(i), "ticks were late"),
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("env", [{"patience": 8.0}], indirect=True)
+def test_after_a_fault_that_passes_the_arm_goes_on_and_nothing_jumps(
+    env, simulated, fault, request
+):
+    happens, kinds, words = FAULTS[fault]
+    drive(env, 20)
+    when = time.time()
+    happens(env, simulated)
+    drive(env, 40)
+    log = events(env, *kinds.split(), "stopped")
+    assert " ".join(e["event"] for e in log) == kinds and words in json.dumps(log[0])
+    assert env.recoveries == kinds.count("recovered")
+    noticed, back = (e["wall"] - when for e in log)
+    report(request, f"noticed after {noticed:.2f} s, goes on after {back:.2f} s")
+    assert simulated.travel(log[1]["wall"]) > 0.02
+    h = simulated.history(when)
+    assert np.linalg.norm(np.diff(h[:, 2:5], axis=0), axis=1).max() < 0.006  # m in 10 ms
+    if kinds == "error recovered":
+        at = h[np.argmin(np.abs(h[:, 0] - log[1]["wall"])), 2:5]
+        np.testing.assert_allclose(log[1]["measured"], at, atol=0.01)
+    if fault == "silent for 2.5 s":
+        assert back > 2.4
+    if fault == "camera frozen":
+        assert noticed < 0.8 and simulated.travel(when + 1.2, when + 1.9) < 0.002
+
+
+ENDINGS = {  # name: what happens before each step, perhaps its action; the reason; recoveries
+    "camera frozen": (lambda e, s, i: frozen(e, "rgb_gripper"), r"rgb_gripper is .* old", 0),
+    "camera unplugged": (lambda e, s, i: unplugged(e, "rgb_static"), "device removed", 0),
+    "silent for 4.5 s": (lambda e, s, i: s.silence(4.5), r"Network.*s to recover", 1),
+    "reflexes": (lambda e, s, i: s.reflex() if i % 15 == 5 else None, "Reflex", 3),
+    "abort": (lambda e, s, i: e.keys.append("a"), "abort", 0),
+    "repeat": (lambda e, s, i: e.keys.append("r"), "repeat", 0),
+    "failed": (lambda e, s, i: e.keys.append("f"), "failed", 0),
+    "not finite": (lambda e, s, i: act(np.nan), "finite", 0),
+    "slow policy": (lambda e, s, i: time.sleep(0.5), "ticks were late", 0),
 }
 
 
@@ -678,50 +642,24 @@ ENDINGS = {  # name: what happens before step 20, what the policy does from then
 def test_what_cannot_go_on_ends_with_its_reason_and_the_arm_at_rest(
     env, simulated, ending, request
 ):
-    fault, policy, reason = ENDINGS[ending]
+    happens, reason, recoveries = ENDINGS[ending]
     drive(env, 20)
-    fault(env, simulated)
     with pytest.raises(R.Stopped, match=reason):
-        drive(env, 60, policy=policy)
+        for i in range(60):
+            action = happens(env, simulated, i)
+            env.step(to_and_fro(i) if action is None else action)
+    assert events(env)[-1]["event"] == "stopped" and env.recoveries == recoveries
     rest = simulated.comes_to_rest()
     report(request, f"at rest {rest:.2f} s after Stopped")
-    assert rest < 0.5 and events(env)[-1]["event"] == "stopped"
-
-
-FAULTS = {  # name: what happens, what the error is called, the shortest time until it goes on
-    "silent for 2.5 s": (lambda e, s: silence(s, 2.5), "Network", 2.4),
-    "pre-empted": (lambda e, s: e.arm.robot.stop(), "", 0.0),
-    "reflex": (lambda e, s: s.tell("reflex"), "cartesian_reflex", 0.0),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("env", [{"patience": 8.0}], indirect=True)
-def test_errors_are_recovered_and_nothing_jumps(env, simulated, fault, request):
-    happens, name, least = FAULTS[fault]
-    when = drive(env, 60, at=20, fault=lambda: happens(env, simulated))
-    log = events(env, "error", "recovered", "stopped")
-    assert [e["event"] for e in log] == ["error", "recovered"] and name in log[0]["error"]
-    noticed, back = (e["wall"] - when for e in log)
-    report(request, f"noticed after {noticed:.2f} s, goes on after {back:.2f} s")
-    h = simulated.history(when)
-    assert back > least and simulated.travel(log[1]["wall"]) > 0.02
-    assert np.linalg.norm(np.diff(h[:, 2:5], axis=0), axis=1).max() < 0.006  # m in 10 ms
-    at = h[np.argmin(np.abs(h[:, 0] - log[1]["wall"])), 2:5]
-    np.testing.assert_allclose(log[1]["measured"], at, atol=0.01)
-
-
-def test_reflexes_are_cleared_but_not_for_ever(env, simulated):
-    with pytest.raises(R.Stopped, match="Reflex"):
-        for _ in range(4):
-            drive(env, 20, at=5, fault=lambda: simulated.tell("reflex"))
-    assert len(events(env, "recovered")) == 2 and simulated.comes_to_rest() < 0.5
+    assert rest < 0.5
 
 
 def test_ctrl_c_brings_the_arm_to_rest_and_keeps_the_log(env, simulated, request):
     began = time.time()
+    drive(env, 20)
+    os.kill(os.getpid(), signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        drive(env, 60, at=20, fault=lambda: os.kill(os.getpid(), signal.SIGINT))
+        drive(env, 20)
     stop = events(env, "stopping")[0]
     rest = simulated.comes_to_rest(stop["wall"], 2.0)
     report(request, f"at rest {rest:.2f} s after Ctrl-C")
@@ -730,24 +668,16 @@ def test_ctrl_c_brings_the_arm_to_rest_and_keeps_the_log(env, simulated, request
     assert simulated.travel(began, stop["wall"]) > 0.02
 
 
-def test_huge_actions_are_clamped(env, simulated):
-    when = time.time()
-    drive(env, 10, policy=lambda i: act(0, 1e12 * (-1) ** (i // 5)))
-    h = simulated.history(when)[::5]
-    speed = np.linalg.norm(np.diff(h[:, 2:5], axis=0), axis=1) / np.diff(h[:, 1])
-    assert 0.02 < speed.max() < 0.6  # m/s, by the simulator
-
-
 def test_the_hand_follows_the_sign_of_the_action(env, simulated):
     drive(env, 45, policy=lambda i: -0.7 * act())
-    assert simulated.history()[-1, 6] < 0.01
+    assert simulated.history()[-1, 5] < 0.01
     assert env.get_obs()["robot_obs"][14] == -1 and env.get_obs()["robot_obs"][6] < 0.01
     drive(env, 45, policy=lambda i: 0.7 * act())
-    assert simulated.history()[-1, 6] > 0.07
+    assert simulated.history()[-1, 5] > 0.07
 
 
 def test_a_wrong_address_is_an_error_and_what_is_waited_for_is_told(capsys):
-    needs_franky()
+    pytest.importorskip("franky", reason="franky-control is not installed")
     with pytest.raises(R.RobotError, match=r"no arm at 127.9.9.9"):
         R.Arm(dataclasses.replace(C, host="127.9.9.9", realtime=False))
     assert "waiting for the arm at 127.9.9.9" in capsys.readouterr().out
@@ -757,14 +687,3 @@ def test_a_wrong_address_is_an_error_and_what_is_waited_for_is_told(capsys):
 def test_without_a_real_time_kernel_the_error_names_the_simulators_setting(simulated):
     with pytest.raises(R.RobotError, match='"realtime": false'):
         R.Arm(dataclasses.replace(C, host=simulated.host))
-
-
-def test_a_dry_run_moves_nothing(env, simulated):
-    env.arm.stop()
-    env.dry_run = True
-    time.sleep(1)
-    when = time.time()
-    env.reset()
-    drive(env, 10)  # on the way out, until the leash holds the target
-    assert np.abs(env.T[:3, 3] - env.state.M[:3, 3]).max() > 0.02  # it would have gone there
-    assert simulated.travel(when) < 0.001
