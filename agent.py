@@ -307,14 +307,14 @@ class Agent(nn.Module):
         return [p for n, p in self.named_parameters() if "critic" not in n]
 
     # ------------------------------------------------------------------ goals and plans
-    def encode(self, play: Batch, language: Batch, gather=None) -> tuple[Tensor, Tensor, Batch]:
-        """Both batches' goals g (B, g), recognised plans (B, C*K), and Eq. 6's other terms: plan
-        KL, contrastive loss, and its accuracy.
+    def encode(self, s_E: Tensor, language: Batch, gather=None) -> tuple[Tensor, Tensor, Batch]:
+        """Windows s_E (T, B, k), those of `language` last -> goals g (B, g), recognised plans
+        (B, C*K), and Eq. 6's other terms: plan KL, contrastive loss, and its accuracy.
 
         gather: plan.all_gather, to compare sentences with all processes' windows in Eq. 8.
         """
-        n, c = play["s_E"].shape[1], self.config  # n play windows come first
-        V = self.perceptual(torch.cat([play["s_E"], language["s_E"]], 1))  # (T, B, d)
+        n, c = s_E.shape[1] - len(language["emb"]), self.config  # n windows of play come first
+        V = self.perceptual(s_E)  # (T, B, d)
         # Hindsight relabelling (Sec. III): a window's goal is its own end, or what was said of it.
         # V[-1] is a short window's end, too: its padding repeats it [D14].
         g = torch.cat([self.goal_latent(V[-1, :n]), self.goal_language(language["emb"])])
@@ -370,7 +370,7 @@ class Agent(nn.Module):
         s_E, weight = batch["s_E"], share(self.mask(batch))
 
         # Goals and plans in hindsight, the plan networks' KL, and Eq. 8.
-        g, plan, terms = self.encode(play, language, P.all_gather)
+        g, plan, terms = self.encode(s_E, language, P.all_gather)
 
         # The actor practises for H steps in the frozen world model ...
         s_pi, a = self.imagine(world, s_E[0], g, plan, len(s_E) - 1)
@@ -408,7 +408,7 @@ class Agent(nn.Module):
         place in Eq. 6, and nothing is imagined [D15]. Returns as `losses`, with L(ψ) = 0."""
         c, batch = self.config, join(play, language)
         s_E, weight = batch["s_E"], share(self.mask(batch))
-        g, plan, terms = self.encode(play, language, P.all_gather)
+        g, plan, terms = self.encode(s_E, language, P.all_gather)
         context = torch.cat([g, plan], -1).expand(len(s_E) - 1, -1, -1)
         a = self.actor(torch.cat([s_E[:-1], context], -1))
         error = (a - batch["a"][:-1]).square().mean(-1)  # (H, B)

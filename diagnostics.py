@@ -104,7 +104,7 @@ def follow(agent: A.Agent, world, play: A.Batch, language: A.Batch) -> A.Batch:
     """
     c, batch = agent.config, A.join(play, language)
     s_E, s_0, actions, real = batch["s_E"], batch["s_E"][0], batch["a"][:-1], A.real_steps(batch)
-    g, recognised, figures = agent.encode(play, language)
+    g, recognised, figures = agent.encode(s_E, language)
     plans = {"proposed": agent.propose(s_0, g)}
     if agent.with_plan:
         plans["recognised"] = recognised

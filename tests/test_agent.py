@@ -232,7 +232,7 @@ def test_the_agent_learns_to_steer_a_simple_world():
         loss, loss_critic, figures = agent.losses(line, play, language)
         optimizer.zero_grad(), (loss + loss_critic).backward(), optimizer.step()
     assert figures["reward"] > 0.98
-    g, plan, _ = agent.encode(play, language)
+    g, plan, _ = agent.encode(torch.cat([s_E, s_E], 1), language)
     a = agent.actor(torch.cat([s_E[0].repeat(2, 1), g, plan], -1), sample=False)
     assert torch.allclose(a[:, 0], torch.full((2 * B,), 0.5), atol=0.2)
 
