@@ -161,11 +161,11 @@ def critic_loss(v: Tensor, target: Tensor, weight: Tensor) -> Tensor:
 def actor_loss(
     v_lambda: Tensor, kl: Tensor, contrast: Tensor, alpha_1: float, alpha_2: float, weight: Tensor
 ) -> Tensor:
-    """L(θ) = E[ Σ_τ ( -V_λ(s_τ) + α₁ L_KL + α₂ L_contrast ) ],   τ = 0 ... H-1 (the paper: to H)
-    [D9].
+    """L(θ) = E[ Σ_τ ( -V_λ(s_τ) + α₁ L_KL + α₂ L_contrast ) ].
 
     v_lambda: (H, B), its gradient reaches the actor through the frozen dynamics. kl, contrast: ()
-    (contrast is 0 if fewer than two windows enter Eq. 8). weight: as in Eq. 5, for a mean over τ.
+    (contrast is 0 if fewer than two windows enter Eq. 8). weight: as in Eq. 5, for a mean over
+    τ = 0 ... H-1 (the paper: to H) [D9].
     """
     return -(weight * v_lambda).sum() + alpha_1 * kl + alpha_2 * contrast  # Eq. 6: L(θ)
 

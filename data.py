@@ -427,7 +427,8 @@ def pack_split(src: Path, dst: Path, skip: int, meta: dict, lang_folder: str, pr
     check_sums(src, "Copy it anew, or record or annotate it again")
     ids, episodes, kept, digest = read_episodes(src, skip)
     N, disturbed = len(kept), np.zeros(len(kept), bool)
-    spans, emb, lang = np.zeros((0, 2), np.int64), encode([]), {"sentences": [], "tasks": []}
+    spans, emb = np.zeros((0, 2), np.int64), np.zeros((0, EMBEDDING), np.float32)
+    lang = {"sentences": [], "tasks": []}
     if lang_folder != "none":
         spans, emb, lang = read_language(src / lang_folder, meta["text_encoder"], ids, kept)
     if (src / "disturbed.npy").exists():  # teleop.py disturbed itself; people's play has none
@@ -630,7 +631,8 @@ class Sequences:
         self.pool = np.concatenate([np.arange(0), *(np.arange(*bounds) for bounds in long)])
         least = len(data) if carry else len(self.pool)
         if least < L or B < 1:
-            raise DataError(f"{data.path}: {B} sequences of {L} in {least} frames. Record more.")
+            what = f"{data.path}: {B} sequences of {L} in {least} frames"
+            raise DataError(f"{what}. Record more, or lower --sequence_length.")
         self.chunk = math.ceil(len(data) / B)  # frames from one row's start to the next
         self.steps_per_epoch = math.ceil(self.chunk / L)
 

@@ -103,9 +103,11 @@ def save_film(path: Path, film: list[tuple], hz: float):
 def check_cameras(env, picture: Path):
     """Saves all of each camera's picture with its crop, what is recorded, what the policy gets.
     RobotError: a dark or frozen camera."""
-    rows, (images, ages) = [], env.frames()
+    rows = []
+    images, ages = env.frames()
     for name, image in images.items():
-        camera, small = env.cameras[name], R.resize_area(image, env.config.policy_size)
+        camera = env.cameras[name]
+        small = R.resize_area(image, env.config.policy_size)
         top, bottom, left, right = camera.box
         whole = camera.frame // 3  # what the crop leaves out is dark
         whole[top:bottom, left:right] = camera.frame[top:bottom, left:right]
@@ -256,7 +258,7 @@ class Rollouts:
     """Table II: rollouts of each task, then chains of five, with a person as the judge."""
 
     setup: Positional[Path]  # JSON of robot.RobotConfig's fields
-    checkpoint: str  # agent.pt of train.py --stage agent
+    checkpoint: str  # agent.pt, or a baseline's, of train.py
     tasks: Path = TABLETOP  # JSON of rows, tasks and chains
     rollouts: int = 20  # of each task
     chains: int = 20  # of the task file's chains
@@ -499,6 +501,8 @@ def rollouts(args: Rollouts) -> dict:
     records = read_log(log, identity)
     if args.dream and not records:
         raise ValueError(f"{log} has no rollouts: make them first, without --dream")
+    if args.dream and not hasattr(policy, "world"):
+        raise ValueError(f"{args.checkpoint} is a baseline, which has no world model to dream in")
     todo, make = [job for job in jobs if job["name"] not in records], all_rollouts
     if args.dream:
         done = [r for r in records.values() if len(r["tasks"]) == 1 and "dream" not in r]

@@ -61,7 +61,7 @@ MARKS = {None: ("#404040", ""), True: ("#188038", ": solved"), False: ("#c5221f"
 class Options:
     """What is evaluated, where and how. None: see parse."""
 
-    checkpoint: str | None = None  # agent.pt of train.py; None: the published policy
+    checkpoint: str | None = None  # agent.pt, hulc.pt, ... of train.py; None: published
     policy: str = "agent"  # agent, operator, or MODULE:CLASS of a model for CALVIN
     env: Literal["sim", "calvin"] = "sim"  # real: --robot SETUP.json and deploy.py's options
     instruction: str | None = None  # a sentence to follow where it can be done, and to film
@@ -457,9 +457,11 @@ def follow(args) -> dict[str, int]:
     task = next((task for task, told in known if sentence in map(calvin.plain, told)), None)
     states = calvin.start_states() if args.first is None else [calvin.chain(args.first)[0]]
     states = [state for state in states if not task or calvin.outcomes(state, task)]
-    number = args.first or 0
-    if states:
-        number = next(n for n in range(number, 1000) if calvin.chain(n)[0] in states)
+    if not states:
+        already = args.first is not None and task.startswith(("turn", "move", "open", "close"))
+        why = "it is so already" if already else "something else has to be done before"
+        raise ValueError(f"{args.instruction!r} asks for {task}: {why}")
+    number = args.first or next(n for n in range(1000) if calvin.chain(n)[0] in states)
     worker, seen, stem = Worker(args), {}, re.sub(r"\W+", "_", sentence)[:60]
     films = (args.out / f"{stem}_{k}.gif" for k in itertools.count())
     film = next(path for path in films if not path.exists())
@@ -471,10 +473,6 @@ def follow(args) -> dict[str, int]:
         return task in seen
 
     env, try_task = worker.start(number, film, oracle)
-    if not states:
-        so = calvin.is_so(env.get_info(), task)
-        why = "it is so already" if so else "something else has to be done before"
-        raise ValueError(f"{args.instruction!r} asks for {task}: {why}")
     env.caption = args.instruction
     try_task(args.instruction, args.limit)
     env.snap(solved=task in seen if task else None)

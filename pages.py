@@ -27,7 +27,6 @@ import time
 from pathlib import Path
 
 import imageio.v3 as imageio
-import jinja2
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -111,6 +110,8 @@ def write_report(folder: Path) -> None:
         "written": time.strftime("%Y-%m-%d %H:%M"),
     }  # fmt: skip
     content["running"] = any(s["step"] < s["steps"] for s in content["stages"])
+    import jinja2
+
     how = {"autoescape": True, "undefined": jinja2.StrictUndefined}
     pages = jinja2.Environment(loader=jinja2.FileSystemLoader(ASSETS), **how)
     D.write_text(folder / "report.html", pages.get_template("report.html").render(content))

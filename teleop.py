@@ -410,9 +410,9 @@ def unstack(seen):
 
 def law(task, seen, free):
     """Where the hand should go now to do `task`."""
-    words = task.split("_")
-    kind, word, last = words[0], words[1], words[-1]
-    block, in_hand, right = f"block_{word}", held(seen), 1 if last == "right" else -1
+    kind, *_, last = words = task.split("_")
+    block = next((b for b in BLOCKS if b[6:] in words), None)
+    in_hand, sign = held(seen), 1 if last == "right" else -1
     if kind == "place":
         return place(seen, last)
     if kind in ("stack", "unstack"):
@@ -422,12 +422,12 @@ def law(task, seen, free):
     if kind == "lift":
         return lift(seen, block)
     if kind == "rotate":
-        return rotate(seen, block, -right)
+        return rotate(seen, block, -sign)
     if kind == "push":
-        return push_into_drawer(seen, free) if last == "drawer" else push(seen, block, right)
+        return push(seen, block, sign) if block else push_into_drawer(seen, free)
     if kind == "turn":
-        return (led if last == "led" else bulb)(seen, word == "on")
-    return slider(seen, right) if kind == "move" else drawer(seen, kind == "open")
+        return led(seen, words[1] == "on") if last == "led" else bulb(seen, words[1] == "on")
+    return slider(seen, sign) if kind == "move" else drawer(seen, kind == "open")
 
 
 def act(task, seen, free=BLOCKS, skip=2):
@@ -924,13 +924,13 @@ def claim(place, about, n, seed, pictures, tasks):
         raise ValueError(f"{place}: {n} frames are too few, a span alone may have {SPAN}")
     file = place / "recording.json"
     about = about | {"text_encoder": data.TEXT_ENCODER, "frames": n, "seed": seed}
-    about |= {"pictures": pictures, "tasks": [*tasks]}
+    about |= {"pictures": pictures, "tasks": [*tasks], "rolls": True}
     place.mkdir(parents=True, exist_ok=True)
     # Files that a kill left half written do not count.
     if not all(p.name.startswith("part_") for p in place.iterdir()):
         remedy = "Choose another folder, delete it, or repeat the command that began it"
         found = data.read_json(file, remedy)
-        found = {"tasks": [*sim.TASKS]} | found  # older ones do not name them
+        found = {"tasks": [*sim.TASKS], "rolls": False} | found  # of older ones, which lack these
         changed = [k for k in found | about if found.get(k) != about.get(k)]
         lines = [f"{k} {found.get(k)!s:.99}, not {about.get(k)!s:.99}" for k in changed]
         if lines:

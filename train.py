@@ -199,6 +199,8 @@ def load_agent(path, device: str = "cpu", sample: bool = True, **policy):
             old = {k: c["config"].get(name) for k, name in old.items()}
             acts = A.Policy(world, agent, skip, sample, **c.get("policy", old) | policy)
     else:
+        if "reset_on_replan" in policy:
+            raise ValueError(f"{path} is a baseline: --reset_on_replan is for LUMOS alone")
         with fitting(path, "baselines.py"):
             model = B.Baseline(B.BaselineConfig(**c["config"])).to(device)
             model.load_state_dict(weights)
@@ -259,7 +261,10 @@ class Captured:
             self.arguments = tree_unflatten(self.fixed, structure)
             self.shapes, self.calls, self.graph, self.result = shapes, 0, None, None
         for fixed, x in zip(self.fixed, given, strict=True):
-            fixed[...] = x
+            if isinstance(x, Tensor):
+                fixed.copy_(x)
+            else:
+                fixed.fill_(x)  # without a copy from the host, which would wait
         self.calls += 1
         if self.calls <= self.WARM_UP:  # on the stream of the record, as autograd wants it
             self.stream.wait_stream(torch.cuda.current_stream())
@@ -269,7 +274,8 @@ class Captured:
             return result
         if self.graph is None:  # thread_local: the next batch is being read by another thread
             self.graph, how = torch.cuda.CUDAGraph(), {"capture_error_mode": "thread_local"}
-            with D.naming("a step as a CUDA graph", "Repeat the command with --graph false"):
+            remedy = "A step could not be recorded: repeat the command with --graph false"
+            with D.naming("CUDA graph", remedy):
                 with torch.cuda.graph(self.graph, stream=self.stream, **how):
                     self.result = self.update(*self.arguments)
         self.graph.replay()
@@ -309,6 +315,8 @@ class Run:
             print(json.dumps(self.settings, indent=1, ensure_ascii=False))
             how = f"{'bf16' if self.bf16 else 'fp32'} products, {self.ranks} processes"
             print(f"{self.steps} steps on {self.device}, {how}")
+            if self.device == "cpu" and config.preset == "paper":
+                print("note: preset paper is for GPUs; a step takes half a minute here")
 
     # ------------------------------------------------------------------ several processes
     def shard(self, n: int) -> slice:
@@ -340,9 +348,9 @@ class Run:
             signal.signal(signal.SIGINT, self.interrupt)
         else:  # each has its own random numbers from here on
             torch.manual_seed(hash((self.config.seed, start, self.rank)) % 2**63)
-        steps = range(start, self.steps + 1)
+        how = {"initial": start, "total": self.steps, "unit": "step", "disable": self.rank > 0}
         try:
-            yield from tqdm(steps, initial=start, total=self.steps, unit="step", disable=self.rank)
+            yield from tqdm(range(start, self.steps + 1), **how)
         finally:
             signal.signal(signal.SIGINT, handler)
 
@@ -474,7 +482,8 @@ class Run:
             what = f"{path} was published without its optimiser, or is damaged"
             raise ValueError(f"{what}: it cannot be trained on. Give another --out.")
         here = self.settings | self.data.meta | {"frames": len(self.data)}
-        there = {"frames": len(self.data)} | c | c["run"] | todays(c["config"]) | c["meta"]
+        there = c["run"] | todays(c["config"]) | c["meta"]
+        there["frames"] = c.get("frames", len(self.data))
         names = [k for k in here | c["meta"] if k not in RESUMABLE]
         changed = [k for k in names if there.get(k) != here.get(k)]
         if changed:
@@ -503,11 +512,12 @@ def bf16_is_faster(device: str) -> bool:
     if not (mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return False
 
-    def seconds(dtype: torch.dtype) -> float:
+    seconds = {}
+    for dtype in 10 * (torch.float32, torch.bfloat16):  # in turns: the machine may be busy
         x = torch.ones(512, 512, dtype=dtype)
-        return min(timeit.repeat(lambda: x @ x, number=1, repeat=20))
-
-    return seconds(torch.bfloat16) < seconds(torch.float32)
+        took = timeit.timeit(lambda: x @ x, number=1)  # noqa: B023
+        seconds[dtype] = min(took, seconds.get(dtype, took))
+    return seconds[torch.bfloat16] < seconds[torch.float32]
 
 
 def prefetched(batches, device: str):
@@ -782,10 +792,12 @@ def parse(arguments: list[str] | None = None) -> tuple[RunConfig, object]:
         config=(tyro.conf.FlagConversionOff,),
     )  # fmt: skip
     for name, value in (vars(options.run) | vars(options.model)).items():
-        positive = type(value) is int or name.endswith(("lr", "learning_rate"))
-        nil = value == 0 and name in ("steps", "seed", "shift")  # shift: of a baseline's images
-        if positive and value <= 0 and not nil:
-            raise ValueError(f"--{name} {value}: too small")
+        if name in ("steps", "seed", "shift"):  # shift: of a baseline's images
+            if value < 0:
+                raise ValueError(f"--{name} {value}: 0 or more")
+        elif type(value) is int or name.endswith(("lr", "learning_rate")):
+            if value <= 0:
+                raise ValueError(f"--{name} {value}: above 0")
     return options.run, options.model
 
 

@@ -325,6 +325,7 @@ NONSENSE = """
 --policy operator --reset_on_replan False: they are an agent's
 --policy operator --replan 3: they are an agent's
 --checkpoint a.pt --renderer egl: needs that of its data
+--checkpoint none.pt: does not exist; make it with
 --policy operator --first 990 --chains 20: there are chains 0 to 999
 --policy operator --chains 0: there are chains 0 to 999
 --policy operator --env moon: invalid choice

@@ -277,7 +277,8 @@ def test_every_number_of_a_set_up_has_a_range_and_a_kind(name, load):
 WRONG = {  # field: values that are refused
     "hosst": ["1"], "host": ["", 1], "static": ["webcam"], "realtime": [1], "frame": ["world"],
     "control": ["torque"], "box_slack": [0.09], "box_low": [[0.3, 0.1], [0.9, 0, 0]],
-    "record_hz": [31], "static_crop": [[0, 200, 100], [0, 200, -1, 200]],
+    "record_hz": [31], "action_scale": [[0.0, 0.05]],
+    "static_crop": [[0, 200, 100], [0, 200, -1, 200]],
     "neutral": [[[0, 0, 0]], [[0, 0, 0, 0, 0, 0, 0]], []],
 }  # fmt: skip
 WRONG = [({k: x}, k) for k, values in WRONG.items() for x in values]
@@ -666,6 +667,25 @@ def test_ctrl_c_brings_the_arm_to_rest_and_keeps_the_log(env, simulated, request
     assert stop["reason"] == "Ctrl-C" and rest < 1.0
     assert len(events(env, "tick")) == 20 and events(env)[-1]["event"] == "stopped"
     assert simulated.travel(began, stop["wall"]) > 0.02
+
+
+def test_huge_actions_are_clamped(env, simulated):
+    when = time.time()
+    drive(env, 10, policy=lambda i: act(0, 1e12 * (-1) ** (i // 5)))
+    h = simulated.history(when)[::5]
+    speed = np.linalg.norm(np.diff(h[:, 2:5], axis=0), axis=1) / np.diff(h[:, 1])
+    assert 0.02 < speed.max() < 0.6  # m/s, by the simulator
+
+
+def test_a_dry_run_moves_nothing(env, simulated):
+    env.arm.stop()
+    env.dry_run = True
+    time.sleep(1)
+    when = time.time()
+    env.reset()
+    drive(env, 10)  # on the way out, until the leash holds the target
+    assert np.abs(env.T[:3, 3] - env.state.M[:3, 3]).max() > 0.02  # it would have gone there
+    assert simulated.travel(when) < 0.001
 
 
 def test_the_hand_follows_the_sign_of_the_action(env, simulated):

@@ -223,6 +223,8 @@ def test_replaying_the_actions_from_an_episodes_first_frame_reproduces_it_and_it
     f, ann, own = frames(recording), language(recording), []
     marked = np.load(recording / "training/disturbed.npy")
     assert marked.shape == (FRAMES,) and 0 < marked.mean() < 0.5
+    astray = np.abs([x["rel_actions"][:6] for x, burst in zip(f, marked, strict=False) if burst])
+    assert (astray.max(0) > 0.1).all()  # a world model must see what each of the six does
     spans = list(zip(ann["info"]["indx"], ann["language"]["task"], strict=True))
     episodes = np.load(recording / "training/ep_start_end_ids.npy")
     assert spans and len(episodes) > 1, "choose another seed"
