@@ -257,7 +257,7 @@ class Session:
     """`deploy.py rollouts` with the double, an operator's keys, and a policy that drifts; the
     operator's key of each instruction comes at its fourth step."""
 
-    skip = 1
+    skip, world = 1, "of LUMOS"
 
     def __init__(self, folder):
         self.folder, self.out, self.made, self.steps = folder, folder / "out", [], -10
@@ -473,6 +473,9 @@ def test_rollouts_are_dreamed_again_from_their_first_pictures_and_judged(
     assert Image.open(session.out / "rollouts/a_00_0_dream.gif").n_frames == 9
     assert dreams("f\n") == ([2, 2], [1, 2])  # goes on with the second
     assert dreams("") == ([2, 2], [1, 2])
+    monkeypatch.delattr(Session, "world")
+    with pytest.raises(SystemExit, match="no world model to dream in"):
+        dreams("f\n")
     assert "50.0%" in capsys.readouterr().out
 
 
