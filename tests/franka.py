@@ -148,7 +148,8 @@ def serve(host, history=os.devnull):
     from franky_sim.franka_robot_server import FrankaRobotServer
     from franky_sim.mujoco_simulator import MujocoSimulator
 
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    asked = []
+    signal.signal(signal.SIGUSR1, lambda *_: asked.append("reflex"))
     break_down = patch(protocol, FrankaRobotServer)
     with open(history, "wb", 0) as file, MujocoSimulator(enable_visualization=False) as sim:
         arm = sim.add_robot(initial_hand_width=0.08)
@@ -164,7 +165,8 @@ def serve(host, history=os.devnull):
                 if n % 10 == 0:
                     p = robot.robot_state.O_T_EE[12:15]
                     file.write(np.array([time.time(), n / 1000, *p, arm.hand_width]).tobytes())
-                    if signal.sigtimedwait([signal.SIGUSR1], 0):
+                    if asked:
+                        asked.clear()
                         break_down(robot)
                 deadline += 1e-3
                 late = time.perf_counter() - deadline
