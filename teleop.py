@@ -127,6 +127,11 @@ def lying(seen, *places):
     return [b for b in BLOCKS if place_of(seen, b) in places and b != held(seen)]
 
 
+def half_size(seen, block, axis):
+    """Half of a block's extent along a world axis (0, 1 or 2)."""
+    return np.abs(seen.axes[block][axis]) @ SIZES[block] / 2
+
+
 def gap(seen, block, point):
     """Horizontal distance from a point to a block's outline, 0 inside."""
     axes = seen.axes[block]
@@ -314,7 +319,7 @@ def rotate(seen, block, sign):
 
 def beside(seen, block, sign):
     """Where the fingers stand to push a block along x."""
-    half = np.abs(seen.axes[block][0]) @ SIZES[block] / 2 + 0.03  # of its extent, and a finger
+    half = half_size(seen, block, 0) + 0.03  # and a finger
     return np.array([seen.at[block][0] - sign * half, seen.at[block][1], 0.462])
 
 
@@ -329,8 +334,7 @@ def push_into_drawer(seen, free):
     if not ok:
         return rise(seen)
     block = min(ok, key=lambda b: seen.at[b][1])  # the nearest to it, more so when it is pushed
-    half = np.abs(seen.axes[block][1]) @ SIZES[block] / 2
-    y = min(seen.at[block][1] + half + 0.026, 0.0)
+    y = min(seen.at[block][1] + half_size(seen, block, 1) + 0.026, 0.0)
     at = np.array([seen.at[block][0], y, 0.466])
     return stroke(seen, at, np.array([0, -1.0, 0]), UP, clear(seen) - 0.466, DOWN, 0.10)
 
