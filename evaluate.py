@@ -81,6 +81,7 @@ class Options:
     sentences: Path | None = None  # of the 34 tasks: a JSON file, or a dataset's validation/lang_*
     text_encoder: str | None = None  # its folder, for sentences that are not in assets/
     table: tuple[Path, ...] = ()  # only print Table I of these results.json
+    figure: Path | None = None  # only draw what --table's say of play, pushes and practice
     calvin_env: Path | None = None  # clone of mees/calvin_env; None: in this folder, or installed
     scene: str = calvin.SCENE  # CALVIN's: a folder of its dataset, or a name in conf/scene
     renderer: Literal["egl", "tiny"] | None = None  # CALVIN's; None: the checkpoint's, or tiny
@@ -279,16 +280,23 @@ def tables(result: dict) -> str:
     return "\n".join([*lines, form.format(result["label"], *shares, f"{result['avg_len']:.2f}")])
 
 
+def read_result(path: Path) -> dict:
+    """A results.json, with what table and figure need. DataError: unusable."""
+    r = data.read_json(path, "Give another", RESULT)
+    with data.naming(path, "Give the results.json of evaluate.py"):
+        if not np.isfinite([*r["success"], r["avg_len"]]).all():
+            raise ValueError("a figure is not finite")
+    return r
+
+
 def table_of_seeds(paths: list[Path]) -> str:
     """Table I from several results.json: a row for each environment, method, number of steps and of
     chains, with mean ± sample deviation over its seeds. DataError: unusable, or a seed twice."""
     rows: dict[tuple, dict[int, list[float]]] = {}
     for path in paths:
+        r = read_result(path)
         with data.naming(path, "Give the results.json of evaluate.py, each seed once"):
-            r = data.read_json(path, "Give another", RESULT)
             figures = [*(100 * share for share in r["success"]), r["avg_len"]]
-            if not np.isfinite(figures).all():
-                raise ValueError("a figure is not finite")
             step = r.get("training", {}).get("step", "")  # the operator has none
             seeds = rows.setdefault((r["env"], r.get("label", r["method"]), step, r["chains"]), {})
             if r["seed"] in seeds:
@@ -358,7 +366,8 @@ class Worker:
             data.same_text_encoder(encoder, c["text_encoder"], args.checkpoint)
             about |= {"method": c["method"], "seed": c["run"]["seed"]}
             about |= {k: getattr(self.policy, k, None) for k in HOW}
-            about |= {"training": {k: c[k] for k in ("step", "seconds", "run", "meta")}}
+            kept = ("step", "seconds", "frames", "config", "run", "meta")
+            about |= {"training": {k: c[k] for k in kept if k in c}}
         elif args.policy != "operator":
             self.policy = load_model(args.policy)
         if args.env == "calvin":
@@ -533,6 +542,8 @@ def main(argv: list[str] | None = None):
         return deploy.main(["rollouts", known.robot, *rest])
     try:
         args = parse(argv)
+        if args.figure:
+            return pages.stress([read_result(path) for path in args.table], args.figure)
         if args.table:
             return print(table_of_seeds(args.table))
         if args.live:

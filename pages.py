@@ -24,6 +24,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter, defaultdict
+from functools import partial
 from pathlib import Path
 
 import imageio.v3 as imageio
@@ -53,6 +55,9 @@ CURVES = {
 POINTS = 400  # of a curve, at most: the means of neighbours
 COLOURS = ("#2f7de1", "#e8710a", "#0f9d75", "#b455c9", "#c9372c", "#8a8d91")
 TEXT = "#010203"  # stands for the page's own colour of text
+# What the figure varies, and its axis' scale.
+STRESS = {"frames of play": "log", "probability of a push, per action": "linear",
+          "steps of practice H": "linear"}  # fmt: skip
 HZ, AHEAD = 30, 2  # simulator steps per second; seconds that the world model imagines
 
 
@@ -163,6 +168,43 @@ def curve(salt: str, rows: list[dict], keys: tuple[str, ...]) -> str:
         figure.savefig(file, format="svg", transparent=True, metadata=nothing)
     svg = file.getvalue()
     return svg[svg.index("<svg") :].replace(TEXT, "currentColor")
+
+
+def stress(results: list[dict], path: Path) -> None:
+    """Avg. Len. over each of STRESS, mean ± sample deviation over seeds, as a picture: of those
+    results.json in which the other two are as in most of them. A line for each method; dashed
+    where it was measured at one place only. DataError: a result does not say all three."""
+    from matplotlib.figure import Figure
+
+    rows = []
+    for r in results:
+        with D.naming(r.get("checkpoint", "a result"), "Evaluate it again, by today's code"):
+            training = r["training"]
+            horizon = training["config"]["sequence_length"] - 1
+            x = dict(zip(STRESS, (training["frames"], r["disturb"], horizon), strict=True))
+            rows.append((r["method"], r["avg_len"], x))
+    usual = {k: Counter(x[k] for *_, x in rows).most_common(1)[0][0] for k in STRESS}
+    figure = Figure((10, 3.2), layout="constrained")
+    for axes, (name, scale) in zip(figure.subplots(1, 3, sharey=True), STRESS.items(), strict=True):
+        for method, colour in zip(dict.fromkeys(row[0] for row in rows), COLOURS, strict=False):
+            label, lengths = method.replace("_", " "), defaultdict(list)
+            for each, length, x in rows:
+                if each == method and all(x[k] == usual[k] for k in STRESS if k != name):
+                    lengths[x[name]].append(length)
+            if not lengths:
+                continue
+            xs = sorted(lengths)
+            mean = [np.mean(lengths[x]) for x in xs]
+            spread = [np.std(lengths[x], ddof=1) if len(lengths[x]) > 1 else 0 for x in xs]
+            if len(xs) == 1:
+                axes.axhline(mean[0], color=colour, ls="--", label=label)
+            else:
+                axes.errorbar(xs, mean, spread, color=colour, marker="o", capsize=3, label=label)
+        axes.set(xlabel=name, xscale=scale, ylim=(0, 5.1))
+        axes.grid(alpha=0.2)
+    figure.axes[0].set_ylabel("Avg. Len.")
+    figure.axes[0].legend(frameon=False)
+    D.write(path, partial(figure.savefig, dpi=110, format="png"))
 
 
 def wilson(ok: int, n: int) -> tuple[float, float]:
