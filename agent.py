@@ -15,9 +15,9 @@
              r_0          r_1                        r_{H-1}    r_t: s^π_{t+1} beside s^E_{t+1}
         v_0          v_1          v_2      v_{H-1}              v_H     V^λ_H = v_H
 
-A batch is two dicts, `play` and `language`, of windows: s_E (T, B, k) expert latents, a (T, B, 7)
-their actions, length (B,) states before the padding, which repeats the last state [D14]; language
-also emb (B, 384) and align (B,) bool, which windows enter Eq. 8 [D11]. Shape () is a scalar.
+A batch is two dicts, `play` and `language`, of windows: s_E (T, B, k) expert latents, which hold
+the end of a short window, and a (T, B, 7) their actions [D14]; language also emb (B, 384) and
+align (B,) bool, which windows enter Eq. 8 [D11]. Shape () is a scalar.
 The caller freezes the world model: `world.requires_grad_(False)`.
 
 Copy this file together with plan.py. Needs: torch. The world model is an argument: anything with
@@ -32,8 +32,7 @@ Copy this file together with plan.py. Needs: torch. The world model is an argume
 ...     def imagine_step(self, h, z, a):
 ...         return h + a.sum(-1, keepdim=True), z
 >>> agent = Agent(PRESETS["tiny"], k=16)
->>> play = {"s_E": torch.randn(10, 4, 16), "a": torch.zeros(10, 4, 7)}  # T = 10, B = 4
->>> play["length"] = torch.full((4,), 10)
+>>> play = {"s_E": torch.randn(5, 4, 16), "a": torch.zeros(5, 4, 7)}  # T = 5, B = 4
 >>> told = {"emb": torch.randn(4, 384), "align": torch.ones(4, dtype=torch.bool)}
 >>> loss_actor, loss_critic, figures = agent.losses(World(), play, play | told)
 >>> loss_actor.shape
@@ -90,7 +89,6 @@ class AgentConfig:
     anneal: float = 0.0  # last part of the steps, over which both learning rates fall to 0 [D25]
     critic_gradient: bool = True  # the actor's gradient passes through the critic, too [D28]
     reset_start: float = 0.5  # how often a window starts from a state without history [D8]
-    mask_padding: bool = False  # leave the padding of short windows out of Eqs. 5 and 6 [D14]
     rephrase: bool = False  # a window's sentence may be any span's of the same task [D11]
 
 
@@ -130,44 +128,38 @@ def intrinsic_reward(s_E: Tensor, s_pi: Tensor) -> Tensor:
     return (s_E * s_pi).sum(-1) / longest.clamp_min(1e-8)  # Eq. 3: r^int_t
 
 
-def lambda_return(
-    r: Tensor, v: Tensor, gamma: float, lam: float, weight: Tensor | None = None
-) -> Tensor:
+def lambda_return(r: Tensor, v: Tensor, gamma: float, lam: float) -> Tensor:
     """V^λ_t = r_t + γ ((1-λ) v_ψ(s_{t+1}) + λ V^λ_{t+1}),   V^λ_H = v_ψ(s_H)   (App. B).
 
     r: (H, B) rewards of the H steps, v: (H+1, B) the slow critic's values of s_0 ... s_H [D18].
-    weight (H, B): where it is 0 (padding), V^λ_t = v_t, so that the last real step bootstraps from
-    v [D14]. Returns (H, B). λ = 0 is one-step TD, λ = 1 Monte Carlo with a bootstrap.
+    Returns (H, B). λ = 0 is one-step TD, λ = 1 Monte Carlo with a bootstrap.
     """
     v_lambda, out = v[-1], []
     for t in reversed(range(len(r))):
         v_lambda = r[t] + gamma * ((1 - lam) * v[t + 1] + lam * v_lambda)
-        if weight is not None:
-            v_lambda = torch.where(weight[t] > 0, v_lambda, v[t])
         out.append(v_lambda)
     return torch.stack(out[::-1])
 
 
-def critic_loss(v: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+def critic_loss(v: Tensor, target: Tensor) -> Tensor:
     """L(ψ) = E[ Σ_t ½ (v_ψ(ŝ_t) - sg(V^λ_t))² ],   t = 0 ... H-1 (the paper: from 1) [D9].
 
     v, target: (H, B) values v_ψ and V^λ, both standardised, so the loss is Eq. 5's divided by
-    deviation² [D18]. weight (H, B): each step's share of the mean over H and B [D9], 0 on masked
-    padding; see `share`.
+    deviation² [D18]; a mean over H and B [D9].
     """
-    return (weight * 0.5 * (v - target.detach()).square()).sum()  # Eq. 5: L(ψ)
+    return 0.5 * (v - target.detach()).square().mean()  # Eq. 5: L(ψ)
 
 
 def actor_loss(
-    v_lambda: Tensor, kl: Tensor, contrast: Tensor, alpha_1: float, alpha_2: float, weight: Tensor
+    v_lambda: Tensor, kl: Tensor, contrast: Tensor, alpha_1: float, alpha_2: float
 ) -> Tensor:
     """L(θ) = E[ Σ_τ ( -V_λ(s_τ) + α₁ L_KL + α₂ L_contrast ) ].
 
-    v_lambda: (H, B), its gradient reaches the actor through the frozen dynamics. kl, contrast: ()
-    (contrast is 0 if fewer than two windows enter Eq. 8). weight: as in Eq. 5, for a mean over
-    τ = 0 ... H-1 (the paper: to H) [D9].
+    v_lambda: (H, B), its gradient reaches the actor through the frozen dynamics; a mean over
+    τ = 0 ... H-1 (the paper: a sum to H) and B [D9]. kl, contrast: () (contrast is 0 if fewer than
+    two windows enter Eq. 8).
     """
-    return -(weight * v_lambda).sum() + alpha_1 * kl + alpha_2 * contrast  # Eq. 6: L(θ)
+    return -v_lambda.mean() + alpha_1 * kl + alpha_2 * contrast  # Eq. 6: L(θ)
 
 
 # ---------------------------------------------------------------------------- modules
@@ -234,12 +226,12 @@ class Critic(nn.Module):
         return (v - self.mean) / self.deviation
 
     @torch.no_grad()
-    def update_statistics(self, r: Tensor, v_lambda: Tensor, weight: Tensor, gamma: float) -> None:
+    def update_statistics(self, r: Tensor, v_lambda: Tensor, gamma: float) -> None:
         """Moves the statistics, over some 100 batches, towards those of all processes' r and V^λ
-        (H, B); weight as in Eq. 5. No .item(): it would wait for the GPU."""
+        (H, B). No .item(): it would wait for the GPU."""
         centred = v_lambda - self.mean
-        sums = [(weight * x).sum() for x in (r, centred, centred.square())]
-        r_mean, v_mean, v_square = P.all_gather(torch.stack(sums)[None]).mean(0)
+        means = [x.mean() for x in (r, centred, centred.square())]
+        r_mean, v_mean, v_square = P.all_gather(torch.stack(means)[None]).mean(0)
         self.updates += 1
         rate = self.updates.reciprocal().clamp_min(0.01)  # at first, the mean of all so far
         self.mean.lerp_(r_mean / (1 - gamma), rate)
@@ -249,19 +241,16 @@ class Critic(nn.Module):
         self.deviation.copy_(variance.clamp_min(1e-6).sqrt())
 
 
-def critic_figures(v: Tensor, target: Tensor, weight: Tensor, deviation: Tensor) -> Batch:
-    """R² () of standardised values v (H, B) as guesses of the target (H, B), and the spread () of
+def critic_figures(v: Tensor, target: Tensor, deviation: Tensor) -> Batch:
+    """R² () of standardised values v as guesses of the target, of one shape, and the spread () of
     both, times the deviation by which they were standardised."""
-    weight = weight / weight.sum()
-
-    def variance(x: Tensor) -> Tensor:
-        return (weight * (x - (weight * x).sum()).square()).sum()
-
-    missed = (weight * (v - target).square()).sum()
-    figures = {"critic_r2": 1 - missed / variance(target).clamp_min(1e-8)}
-    figures["value_std"] = variance(v).sqrt() * deviation
-    figures["target_std"] = variance(target).sqrt() * deviation
-    return figures
+    spread = target.std(correction=0)
+    missed = (v - target).square().mean()
+    figures = {"critic_r2": 1 - missed / spread.square().clamp_min(1e-8)}
+    return figures | {
+        "value_std": v.std(correction=0) * deviation,
+        "target_std": spread * deviation,
+    }
 
 
 class Agent(nn.Module):
@@ -353,11 +342,6 @@ class Agent(nn.Module):
             s_pi.append(torch.cat([h, z], -1))
         return torch.stack(s_pi), torch.stack(actions)
 
-    def mask(self, batch: Batch) -> Tensor:
-        """(H, B): 1 for each step that counts in Eqs. 5 and 6, else 0 [D14]."""
-        real = real_steps(batch).float()
-        return real if self.config.mask_padding else torch.ones_like(real)
-
     def losses(self, world, play: Batch, language: Batch) -> tuple[Tensor, Tensor, Batch]:
         """One batch -> scalars L(θ) and L(ψ), figures. Imagination begins at the first states [D8].
 
@@ -367,7 +351,7 @@ class Agent(nn.Module):
         if c.method == "no_ditto":
             return self.clone_loss(play, language)
         batch = join(play, language)
-        s_E, weight = batch["s_E"], share(self.mask(batch))
+        s_E = batch["s_E"]
 
         # Goals and plans in hindsight, the plan networks' KL, and Eq. 8.
         g, plan, terms = self.encode(s_E, language, P.all_gather)
@@ -381,23 +365,22 @@ class Agent(nn.Module):
         # critic_gradient, its gradient also reaches s_pi and g through the critic's input [D28].
         x = torch.cat([s_pi, g.expand(len(s_pi), -1, -1)], -1)
         v_slow = self.slow_critic(x if c.critic_gradient else x.detach())
-        v_lambda = lambda_return(r, v_slow, c.gamma, c.lam, weight)
+        v_lambda = lambda_return(r, v_slow, c.gamma, c.lam)
 
         # The critic regresses V^λ, both sides standardised [D18].
         v = self.critic.standard_value(x[:-1].detach())
         target = self.critic.standardise(v_lambda.detach())
-        loss_critic = critic_loss(v, target, weight)
+        loss_critic = critic_loss(v, target)
         # The actor maximises V^λ, through the dynamics; plan networks and goal encoders learn, too.
         kl, contrast = terms["plan_kl"], terms["contrast"]
-        loss_actor = actor_loss(v_lambda, kl, contrast, c.alpha_1, c.alpha_2, weight)
+        loss_actor = actor_loss(v_lambda, kl, contrast, c.alpha_1, c.alpha_2)
 
-        figures = {"reward": (weight * r).sum(), "v_lambda": (weight * v_lambda).sum()} | terms
-        figures |= critic_figures(v.detach(), target, weight, self.critic.deviation)
-        error = (a - batch["a"][:-1]).square().mean(-1)
-        figures["action_mse"] = (weight * error).sum()
+        figures = {"reward": r.mean(), "v_lambda": v_lambda.mean()} | terms
+        figures |= critic_figures(v.detach(), target, self.critic.deviation)
+        figures["action_mse"] = (a - batch["a"][:-1]).square().mean()
         figures |= {"loss_actor": loss_actor, "loss_critic": loss_critic}
         if self.training:
-            self.critic.update_statistics(r, v_lambda, weight, c.gamma)
+            self.critic.update_statistics(r, v_lambda, c.gamma)
             # Both critics have the new mean. The slow one keeps the deviation that its weights were
             # copied with; Eq. 6's gradient, which is computed after this, needs it unchanged, too.
             self.slow_critic.mean.copy_(self.critic.mean)
@@ -407,15 +390,15 @@ class Agent(nn.Module):
         """No DITTO (Table I): the squared error of actions on the expert's latents takes -V_λ's
         place in Eq. 6, and nothing is imagined [D15]. Returns as `losses`, with L(ψ) = 0."""
         c, batch = self.config, join(play, language)
-        s_E, weight = batch["s_E"], share(self.mask(batch))
+        s_E = batch["s_E"]
         g, plan, terms = self.encode(s_E, language, P.all_gather)
         context = torch.cat([g, plan], -1).expand(len(s_E) - 1, -1, -1)
         a = self.actor(torch.cat([s_E[:-1], context], -1))
         error = (a - batch["a"][:-1]).square().mean(-1)  # (H, B)
         kl, contrast = terms["plan_kl"], terms["contrast"]
         # Eq. 6 with the negative error in the place of V_λ.
-        loss = actor_loss(-error, kl, contrast, c.alpha_1, c.alpha_2, weight)
-        figures = terms | {"action_mse": (weight * error).sum(), "loss_actor": loss}
+        loss = actor_loss(-error, kl, contrast, c.alpha_1, c.alpha_2)
+        figures = terms | {"action_mse": error.mean(), "loss_actor": loss}
         return loss, loss.new_zeros(()), {k: x.detach() for k, x in figures.items()}
 
 
@@ -423,18 +406,6 @@ def join(play: Batch, language: Batch) -> Batch:
     """What play and language windows both have, play first, along B."""
     shared = [k for k in play if k in language]
     return {k: torch.cat([play[k], language[k]], 0 if play[k].dim() == 1 else 1) for k in shared}
-
-
-def share(mask: Tensor) -> Tensor:
-    """mask (H, B) -> each step's share of the mean over H and B [D9]. They add up to 1; with n
-    processes to n, because DistributedDataParallel averages over them."""
-    return mask / P.all_gather(mask.sum()[None]).mean()
-
-
-def real_steps(batch: Batch) -> Tensor:
-    """(H, B) bool: the steps of each window that are not its padding [D14]."""
-    steps = torch.arange(len(batch["a"]) - 1, device=batch["length"].device)
-    return steps[:, None] < batch["length"] - 1
 
 
 class Policy:

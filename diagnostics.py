@@ -103,7 +103,8 @@ def follow(agent: A.Agent, world, play: A.Batch, language: A.Batch) -> A.Batch:
     gripper_observed: how often the gripper's sign is right there.
     """
     c, batch = agent.config, A.join(play, language)
-    s_E, s_0, actions, real = batch["s_E"], batch["s_E"][0], batch["a"][:-1], A.real_steps(batch)
+    s_E, s_0, actions = batch["s_E"], batch["s_E"][0], batch["a"][:-1]
+    real = torch.arange(len(actions), device=s_0.device)[:, None] < batch["length"] - 1  # [D14]
     g, recognised, figures = agent.encode(s_E, language)
     plans = {"proposed": agent.propose(s_0, g)}
     if agent.with_plan:
@@ -115,10 +116,10 @@ def follow(agent: A.Agent, world, play: A.Batch, language: A.Batch) -> A.Batch:
         figures[f"mse_{name}"] = (a - actions)[real][:, :6].square().mean()
     if c.method != "no_ditto":  # with the last plan, as in training
         x = torch.cat([s_pi, g.expand(len(s_pi), -1, -1)], -1)
-        v_lambda = A.lambda_return(r, agent.slow_critic(x), c.gamma, c.lam, agent.mask(batch))
+        v_lambda = A.lambda_return(r, agent.slow_critic(x), c.gamma, c.lam)
         v = agent.critic.standard_value(x[:-1])
         target = agent.critic.standardise(v_lambda)
-        figures |= A.critic_figures(v, target, real.float(), agent.critic.deviation)
+        figures |= A.critic_figures(v[real], target[real], agent.critic.deviation)
 
     context = torch.cat([g, plans["proposed"]], -1).expand(len(actions), -1, -1)
     a = agent.actor(torch.cat([s_E[:-1], context], -1), sample=False)

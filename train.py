@@ -80,7 +80,8 @@ RESUMABLE = (*RESUMABLE.split(), "learning_rate", "actor_lr", "critic_lr")
 RENAMED = {"harden": "sample_anneal", "shorter": "length_curriculum", "cells": "spatial_latents"}
 RETIRED = {
     "proprioception": True, "reward_on": "s", "clone_imagined": False, "binary_gripper": False,
-    "critic_weight_decay": None, "critic_sees_plan": None, "replan": None, "forget": None,
+    "critic_weight_decay": None, "critic_sees_plan": None, "mask_padding": None, "replan": None,
+    "forget": None,
 }  # fmt: skip
 # Types of a checkpoint's entries.
 KINDS = {"config": dict, "model": dict, "meta": dict, "run": dict, "step": int}

@@ -97,7 +97,6 @@ def losses(preset: str, play: str, device: str):
     g = torch.Generator().manual_seed(0)
     s_E = torch.randn(a.sequence_length, n, c.latent, generator=g).tanh()
     windows = {"s_E": s_E, "a": torch.randn(len(s_E), n, 7, generator=g).tanh()}
-    windows["length"] = torch.full((n,), a.min_window)
     told = windows | {"emb": torch.randn(n, 384, generator=g), "align": torch.ones(n) > 0}
     both = [D.to_device(x, device) for x in (windows, told)]
     world.requires_grad_(False)

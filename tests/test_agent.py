@@ -93,20 +93,6 @@ def test_lambda_return_is_the_weighted_sum_of_n_step_returns(lam):
         assert torch.allclose(got[t], expected, atol=1e-6)
 
 
-def test_masked_padding_leaves_the_objective():
-    """[D14]: a window of 3 real steps gives what it gives without its padding."""
-    r, v = torch.randn(5, 2), torch.randn(6, 2)
-    weight = torch.tensor([[1.0, 1], [1, 1], [1, 1], [1, 0], [1, 0]])
-    got = A.lambda_return(r, v, 0.9, 0.8, weight)
-    assert torch.equal(got[:, 0], A.lambda_return(r, v, 0.9, 0.8)[:, 0])
-    assert torch.equal(got[:3, 1:], A.lambda_return(r[:3, 1:], v[:4, 1:], 0.9, 0.8))
-    values, zero, changed = torch.randn(5, 2), torch.zeros(()), got.clone()
-    changed[3:, 1] += 5
-    assert A.critic_loss(values, got, weight) == A.critic_loss(values, changed, weight)
-    losses = [A.actor_loss(target, zero, zero, 1, 1, weight) for target in (got, changed)]
-    assert losses[0] == losses[1]
-
-
 def test_eq4_actions_are_tanh_gaussian_and_the_std_stays_in_its_bounds():
     actor, x, seen = A.Actor(4, 16, 2), torch.zeros(20000, 4), {}
     with torch.no_grad():
@@ -122,7 +108,7 @@ def test_eq4_actions_are_tanh_gaussian_and_the_std_stays_in_its_bounds():
 
 def test_eq5_is_half_the_mean_squared_error_and_moves_only_the_critic(world):
     v, target = torch.randn(5, 3, requires_grad=True), torch.randn(5, 3, requires_grad=True)
-    loss = A.critic_loss(v, target, torch.full((5, 3), 1 / 15))
+    loss = A.critic_loss(v, target)
     assert torch.allclose(loss, 0.5 * ((v - target) ** 2).mean())
     assert not nonzero(loss, target)  # sg(V^λ)
     agent = make_agent(critic_gradient=True)
@@ -133,7 +119,7 @@ def test_eq5_is_half_the_mean_squared_error_and_moves_only_the_critic(world):
 
 def test_eq6_adds_its_terms_with_their_scales():
     v, kl, contrast = torch.full((4, 2), 2.0), torch.tensor(3.0), torch.tensor(5.0)
-    loss = A.actor_loss(v, kl, contrast, 0.1, 3.0, torch.full((4, 2), 1 / 8))
+    loss = A.actor_loss(v, kl, contrast, 0.1, 3.0)
     assert torch.allclose(loss, torch.tensor(-2.0 + 0.1 * 3 + 3.0 * 5))
 
 
@@ -168,7 +154,6 @@ def test_the_critic_finds_what_returns_owe_to_the_state(bf16):
     """
     critic, slow, steps = A.Critic(4, 64, 2), A.Critic(4, 64, 2), 500
     optimizer = torch.optim.Adam(critic.parameters(), 1e-3)
-    weight = torch.full((20, 64), 1 / (20 * 64))
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 1e-3 * min(1, 2 - 2 * step / steps)
         if step % 5 == 0:
@@ -178,16 +163,16 @@ def test_the_critic_finds_what_returns_owe_to_the_state(bf16):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             v_lambda = A.lambda_return(r, slow(s).expand(21, -1), 0.995, 0.95)
             v = critic.standard_value(s).expand(20, -1)
-            loss = A.critic_loss(v, critic.standardise(v_lambda), weight)
+            loss = A.critic_loss(v, critic.standardise(v_lambda))
         optimizer.zero_grad(), loss.backward(), optimizer.step()
-        critic.update_statistics(r, v_lambda, weight, 0.995)
+        critic.update_statistics(r, v_lambda, 0.995)
         slow.mean.copy_(critic.mean)
     s = torch.randn(1000, 4)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16), torch.no_grad():
         v, target = critic.standard_value(s), 160 + 0.3 * s[:, 0]
         assert (critic(s) - target).square().mean().sqrt() < 0.06
         target = critic.standardise(target)
-        figures = A.critic_figures(v, target, torch.ones(1000), critic.deviation)
+        figures = A.critic_figures(v, target, critic.deviation)
     expected = {"critic_r2": 1.0, "value_std": 0.3, "target_std": 0.3}
     assert {k: float(x) for k, x in figures.items()} == pytest.approx(expected, abs=0.05)
 
@@ -237,12 +222,10 @@ def test_the_agent_learns_to_steer_a_simple_world():
     assert torch.allclose(a[:, 0], torch.full((2 * B,), 0.5), atol=0.2)
 
 
-@pytest.mark.parametrize("mask_padding", [False, True])
-def test_no_ditto_is_squared_error_on_expert_latents_without_imagination(mask_padding):
-    """[D14, D15]"""
-    options = {"alpha_1": 0.0, "alpha_2": 0.0, "mask_padding": mask_padding}
+def test_no_ditto_is_squared_error_on_expert_latents_without_imagination():
+    """[D15]"""
+    options = {"alpha_1": 0.0, "alpha_2": 0.0}
     agent, (play, language) = make_agent(method="no_ditto", **options).eval(), windows()
-    play["length"] = torch.tensor([12, 7, 2, 3])
     torch.manual_seed(1)
     loss, loss_critic, _ = agent.losses(None, play, language)
     torch.manual_seed(1)
@@ -251,9 +234,7 @@ def test_no_ditto_is_squared_error_on_expert_latents_without_imagination(mask_pa
     g = torch.cat([agent.goal_latent(v[-1, :4]), agent.goal_language(language["emb"])])
     plan = A.P.sample_straight_through(agent.recognition(v)[0])
     a = agent.actor(torch.cat([s[:-1], torch.cat([g, plan], -1).expand(11, -1, -1)], -1))
-    error = ((a - actions[:-1]) ** 2).mean(-1)
-    real = [11, 6, 1, 2, 11, 11, 11, 11] if mask_padding else [11] * 8
-    expected = torch.cat([error[:n, b] for b, n in enumerate(real)]).mean()
+    expected = ((a - actions[:-1]) ** 2).mean()
     assert torch.allclose(loss, expected, atol=1e-6) and loss_critic == 0
 
 
