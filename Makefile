@@ -46,6 +46,7 @@ demo: .venv/ready
 	@echo "Five steps, 15 minutes on two cores: record 21,000 frames of play (2 minutes), pack them, train the world model (6)"
 	@echo "and the agent in it (5), try 20 chains of instructions (1). It learns the eight tasks that move the table's own"
 	@echo "parts; blocks lie in the way. All 34 take hours: README, Install and run."
+	@! test -d $(DEMO)/data || echo "The play in $(DEMO)/data is used again; for new play give another DEMO."
 	test -d $(DEMO)/data || $(BIN)/python teleop.py record $(DEMO)/play --frames 20000 --val-frames 1000 --skip 2 \
 		--procs $(PROCS) --seed $(SEED) --tasks $(DEMO_TASKS)
 	test -d $(DEMO)/data || $(BIN)/python data.py pack $(DEMO)/play $(DEMO)/data --procs $(PROCS)

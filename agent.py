@@ -64,7 +64,7 @@ class AgentConfig:
     goal: int = 32  # g, latent goal
     plan_categoricals: int = 32  # C, of the latent plan
     plan_classes: int = 32  # K, of each
-    alpha_1: float = 0.1  # α₁, KL loss scale [D28]
+    alpha_1: float = 0.1  # α₁, KL loss scale
     alpha_2: float = 3.0  # α₂, contrastive loss scale
     delta: float = 0.8  # δ, KL balancing [D1]
     gamma: float = 0.995  # γ, discount
@@ -95,11 +95,11 @@ class AgentConfig:
 PRESETS = {
     "paper": AgentConfig(),
     "sim": AgentConfig(
-        batch_size=144, sequence_length=5, min_window=5, max_window=5, alpha_1=0.01,
+        batch_size=144, sequence_length=5, min_window=5, max_window=5,
         actor_lr=6e-4, critic_lr=6e-4, anneal=0.3, perceptual_hidden=256,
         plan_hidden=256, plan_categoricals=16, plan_classes=16, actor_layers=4, critic_layers=4,
         critic_hidden=256, goal_hidden=256, transformer_hidden=256, transformer_features=256,
-        critic_gradient=False, lam=0.5, rephrase=True,
+        critic_gradient=False, rephrase=True,
     ),
 }  # fmt: skip
 PRESETS["tiny"] = replace(
@@ -244,10 +244,9 @@ class Critic(nn.Module):
 def critic_figures(v: Tensor, target: Tensor, deviation: Tensor) -> Batch:
     """R² () of standardised values v as guesses of the target, of one shape, and the spread () of
     both, times the deviation by which they were standardised."""
-    spread = target.std(correction=0)
-    missed = (v - target).square().mean()
-    figures = {"critic_r2": 1 - missed / spread.square().clamp_min(1e-8)}
-    return figures | {
+    spread, missed = target.std(correction=0), (v - target).square().mean()
+    return {
+        "critic_r2": 1 - missed / spread.square().clamp_min(1e-8),
         "value_std": v.std(correction=0) * deviation,
         "target_std": spread * deviation,
     }

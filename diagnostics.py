@@ -93,8 +93,8 @@ def track(agent: A.Agent, world, batches: D.WindowBatches, count: int = 4) -> di
 
 
 def follow(agent: A.Agent, world, play: A.Batch, language: A.Batch) -> A.Batch:
-    """One batch's figures (), over the windows' real steps. Both dicts also have gripper (B,), the
-    gripper's command before the window.
+    """One batch's figures (), over the windows' real steps. Both dicts also have length (B,), their
+    states before the padding, and gripper (B,), the gripper's command before the window.
 
     reward_proposed, reward_recognised: Eq. 3 with either plan; mse_*: of the arm's actions there.
     reward_hold, reward_expert: the yardsticks, holding still and replaying the expert's actions.

@@ -81,7 +81,7 @@ class Options:
     sentences: Path | None = None  # of the 34 tasks: a JSON file, or a dataset's validation/lang_*
     text_encoder: str | None = None  # its folder, for sentences that are not in assets/
     table: tuple[Path, ...] = ()  # only print Table I of these results.json
-    figure: Path | None = None  # only draw what --table's say of play, pushes and practice
+    figure: Path | None = None  # a PNG of --table's results over play, pushes, steps of practice
     calvin_env: Path | None = None  # clone of mees/calvin_env; None: in this folder, or installed
     scene: str = calvin.SCENE  # CALVIN's: a folder of its dataset, or a name in conf/scene
     renderer: Literal["egl", "tiny"] | None = None  # CALVIN's; None: the checkpoint's, or tiny
@@ -519,6 +519,7 @@ def parse(argv: list[str] | None = None) -> Options:
         "--renderer: a checkpoint needs that of its data": agent and args.renderer,
         f"there are chains 0 to 999, not {n} from {first} on": not 0 <= first < first + n <= 1000,
         "--disturb: a probability is 0 to 1": not 0 <= args.disturb <= 1,
+        "--figure: give results.json files to --table": args.figure and not args.table,
         "--tasks: they are of chains": args.tasks != calvin.TASKS and (told or args.live),
     }
     for name, least in (("procs", 1), ("limit", 1), ("film", 0), ("seed", 0), ("replan", 1)):
@@ -543,7 +544,7 @@ def main(argv: list[str] | None = None):
     try:
         args = parse(argv)
         if args.figure:
-            return pages.stress([read_result(path) for path in args.table], args.figure)
+            return pages.stress({path: read_result(path) for path in args.table}, args.figure)
         if args.table:
             return print(table_of_seeds(args.table))
         if args.live:

@@ -170,41 +170,53 @@ def curve(salt: str, rows: list[dict], keys: tuple[str, ...]) -> str:
     return svg[svg.index("<svg") :].replace(TEXT, "currentColor")
 
 
-def stress(results: list[dict], path: Path) -> None:
-    """Avg. Len. over each of STRESS, mean ± sample deviation over seeds, as a picture: of those
+def stress(results: dict[Path, dict], path: Path) -> None:
+    """Avg. Len. over each of STRESS, mean ± sample deviation over seeds, as a PNG: of those
     results.json in which the other two are as in most of them. A line for each method; dashed
-    where it was measured at one place only. DataError: a result does not say all three."""
+    where it was measured at one place only. DataError: they do not belong together."""
     from matplotlib.figure import Figure
 
-    rows = []
-    for r in results:
-        with D.naming(r.get("checkpoint", "a result"), "Evaluate it again, by today's code"):
+    rows, alike, seeds = [], {}, set()
+    for file, r in results.items():
+        with D.naming(file, "Give evaluations of agents, of one kind, each seed once"):
             training = r["training"]
             horizon = training["config"]["sequence_length"] - 1
-            x = dict(zip(STRESS, (training["frames"], r["disturb"], horizon), strict=True))
-            rows.append((r["method"], r["avg_len"], x))
-    usual = {k: Counter(x[k] for *_, x in rows).most_common(1)[0][0] for k in STRESS}
-    figure = Figure((10, 3.2), layout="constrained")
-    for axes, (name, scale) in zip(figure.subplots(1, 3, sharey=True), STRESS.items(), strict=True):
-        for method, colour in zip(dict.fromkeys(row[0] for row in rows), COLOURS, strict=False):
-            label, lengths = method.replace("_", " "), defaultdict(list)
-            for each, length, x in rows:
-                if each == method and all(x[k] == usual[k] for k in STRESS if k != name):
-                    lengths[x[name]].append(length)
-            if not lengths:
-                continue
+            place = (training["frames"], r["disturb"], horizon)
+            kind = r["env"], r.get("among"), r["chains"], training["step"]
+            if kind != alike.setdefault("kind", kind):
+                raise ValueError("environment, tasks, chains or steps of training are others here")
+            if (r["method"], place, r["seed"]) in seeds:
+                raise ValueError(f"{r['method']}'s seed {r['seed']} comes twice")
+            seeds.add((r["method"], place, r["seed"]))
+            rows.append((r["method"], r["avg_len"], place))
+    usual = Counter(place for *_, place in rows).most_common(1)[0][0]
+    methods = list(dict.fromkeys(method for method, *_ in rows))
+    figure = Figure((10, 3.4), layout="constrained")
+    for n, (axes, name) in enumerate(zip(figure.subplots(1, 3, sharey=True), STRESS, strict=True)):
+        panel = [row for row in rows if row[2][:n] + row[2][n + 1 :] == usual[:n] + usual[n + 1 :]]
+        for method, colour in zip(methods, itertools.cycle(COLOURS)):
+            lengths = defaultdict(list)  # by place, of all seeds
+            for each, length, place in panel:
+                if each == method:
+                    lengths[place[n]].append(length)
             xs = sorted(lengths)
             mean = [np.mean(lengths[x]) for x in xs]
             spread = [np.std(lengths[x], ddof=1) if len(lengths[x]) > 1 else 0 for x in xs]
             if len(xs) == 1:
-                axes.axhline(mean[0], color=colour, ls="--", label=label)
-            else:
-                axes.errorbar(xs, mean, spread, color=colour, marker="o", capsize=3, label=label)
-        axes.set(xlabel=name, xscale=scale, ylim=(0, 5.1))
+                axes.axhline(mean[0], color=colour, ls="--")
+            elif xs:
+                axes.errorbar(xs, mean, spread, color=colour, marker="o", capsize=3)
+            if n == 0:
+                axes.plot([], color=colour, label=method.replace("_", " "))
+        places = sorted({place[n] for *_, place in panel})
+        axes.set(xlabel=name, xscale=STRESS[name], ylim=(0, 5.1))
+        axes.set_xticks(places, [f"{x:,g}" for x in places])
+        axes.minorticks_off()
         axes.grid(alpha=0.2)
     figure.axes[0].set_ylabel("Avg. Len.")
-    figure.axes[0].legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=len(methods), frameon=False)
     D.write(path, partial(figure.savefig, dpi=110, format="png"))
+    print(f"to look at: {path}")
 
 
 def wilson(ok: int, n: int) -> tuple[float, float]:

@@ -563,7 +563,7 @@ def test_the_table_of_seeds_gives_mean_and_sample_deviation_by_hand(tmp_path, ca
 def test_the_figure_has_a_panel_for_play_for_pushes_and_for_practice(tmp_path, monkeypatch):
     from matplotlib.axes import Axes
 
-    files, drawn, bar = [], [], Axes.errorbar
+    files, drawn = [], []
     for method, seed, frames, disturb, horizon, avg_len in (
         ("lumos", 0, 800, 0.0, 9, 4.0), ("lumos", 1, 800, 0.0, 9, 2.0),
         ("lumos", 0, 800, 0.0, 1, 1.5), ("lumos", 0, 100, 0.0, 9, 0.5),
@@ -572,28 +572,33 @@ def test_the_figure_has_a_panel_for_play_for_pushes_and_for_practice(tmp_path, m
     ):  # fmt: skip
         r = {"env": "sim", "method": method, "seed": seed, "chains": 20, "avg_len": avg_len}
         r |= {"success": [0.0] * 5, "disturb": disturb}
-        r |= {"training": {"frames": frames, "config": {"sequence_length": horizon + 1}}}
+        r |= {"training": {"step": 9, "frames": frames, "config": {"sequence_length": horizon + 1}}}
         files.append(str(tmp_path / f"{len(files)}.json"))
         (tmp_path / f"{len(files) - 1}.json").write_text(json.dumps(r))
 
-    def errorbar(axes, x, y, spread, label, **how):
-        drawn.append((label, x, y, spread))
-        return bar(axes, x, y, spread, label=label, **how)
-
-    monkeypatch.setattr(Axes, "errorbar", errorbar)
+    bar, line = Axes.errorbar, Axes.axhline
+    monkeypatch.setattr(Axes, "errorbar", lambda *a, **k: (drawn.append(a[1:]), bar(*a, **k))[1])
+    monkeypatch.setattr(Axes, "axhline", lambda *a, **k: (drawn.append(a[1:]), line(*a, **k))[1])
     E.main(["--figure", f"{tmp_path}/a.png", "--table", *files])
     assert imageio.imread(tmp_path / "a.png").shape[1] == 1100
-    spread = 2**0.5  # of 4 and 2, with n - 1
-    assert drawn == [  # what differs in two ways (5.0) is in no panel; one place: a dashed line
-        ("lumos", [100, 800], [0.5, 3.0], [0, pytest.approx(spread)]),
-        ("lumos", [0.0, 0.2], [3.0, 0.25], [pytest.approx(spread), 0]),
-        ("no ditto", [0.0, 0.2], [3.0, 1.0], [0, 0]),
-        ("lumos", [1, 9], [1.5, 3.0], [0, pytest.approx(spread)]),
-    ]
-    old = tmp_path / "old.json"  # of a time when results did not say how long the play was
-    old.write_text((tmp_path / "0.json").read_text().replace("frames", "skip"))
-    with pytest.raises(SystemExit, match="today's code"):
-        E.main(["--figure", f"{tmp_path}/b.png", "--table", str(old)])
+    spread = [pytest.approx(2**0.5), 0]  # of 4 and 2, with n - 1
+    assert drawn == [  # what differs in two ways (5.0) is in no panel; one number: a dashed line
+        ([100, 800], [0.5, 3.0], spread[::-1]), (3.0,),
+        ([0.0, 0.2], [3.0, 0.25], spread), ([0.0, 0.2], [3.0, 1.0], [0, 0]),
+        ([1, 9], [1.5, 3.0], spread[::-1]), (3.0,),
+    ]  # fmt: skip
+    other = tmp_path / "other.json"
+    for old, new, what in (
+        ("frames", "skip", "frames"),  # of a time when results did not say how long the play was
+        ("training", "tried", "training"),  # the operator's
+        ('"chains": 20', '"chains": 30', "others here"),
+        ("[", "[", "seed 0 comes twice"),
+    ):
+        other.write_text((tmp_path / "0.json").read_text().replace(old, new))
+        with pytest.raises(SystemExit, match=f"other.json.*{what}"):
+            E.main(["--figure", f"{tmp_path}/b.png", "--table", *files, str(other)])
+    with pytest.raises(SystemExit, match="give results"):
+        E.main(["--figure", f"{tmp_path}/b.png"])
 
 
 def test_a_film_shows_what_the_policy_saw_and_changes_nothing(tmp_path):

@@ -1,6 +1,7 @@
 """Both phases on a small packed set: resume, refusals, checkpoints, latents, precision."""
 
 import copy
+import dataclasses
 import functools
 import json
 import os
@@ -434,7 +435,8 @@ def test_latents_count_only_when_they_are_whole(frozen, monkeypatch, tmp_path):
 
 def test_windows_bring_their_sentence_and_a_reset_start_its_own_latents(frozen):
     play, world, latents = frozen
-    config = A.PRESETS["tiny"]
+    sizes = {"sequence_length": 10, "min_window": 6, "max_window": 10}
+    config = dataclasses.replace(A.PRESETS["tiny"], **sizes)
     batches = data.WindowBatches(play, latents, world, config, 0)
     assert batches.language.rephrase == config.rephrase == True  # noqa: E712  [D11]
     T, B, H = config.sequence_length, config.batch_size // 2, world.config.deterministic
@@ -445,6 +447,7 @@ def test_windows_bring_their_sentence_and_a_reset_start_its_own_latents(frozen):
         index, length, s = source["index"], source["length"], with_past["s_E"]
         assert s.shape == (T, B, world.config.latent) and torch.equal(source["a"], fresh["a"])
         assert (fresh["gripper"].numpy() == play.robot_obs[index[0], 14]).all()
+        assert (length < T).any()  # some windows are padded
         # Without a reset, h anew is the cached one, as far as that is exact and the window goes.
         real = torch.arange(T)[:, None] < length
         cached = torch.tensor(latents.h[index]).float()
