@@ -357,7 +357,8 @@ class Worker:
     """What one process owns: an environment, its oracle, and a policy unless the operator acts."""
 
     def __init__(self, args):
-        self.args, self.policy, encoder, renderer = args, None, None, args.renderer or "tiny"
+        self.args, self.policy, self.trained = args, None, {}
+        encoder, renderer = None, args.renderer or "tiny"
         about = {k: getattr(args, k) for k in ("env", "seed", "checkpoint", "limit", "disturb")}
         about |= {"method": args.policy, "evaluation_seed": args.seed}
         if args.checkpoint:
@@ -366,8 +367,8 @@ class Worker:
             data.same_text_encoder(encoder, c["text_encoder"], args.checkpoint)
             about |= {"method": c["method"], "seed": c["run"]["seed"]}
             about |= {k: getattr(self.policy, k, None) for k in HOW}
-            kept = ("step", "seconds", "frames", "config", "run", "meta")
-            about |= {"training": {k: c[k] for k in kept if k in c}}
+            about |= {"training": {k: c[k] for k in ("step", "seconds", "run", "meta")}}
+            self.trained = {k: c[k] for k in ("frames", "config") if k in c}  # for --figure
         elif args.policy != "operator":
             self.policy = load_model(args.policy)
         if args.env == "calvin":
@@ -448,6 +449,8 @@ def evaluate(args, argv: list[str]) -> dict:
         done = [row for n, row in sorted(logged().items()) if n in numbers]
         if rank == 0 and done:
             result = worker.about | summarise(done) | {"commit": pages.commit()}
+            if worker.trained:
+                result["training"] = result["training"] | worker.trained
             print(tables(result))
             theirs = args.out / "calvin_results.json"  # it accumulates, a training step a key
             old = data.read_json(theirs, "Remove it") if theirs.exists() else {}

@@ -90,7 +90,7 @@ def test_each_action_is_held_for_skip_steps_and_seen_only_after_them(skip):
 def fake(monkeypatch, tmp_path):
     """evaluate.main on a fake environment and policy; an embedding is the sentence's length."""
     checkpoint = {
-        "method": "no_ditto", "run": {"seed": 3, "preset": "tiny"}, "step": 9,
+        "method": "no_ditto", "run": {"seed": 3, "preset": "tiny"}, "step": 9, "frames": 800,
         "seconds": 1.5, "text_encoder": "an-encoder", "path": "agent.pt",
         "meta": {"hz": 30, "skip": 1, "action_scale": [0.02, 0.05], "renderer": sim.LOOK},
     }  # fmt: skip
@@ -144,6 +144,7 @@ def test_results_name_all_that_they_depend_on_and_where_they_are(fake, capsys):
     assert (result["env"], result["method"], result["seed"]) == ("sim", "no_ditto", 3)
     assert result["success"] == [1.0] * 5 and result["avg_len"] == 5 and result["chains"] == 2
     assert result["training"]["step"] == 9 and "commit" in result
+    assert result["training"]["frames"] == 800 and '"frames"' not in fake.log.read_text()
     given = {"replan": 7, "reset_on_replan": False}
     assert fake.asked == given | {"encoder": "an-encoder"} and given.items() <= result.items()
     sentence = calvin.sentences()["rotate_red_block_right"][0]
