@@ -176,41 +176,39 @@ def stress(results: dict[Path, dict], path: Path) -> None:
     where it was measured at one place only. DataError: they do not belong together."""
     from matplotlib.figure import Figure
 
-    rows, alike, seeds = [], {}, set()
+    lengths, kinds = defaultdict(dict), set()  # {(method, place): {seed: Avg. Len.}}
     for file, r in results.items():
         with D.naming(file, "Give evaluations of agents, of one kind, each seed once"):
             training = r["training"]
-            horizon = training["config"]["sequence_length"] - 1
-            place = (training["frames"], r["disturb"], horizon)
-            kind = r["env"], r.get("among"), r["chains"], training["step"]
-            if kind != alike.setdefault("kind", kind):
+            place = (training["frames"], r["disturb"], training["config"]["sequence_length"] - 1)
+            kinds.add((r["env"], str(r.get("among")), r["chains"], training["step"]))
+            if len(kinds) > 1:
                 raise ValueError("environment, tasks, chains or steps of training are others here")
-            if (r["method"], place, r["seed"]) in seeds:
+            seeds = lengths[r["method"], place]
+            if r["seed"] in seeds:
                 raise ValueError(f"{r['method']}'s seed {r['seed']} comes twice")
-            seeds.add((r["method"], place, r["seed"]))
-            rows.append((r["method"], r["avg_len"], place))
-    usual = Counter(place for *_, place in rows).most_common(1)[0][0]
-    methods = list(dict.fromkeys(method for method, *_ in rows))
+            seeds[r["seed"]] = r["avg_len"]
+    counts = Counter(place for (_, place), seeds in lengths.items() for _ in seeds)
+    usual = counts.most_common(1)[0][0]
+    methods = list(dict.fromkeys(method for method, _ in lengths))
     figure = Figure((10, 3.4), layout="constrained")
     for n, (axes, name) in enumerate(zip(figure.subplots(1, 3, sharey=True), STRESS, strict=True)):
-        panel = [row for row in rows if row[2][:n] + row[2][n + 1 :] == usual[:n] + usual[n + 1 :]]
+        others = usual[:n] + usual[n + 1 :]
+        places = sorted(place for place in counts if place[:n] + place[n + 1 :] == others)
         for method, colour in zip(methods, itertools.cycle(COLOURS)):
-            lengths = defaultdict(list)  # by place, of all seeds
-            for each, length, place in panel:
-                if each == method:
-                    lengths[place[n]].append(length)
-            xs = sorted(lengths)
-            mean = [np.mean(lengths[x]) for x in xs]
-            spread = [np.std(lengths[x], ddof=1) if len(lengths[x]) > 1 else 0 for x in xs]
-            if len(xs) == 1:
+            there = [place for place in places if (method, place) in lengths]
+            seeds = [[*lengths[method, place].values()] for place in there]
+            mean = [np.mean(x) for x in seeds]
+            spread = [np.std(x, ddof=1) if len(x) > 1 else 0 for x in seeds]
+            if len(there) == 1:
                 axes.axhline(mean[0], color=colour, ls="--")
-            elif xs:
+            elif there:
+                xs = [place[n] for place in there]
                 axes.errorbar(xs, mean, spread, color=colour, marker="o", capsize=3)
             if n == 0:
                 axes.plot([], color=colour, label=method.replace("_", " "))
-        places = sorted({place[n] for *_, place in panel})
         axes.set(xlabel=name, xscale=STRESS[name], ylim=(0, 5.1))
-        axes.set_xticks(places, [f"{x:,g}" for x in places])
+        axes.set_xticks([place[n] for place in places], [f"{place[n]:,g}" for place in places])
         axes.minorticks_off()
         axes.grid(alpha=0.2)
     figure.axes[0].set_ylabel("Avg. Len.")
