@@ -253,7 +253,7 @@ def predict(checkpoint: str, data: str, out: Path, seed: int = 0, device: str = 
 
     import train
 
-    loaded = train.load_checkpoint(Path(checkpoint), None, device)
+    loaded = train.load_checkpoint(Path(checkpoint), "wm", device)
     world = train.load_world_model(loaded, device)
     play = D.PlayData(data, "validation")
     train.same_kind(loaded, play, data)
@@ -340,7 +340,7 @@ def probe_checkpoint(checkpoint: str, data: str, out: Path, device: str = "cpu")
     """
     import train
 
-    loaded = train.load_checkpoint(Path(checkpoint), None, device)
+    loaded = train.load_checkpoint(Path(checkpoint), "wm", device)
     world = train.load_world_model(loaded, device)
     splits = [D.PlayData(data, split) for split in ("training", "validation")]
     train.same_kind(loaded, splits[0], data)

@@ -55,7 +55,7 @@ class RunConfig:
     preset: Literal["paper", "sim", "tiny"] = "paper"  # sizes; sim: the play table, tiny: tests
     data: str = "data/play"  # folder made by data.py pack
     out: str = "runs/lumos"  # folder of checkpoints, log and pictures
-    wm: str = ""  # the agent's world model, a file; empty: OUT/wm.pt
+    wm: str = ""  # a world model to practise in (empty: OUT/wm.pt), or to begin with (stage wm)
     steps: int = 0  # updates of the weights; 0: the preset's
     seed: int = 0  # of weights, batches and samples
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
@@ -111,7 +111,8 @@ def check_device(device: str) -> None:
 
 
 def load_checkpoint(path: Path, stage: str | None, device: str) -> dict:
-    """A plain dict of a stage (None: any), and its path. ValueError, DataError: file and remedy."""
+    """A plain dict of a stage (None: any; wm: also an agent's, which holds its world model), and
+    its path. ValueError, DataError: file and remedy."""
     command = f".venv/bin/python train.py --stage {stage or '|'.join(STAGES)}"
     if not Path(path).exists():
         raise ValueError(f"{path} does not exist; make it with: {command}")
@@ -122,7 +123,7 @@ def load_checkpoint(path: Path, stage: str | None, device: str) -> dict:
             raise ValueError("a checksum is wrong")
         c = torch.load(path, map_location=device, weights_only=True)
     got = c.get("stage") if isinstance(c, dict) else type(c).__name__
-    needed = [stage] if stage else [*STAGES]
+    needed = {None: [*STAGES], "wm": ["wm", "agent"]}.get(stage, [stage])
     if got not in needed:
         raise ValueError(f"{path} holds stage {got!r}; this needs {' or '.join(needed)}")
     kinds = KINDS | ({"world_model": dict} if got == "agent" else {})
@@ -423,6 +424,15 @@ class Run:
         return [D.cache_latents(world, x, key, self.precision) for x in (self.data, self.held_out)]
 
     # ------------------------------------------------------------------ checkpoints
+    def world_model(self, path: Path) -> dict:
+        """The checkpoint of a world model, or of an agent with its world model's part instead."""
+        c = load_checkpoint(path, "wm", "cpu")
+        same_kind(c, self.data, self.config.data)
+        planned = c["run"]["steps"] or STEPS[c["run"]["preset"]][c["stage"]]
+        if c["stage"] == "wm" and c["step"] < planned and self.rank == 0:
+            print(f"note: {path} is of step {c['step']}; its training was not finished")
+        return c | c.get("world_model", {})
+
     def save(self, step: int, model: torch.nn.Module, optimizers: dict, **more) -> None:
         if self.rank:
             return
@@ -583,6 +593,13 @@ def train_world_model(run: Run) -> None:
         fused=True,
     )  # fmt: skip
     start, checkpoint = run.resume(world, {"world": optimizer})
+    if run.config.wm and not checkpoint:
+        wm = run.world_model(Path(run.config.wm))
+        try:
+            world.load_state_dict(wm["model"])
+        except RuntimeError:
+            what = f"{wm['path']} holds a world model of another size"
+            raise ValueError(f"{what}: give the options that it was trained with") from None
 
     # Sequences; in the first half of the steps, n times as many, n times shorter [D25].
     B, L, n = c.batch_size, c.sequence_length, c.length_curriculum
@@ -676,11 +693,8 @@ def agent_update(run: Run, agent: A.Agent, windows: D.WindowBatches, optimizers:
 def train_agent(run: Run) -> None:
     """Phase two, Sec. IV-B: Eqs. 5 and 6 by Adam (Table IV) inside the frozen world model."""
     c, data, device = run.model_config, run.data, run.device
-    wm = load_checkpoint(Path(run.config.wm or run.out / "wm.pt"), "wm", "cpu")
-    same_kind(wm, data, run.config.data)
+    wm = run.world_model(Path(run.config.wm or run.out / "wm.pt"))
     D.same_text_encoder(wm["text_encoder"], data.meta["text_encoder"], run.out)
-    if wm["step"] < (wm["run"]["steps"] or STEPS[wm["run"]["preset"]]["wm"]) and run.rank == 0:
-        print(f"note: {wm['path']} is of step {wm['step']}; its training was not finished")
     world = load_world_model(wm, device)
     latents = run.latents(world)
 

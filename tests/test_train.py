@@ -34,6 +34,10 @@ def weights(path):
     return torch.load(path, weights_only=True)["model"]
 
 
+def world_weights(path):
+    return torch.load(path, weights_only=True)["world_model"]["model"]
+
+
 def records(path):
     return [json.loads(line) for line in open(path)]
 
@@ -402,6 +406,21 @@ def test_a_published_checkpoint_acts_alike_from_fewer_bytes_and_is_not_trained_o
         assert not torch.equal(use(ours), use(theirs))
     with pytest.raises(SystemExit, match=r"agent\.pt was published"):
         train.main([*AGENT, "--data", packed, "--out", str(tmp_path), "--steps", "9"])
+
+
+def test_training_begins_with_a_published_world_model(trained, run, out, tmp_path):
+    theirs = tmp_path / "published.pt"
+    train.publish(f"{trained}/agent.pt", theirs)
+    world, theirs = world_weights(theirs), ["--wm", str(theirs)]
+    run(AGENT, *theirs, "--steps", "1")
+    assert equal(world_weights(out / "agent.pt"), world)
+    run(WM, *theirs, "--steps", "1", "--learning_rate", "1e-9")
+    ours = weights(out / "wm.pt")
+    assert all(torch.allclose(ours[k], x.float(), atol=1e-6) for k, x in world.items())
+    run(WM, *theirs, "--steps", "2", "--learning_rate", "1e-3")  # goes on with its own weights
+    assert not equal(weights(out / "wm.pt"), ours)
+    with pytest.raises(SystemExit, match=r"published\.pt holds .* another size: give the options"):
+        run(WM, *theirs, "--steps", "1", "--hidden", "7", out=tmp_path / "other")
 
 
 # ------------------------------------------------------------------ latents and windows
