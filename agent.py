@@ -346,14 +346,13 @@ class Agent(nn.Module):
 
         In training mode it also moves the critics' running statistics, as BatchNorm moves its own.
         """
-        c = self.config
-        if c.method == "no_ditto":
-            return self.clone_loss(play, language)
-        batch = join(play, language)
+        c, batch = self.config, join(play, language)
         s_E = batch["s_E"]
 
         # Goals and plans in hindsight, the plan networks' KL, and Eq. 8.
         g, plan, terms = self.encode(s_E, language, P.all_gather)
+        if c.method == "no_ditto":
+            return self.clone_loss(batch, g, plan, terms)
 
         # The actor practises for H steps in the frozen world model ...
         s_pi, a = self.imagine(world, s_E[0], g, plan, len(s_E) - 1)
@@ -385,12 +384,10 @@ class Agent(nn.Module):
             self.slow_critic.mean.copy_(self.critic.mean)
         return loss_actor, loss_critic, {k: x.detach() for k, x in figures.items()}
 
-    def clone_loss(self, play: Batch, language: Batch) -> tuple[Tensor, Tensor, Batch]:
+    def clone_loss(self, batch: Batch, g: Tensor, plan: Tensor, terms: Batch):
         """No DITTO (Table I): the squared error of actions on the expert's latents takes -V_λ's
         place in Eq. 6, and nothing is imagined [D15]. Returns as `losses`, with L(ψ) = 0."""
-        c, batch = self.config, join(play, language)
-        s_E = batch["s_E"]
-        g, plan, terms = self.encode(s_E, language, P.all_gather)
+        c, s_E = self.config, batch["s_E"]
         context = torch.cat([g, plan], -1).expand(len(s_E) - 1, -1, -1)
         a = self.actor(torch.cat([s_E[:-1], context], -1))
         error = (a - batch["a"][:-1]).square().mean(-1)  # (H, B)

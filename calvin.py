@@ -58,7 +58,7 @@ RESETS = 100  # of a process under EGL
 
 
 # ------------------------------------------------------------------ the 34 tasks
-def _facts(info):
+def facts(info):
     """An info in short. Of a block or the robot: touches {(body, link)}, bodies {body}."""
     scene, robot = info["scene_info"], SimpleNamespace(**info["robot_info"])
     blocks = {name: SimpleNamespace(**block) for name, block in scene["movable_objects"].items()}
@@ -165,7 +165,7 @@ def oracle(start_info, info, task):
     """Whether `task` was done between two infos."""
     check(task)
     rule, *arguments = _RULES[task]
-    return bool(rule(_facts(start_info), _facts(info), *arguments))
+    return bool(rule(facts(start_info), facts(info), *arguments))
 
 
 def is_so(info, task) -> bool:

@@ -80,9 +80,22 @@ def naming(path, remedy: str):
         raise DataError(f"{path}: {e} ({type(e).__name__}). {remedy}.") from e
 
 
-def write(path: Path, fill) -> None:
+@contextmanager
+def command(name: str, *errors):
+    """A command line: what the user can mend is told in a line, without a traceback."""
+    try:
+        yield
+    except (ValueError, OSError, DataError, *errors) as error:
+        sys.exit(f"{name}: {error}")
+    except KeyboardInterrupt as stop:
+        print(f"\nCtrl-C: {str(stop) or 'what is done is kept'}; the same command goes on.")
+        sys.exit(130)
+
+
+def write(path: Path, fill, keep: Path | None = None) -> None:
     """fill(file) writes beside, then it is renamed: the file is old or new, never half of one. The
-    disk has its content before its name changes, so this holds for a power cut, too."""
+    disk has its content before its name changes, so this holds for a power cut, too. keep: what
+    the old file is renamed to."""
     part = path.with_name(f"part_{path.name}")
     try:
         with naming(f"could not write {path}", MAKE_ROOM):
@@ -90,6 +103,8 @@ def write(path: Path, fill) -> None:
             with open(part, "wb") as file:
                 fill(file)
             sync(part)
+            if keep and path.exists():
+                os.replace(path, keep)
             os.replace(part, path)
             sync(path.parent)
     finally:
@@ -593,10 +608,9 @@ class PlayData:
         """Copies what `frames` reads to a device that has `free` bytes, if half of them suffice:
         from then on batches are made there, no frame is read or sent. Returns whether it did."""
         arrays = {k: getattr(self, k) for k in (*CAMERAS, "robot_obs", "actions", "is_start")}
-        if sum(x.nbytes for x in arrays.values()) > free / 2:
-            return False
-        self.kept = {k: torch.tensor(np.asarray(x), device=device) for k, x in arrays.items()}
-        return True
+        if sum(x.nbytes for x in arrays.values()) <= free / 2:
+            self.kept = {k: torch.tensor(np.asarray(x), device=device) for k, x in arrays.items()}
+        return bool(self.kept)
 
     def rows(self, name: str, index: np.ndarray) -> Tensor:
         """Rows of one array, from where it is kept."""
@@ -708,12 +722,12 @@ class Windows:
         return {k: torch.from_numpy(x) for k, x in batch.items()}
 
 
-def play_and_language(data: PlayData, c, seed: int, shards=(ALL, ALL)) -> tuple[Windows, Windows]:
-    """Half and half of a batch [D6]. c: AgentConfig or BaselineConfig. shards: which of the windows
-    of either kind this process reads."""
+def play_and_language(data: PlayData, c, seed: int, shard=slice) -> tuple[Windows, Windows]:
+    """Half and half of a batch [D6]. c: AgentConfig or BaselineConfig. shard(n): which of the n
+    windows of either kind this process reads, a slice; slice(n) is all."""
     lengths, n = (c.sequence_length, c.min_window, c.max_window), c.batch_size // 2
-    play = Windows(data, c.batch_size - n, *lengths, "play", seed, shards[0])
-    return play, Windows(data, n, *lengths, "lang", seed, shards[1], c.rephrase)
+    play = Windows(data, c.batch_size - n, *lengths, "play", seed, shard(c.batch_size - n))
+    return play, Windows(data, n, *lengths, "lang", seed, shard(n), c.rephrase)
 
 
 def with_images(windows: Windows, step: int) -> dict[str, Tensor]:
@@ -804,10 +818,10 @@ class WindowBatches:
     sentence. Each is a dict: s_E (T, B, k) expert latents, a (T, B, 7), length (B,), gripper (B,),
     its command before the window; those with a sentence also emb (B, 384), align (B,)."""
 
-    def __init__(self, data: PlayData, latents: Latents, world, c, seed: int, shards=(ALL, ALL)):
-        """c, shards: as in play_and_language."""
+    def __init__(self, data: PlayData, latents: Latents, world, c, seed: int, shard=slice):
+        """c, shard: as in play_and_language."""
         self.data, self.latents, self.world, self.reset_start = data, latents, world, c.reset_start
-        self.play, self.language = play_and_language(data, c, seed, shards)
+        self.play, self.language = play_and_language(data, c, seed, shard)
         no_action = torch.tensor([NO_ACTION], device=world.device)
         with torch.no_grad():  # after a reset h is one constant vector [D8]
             self.h_reset = world.recurrent(*world.initial(1), no_action)
@@ -850,13 +864,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     commands = {"pack": pack, "annotate": annotate}
     how = {"description": __doc__, "config": (tyro.conf.PositionalRequiredArgs,)}
-    try:
+    with command("data.py"):
         tyro.extras.subcommand_cli_from_dict(commands, args=arguments, **how)
-    except DataError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("\ndata.py: stopped; the same command goes on", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -154,10 +154,6 @@ def relative_action(c: R.RobotConfig, T, T_next, gripper: float) -> np.ndarray:
     return np.r_[dp / c.action_scale[0], dR.as_euler("xyz") / c.action_scale[1], gripper]
 
 
-def hand_only(gripper: float) -> np.ndarray:
-    return np.r_[np.zeros(6), gripper]
-
-
 def frame_ids(place: Path) -> list[int]:
     return sorted(int(path.stem[8:]) for path in place.glob("episode_*.npz"))
 
@@ -240,7 +236,7 @@ def record(env, folder, split: str, source=None, thin: int = 2) -> int:
             if "g" in env.pressed:
                 env.pressed.remove("g")
                 gripper = -gripper
-            action = source(obs) if source else hand_only(gripper)
+            action = source(obs) if source else np.r_[np.zeros(6), gripper]
             if action is None:
                 break
             obs = env.step(action, guided=source is None)[0]
@@ -347,13 +343,8 @@ def load_policy(args: Rollouts, c: R.RobotConfig):
     given = {"replan": args.replan, "reset_on_replan": args.reset_on_replan}
     given = {k: x for k, x in given.items() if x is not None}
     policy, checkpoint = train.load_agent(args.checkpoint, args.device, **given)
-    have = {"frame": "base"} | checkpoint["meta"]  # only other frames are named
-    have["hz x skip"] = round(have["hz"] * policy.skip, 6)
-    want = {"hz x skip": c.hz, "action_scale": list(c.action_scale)}
-    for key, x in (want | {"frame": c.frame, "renderer": "camera"}).items():
-        if have[key] != x:
-            what = f"{args.checkpoint} was trained on data with {key} {have[key]}, not {x}"
-            raise ValueError(f"{what}: record data that agrees, and train on that.")
+    here = {"hz": c.hz / policy.skip, "action_scale": list(c.action_scale), "frame": c.frame}
+    train.same_kind(checkpoint, here | {"renderer": "camera"}, args.setup)
     return policy, checkpoint
 
 
@@ -391,7 +382,7 @@ def rollout(env, policy, job: dict, tasks: dict, args: Rollouts) -> dict:
             if ask(env, "Hold it between the fingers: c closes them, a abort", "ca") == "a":
                 raise R.Stopped("abort")
             for _ in range(env.config.hz):
-                obs = env.step(hand_only(-1.0), guided=True)[0]
+                obs = env.step(np.r_[np.zeros(6), -1.0], guided=True)[0]
         np.savez(folder / f"{stem}_start.npz", robot_obs=obs["robot_obs"], **obs["rgb_obs"])
         torch.manual_seed(1000 * args.seed + job["k"])
         for i, name in enumerate(names, 1):
@@ -551,14 +542,9 @@ def record_command(
 
 def main(argv: list[str] | None = None):
     commands = {"check": check_command, "record": record_command, "rollouts": rollouts}
-    try:
-        how = {"description": __doc__, "config": (tyro.conf.OmitArgPrefixes,)}
+    how = {"description": __doc__, "config": (tyro.conf.OmitArgPrefixes,)}
+    with D.command("deploy.py", R.RobotError, R.Stopped, RuntimeError):
         return tyro.extras.subcommand_cli_from_dict(commands, args=argv, **how)
-    except (R.RobotError, R.Stopped, ValueError, RuntimeError, OSError) as error:
-        raise SystemExit(f"deploy.py: {error}") from error
-    except KeyboardInterrupt:
-        print("Ctrl-C: what is on record is kept; the same command again goes on from there.")
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

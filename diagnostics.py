@@ -35,10 +35,10 @@ CONTEXT, FRAMES, CLIPS = 5, 200, 8
 
 # ---------------------------------------------------------------------------- a run
 class Log:
-    """What a run says: lines, the same as JSONL, and pictures. writes: one of several processes."""
+    """What a run says: lines, and the same as JSONL. writes: one of several processes does."""
 
     def __init__(self, folder: Path, stage: str, writes: bool = True):
-        self.folder, self.path, self.writes = folder, folder / f"{stage}.jsonl", writes
+        self.path, self.writes = folder / f"{stage}.jsonl", writes
         self.validated = set()  # steps
 
     def cut(self, step: int) -> None:
@@ -62,10 +62,6 @@ class Log:
         with D.naming(self.path, D.MAKE_ROOM), self.path.open("a") as f:
             f.write(json.dumps(record) + "\n")
         tqdm.write("  ".join(f"{k} {x}" for k, x in record.items()), file=sys.stdout)
-
-    def picture(self, name: str, step: int, image: np.ndarray) -> None:
-        """(H, W, 3) uint8, kept as pictures/name_step.png."""
-        write_images(self.folder / "pictures" / f"{name}_{step:07d}.png", image)
 
 
 def write_images(path: Path, images: np.ndarray, **how) -> None:
@@ -256,7 +252,7 @@ def predict(checkpoint: str, data: str, out: Path, seed: int = 0, device: str = 
     loaded = train.load_checkpoint(Path(checkpoint), "wm", device)
     world = train.load_world_model(loaded, device)
     play = D.PlayData(data, "validation")
-    train.same_kind(loaded, play, data)
+    train.same_kind(loaded, play.meta, data)
     frames = min(FRAMES, play.longest)
     first = np.random.default_rng(seed).permutation(play.stretches(frames))[:CLIPS]
     batch = play.frames(first + np.arange(frames)[:, None], fresh=True)
@@ -290,11 +286,6 @@ def predict(checkpoint: str, data: str, out: Path, seed: int = 0, device: str = 
     write_images(out / "prediction.png", picture)
     write_film(out / "prediction.gif", enlarged(np.concatenate(film, 1)), play.meta["hz"])
     D.write_json(out / "prediction.json", result)
-    print_curves(result)
-
-
-def print_curves(result: dict) -> None:
-    """Means over the first, the next and the last steps of each of prediction.json's curves."""
     parts = {"1-10": slice(0, 10), "11-50": slice(10, 50), "51-": slice(50, None)}
     print(f"{'mean over steps':<30}" + "".join(f"{name:>9}" for name in parts))
     for name, curve in result.items():
@@ -343,7 +334,7 @@ def probe_checkpoint(checkpoint: str, data: str, out: Path, device: str = "cpu")
     loaded = train.load_checkpoint(Path(checkpoint), "wm", device)
     world = train.load_world_model(loaded, device)
     splits = [D.PlayData(data, split) for split in ("training", "validation")]
-    train.same_kind(loaded, splits[0], data)
+    train.same_kind(loaded, splits[0].meta, data)
     latents = [D.cache_latents(world, x, train.identity(world.state_dict())) for x in splits]
     figures = probe(world, *zip(latents, splits, strict=True))
     D.write_json(Path(out) / "probe.json", {"step": loaded["step"]} | figures)
@@ -355,12 +346,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     commands = {"predict": predict, "probe": probe_checkpoint}
     how = {"description": __doc__, "use_underscores": True}
-    try:
+    with D.command("diagnostics.py"):
         tyro.extras.subcommand_cli_from_dict(commands, args=arguments, **how)
-    except (ValueError, OSError, D.DataError) as error:
-        sys.exit(f"diagnostics.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ def load_agent(args):
     known = [sim.LOOK] if args.env == "sim" else calvin.RENDERERS
     seen = c["meta"]["renderer"] if c["meta"]["renderer"] in known else " or ".join(known)
     here = {"hz": 30 / policy.skip, "action_scale": [0.02, 0.05], "renderer": seen}
-    train.same_kind(c, SimpleNamespace(meta=here), f"--env {args.env}")
+    train.same_kind(c, here, f"--env {args.env}")
     return policy, c
 
 
@@ -544,7 +544,7 @@ def main(argv: list[str] | None = None):
         import deploy
 
         return deploy.main(["rollouts", known.robot, *rest])
-    try:
+    with data.command("evaluate.py", RuntimeError, ImportError):
         args = parse(argv)
         if args.figure:
             return pages.stress({path: read_result(path) for path in args.table}, args.figure)
@@ -556,11 +556,6 @@ def main(argv: list[str] | None = None):
         first = os.environ.get("RANK", "0") == "0"  # it keeps others out of the folder
         with data.locked(args.out) if first else contextlib.nullcontext():
             return follow(args) if args.instruction else evaluate(args, argv)
-    except KeyboardInterrupt:
-        print("evaluate.py: stopped; the same command goes on", file=sys.stderr)
-        raise SystemExit(130) from None
-    except (ValueError, RuntimeError, ImportError, OSError) as error:
-        raise SystemExit(f"evaluate.py: {error}") from error
 
 
 if __name__ == "__main__":

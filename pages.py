@@ -221,8 +221,7 @@ def wilson(ok: int, n: int) -> tuple[float, float]:
     """The 95 % confidence interval of a rate of ok in n."""
     from scipy.stats import binomtest
 
-    interval = binomtest(ok, n).proportion_ci(method="wilson")
-    return interval.low, interval.high
+    return binomtest(ok, n).proportion_ci(method="wilson")
 
 
 def evaluation(path: Path, folder: Path) -> dict:

@@ -168,12 +168,9 @@ def numbers(what: str, x, shape: tuple) -> np.ndarray:
     """x as floats. Unsafe: it is not an array of finite real numbers in that shape."""
     try:
         out = np.asarray(x)
-        if out.dtype.kind not in "iuf" or out.shape != shape:
-            raise ValueError(f"{out.dtype} {out.shape}")
-        out = out.astype(float)
-        if not np.isfinite(out).all():
-            raise ValueError(f"{out.tolist()}")
-        return out
+        if out.dtype.kind not in "iuf" or out.shape != shape or not np.isfinite(out).all():
+            raise ValueError(f"{x!r:.300}")
+        return out.astype(float)
     except Exception as error:  # whatever x is: a list of unequal rows, a tensor with a gradient
         raise Unsafe(f"{what} is not {shape} finite real numbers: {error}") from error
 

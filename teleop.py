@@ -24,7 +24,6 @@ import json
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -461,11 +460,8 @@ def action(seen, move, turn, grip, skip):
 
 def free_blocks(info):
     """The blocks that lie on the table top alone, for push_into_drawer."""
-    scene = info["scene_info"]
-    table = scene["fixed_objects"]["table"]
-    alone = {(table["uid"], table["links"]["base_link"])}
-    blocks = scene["movable_objects"]
-    return [b for b in BLOCKS if {(c[2], c[4]) for c in blocks[b]["contacts"]} == alone]
+    facts = calvin.facts(info)
+    return [b for b in BLOCKS if facts.blocks[b].touches == {facts.parts[calvin.TOP]}]
 
 
 def attempt(env, oracle, task, max_steps=360, skip=2):
@@ -934,7 +930,6 @@ def claim(place, about, n, seed, pictures, tasks):
     if not all(p.name.startswith("part_") for p in place.iterdir()):
         remedy = "Choose another folder, delete it, or repeat the command that began it"
         found = data.read_json(file, remedy)
-        found = {"tasks": [*sim.TASKS], "rolls": False} | found  # of older ones, which lack these
         changed = [k for k in found | about if found.get(k) != about.get(k)]
         lines = [f"{k} {found.get(k)!s:.99}, not {about.get(k)!s:.99}" for k in changed]
         if lines:
@@ -1019,10 +1014,8 @@ def main(arguments=None):
 
     how = {"config": (tyro.conf.OmitArgPrefixes, tyro.conf.PositionalRequiredArgs)}
     commands = {"rates": rates, "record": record}
-    try:
+    with data.command("teleop.py", ImportError, RuntimeError):  # also of a killed worker
         tyro.extras.subcommand_cli_from_dict(commands, args=arguments, description=__doc__, **how)
-    except (OSError, ValueError, ImportError, RuntimeError) as error:  # also of a killed worker
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

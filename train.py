@@ -91,12 +91,7 @@ KINDS |= {"seconds": int | float, "text_encoder": str | None}
 # ---------------------------------------------------------------------------- checkpoints
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
     """A plain dict. The checkpoint before it is kept, too, as NAME_previous.pt."""
-    fresh = path.with_stem(f"{path.stem}_next")
-    D.write(fresh, lambda file: torch.save(checkpoint, file))
-    if path.exists():
-        os.replace(path, previous(path))
-    os.replace(fresh, path)
-    D.sync(path.parent)
+    D.write(path, lambda file: torch.save(checkpoint, file), previous(path))
 
 
 def previous(path: Path) -> Path:
@@ -143,9 +138,9 @@ def load_checkpoint(path: Path, stage: str | None, device: str) -> dict:
     return c | {"path": str(path)}
 
 
-def same_kind(checkpoint: dict, data: D.PlayData, name: str) -> None:
-    """ValueError unless data is of the kind that a world model has seen."""
-    then, now = ({"frame": "base"} | meta for meta in (checkpoint["meta"], data.meta))
+def same_kind(checkpoint: dict, meta: dict, name) -> None:
+    """ValueError unless data or a set-up, of this meta, is of the kind that a checkpoint knows."""
+    then, now = ({"frame": "base"} | x for x in (checkpoint["meta"], meta))
     for key in ("hz", "action_scale", "renderer", "frame"):
         there, here = then.get(key), now.get(key)
         if there != here:
@@ -174,9 +169,8 @@ def load_world_model(checkpoint: dict, device: str) -> W.WorldModel:
     part = checkpoint if checkpoint["stage"] == "wm" else checkpoint["world_model"]
     with fitting(checkpoint["path"], "world_model.py"):
         config = todays(part["config"])
-        sim = "spatial_latents" in config
-        config = (W.SimWorldModelConfig if sim else W.WorldModelConfig)(**config)
-        world = W.make_world_model(config).to(device)
+        kind = W.SimWorldModelConfig if "spatial_latents" in config else W.WorldModelConfig
+        world = W.make_world_model(kind(**config)).to(device)
         world.load_state_dict(part["model"])
     return world.eval().requires_grad_(False)
 
@@ -218,8 +212,7 @@ def publish(checkpoint, path) -> None:
     for part in (c, c["world_model"]):
         part["model"] = {k: x.half() for k, x in part["model"].items() if "critic" not in k}
     c["run"] |= {"data": RunConfig.data, "out": RunConfig.out, "wm": RunConfig.wm}
-    for private in ("optimizer", "random", "path"):
-        c.pop(private, None)
+    c = {k: x for k, x in c.items() if k not in ("optimizer", "random", "path")}
     D.write(Path(path), lambda file: torch.save(c, file))
 
 
@@ -427,7 +420,7 @@ class Run:
     def world_model(self, path: Path) -> dict:
         """The checkpoint of a world model, or of an agent with its world model's part instead."""
         c = load_checkpoint(path, "wm", "cpu")
-        same_kind(c, self.data, self.config.data)
+        same_kind(c, self.data.meta, self.config.data)
         planned = c["run"]["steps"] or STEPS[c["run"]["preset"]][c["stage"]]
         if c["stage"] == "wm" and c["step"] < planned and self.rank == 0:
             print(f"note: {path} is of step {c['step']}; its training was not finished")
@@ -493,8 +486,7 @@ class Run:
             what = f"{path} was published without its optimiser, or is damaged"
             raise ValueError(f"{what}: it cannot be trained on. Give another --out.")
         here = self.settings | self.data.meta | {"frames": len(self.data)}
-        there = c["run"] | todays(c["config"]) | c["meta"]
-        there["frames"] = c.get("frames", len(self.data))
+        there = c["run"] | todays(c["config"]) | c["meta"] | {"frames": c.get("frames")}
         names = [k for k in here | c["meta"] if k not in RESUMABLE]
         changed = [k for k in names if there.get(k) != here.get(k)]
         if changed:
@@ -628,7 +620,7 @@ def train_world_model(run: Run) -> None:
                 batch = D.to_device(clips, device)
                 guess = world.predict(batch, diagnostics.CONTEXT)
                 picture = diagnostics.prediction_picture(batch, *guess, data.meta["hz"])
-            run.log.picture("prediction", step, picture)
+            diagnostics.write_images(run.out / f"pictures/prediction_{step:07d}.png", picture)
             run.validated(step, diagnostics.mean(figures))
         if step == run.steps:
             break
@@ -708,9 +700,7 @@ def train_agent(run: Run) -> None:
         what = f"{old['path']} was trained in another world model than {wm['path']}"
         raise ValueError(f"{what}; remove it, or give another --out.")
 
-    n = c.batch_size // 2
-    shards = run.shard(c.batch_size - n), run.shard(n)
-    windows = D.WindowBatches(data, latents[0], world, c, run.config.seed, shards)
+    windows = D.WindowBatches(data, latents[0], world, c, run.config.seed, run.shard)
     windows.world = rounded(world) if run.bf16 else world  # under autocast only
     held_out = D.WindowBatches(run.held_out, latents[1], world, c, 0)
     batches = prefetched((windows.read(step) for step in range(start, run.steps)), device)
@@ -748,9 +738,7 @@ def train_baseline(run: Run) -> None:
     model = B.Baseline(c).to(device)
     optimizer = torch.optim.Adam(model.parameters(), c.lr, fused=True)
     start, _ = run.resume(model, {"model": optimizer})
-    n = c.batch_size // 2
-    shards = run.shard(c.batch_size - n), run.shard(n)
-    windows = D.play_and_language(run.data, c, run.config.seed, shards)
+    windows = D.play_and_language(run.data, c, run.config.seed, run.shard)
     held_out = D.play_and_language(run.held_out, c, 0)
     steps = range(start, run.steps)
     batches = prefetched((tuple(D.with_images(w, i) for w in windows) for i in steps), device)
@@ -807,17 +795,15 @@ def parse(arguments: list[str] | None = None) -> tuple[RunConfig, object]:
         config=(tyro.conf.FlagConversionOff,),
     )  # fmt: skip
     for name, value in (vars(options.run) | vars(options.model)).items():
-        if name in ("steps", "seed", "shift"):  # shift: of a baseline's images
-            if value < 0:
-                raise ValueError(f"--{name} {value}: 0 or more")
-        elif type(value) is int or name.endswith(("lr", "learning_rate")):
-            if value <= 0:
-                raise ValueError(f"--{name} {value}: above 0")
+        number = type(value) is int or name.endswith(("lr", "learning_rate"))
+        zero = name in ("steps", "seed", "shift")  # may be 0; shift: of a baseline's images
+        if number and (value < 0 or (value == 0 and not zero)):
+            raise ValueError(f"--{name} {value}: {'0 or more' if zero else 'above 0'}")
     return options.run, options.model
 
 
 def main(arguments: list[str] | None = None) -> None:
-    try:
+    with D.command("train.py"):
         config, model_config = parse(arguments)
         first = int(os.environ.get("RANK", 0)) == 0
         with D.locked(Path(config.out)) if first else nullcontext():
@@ -829,11 +815,6 @@ def main(arguments: list[str] | None = None) -> None:
             if run.ranks > 1:  # the others wait for rank 0; leaving threads behind aborts a process
                 dist.barrier()
                 dist.destroy_process_group()
-    except (ValueError, OSError, D.DataError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt as stop:
-        print(f"\nCtrl-C: {str(stop) or 'stopped'}; the same command goes on.")
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -263,7 +263,7 @@ class Session:
         self.folder, self.out, self.made, self.steps = folder, folder / "out", [], -10
         self.setup = {"max_frame_age": 2.0}
         meta = {"hz": 15, "action_scale": [0.02, 0.05], "renderer": "camera"}
-        self.checkpoint = {"meta": meta, "method": "lumos", "step": 5}
+        self.checkpoint = {"path": "agent.pt", "meta": meta, "method": "lumos", "step": 5}
         self.checkpoint["text_encoder"] = D.TEXT_ENCODER
         tasks = {"a": {"sentence": DRAWER, "scene": "drawer shut"}}
         tasks["b"] = {"sentence": DRAWER, "scene": "in hand", "held": True}
