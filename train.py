@@ -75,14 +75,6 @@ STEPS = {
 # What may change when a run goes on. Its schedules are shares of its steps [D7, D25].
 RESUMABLE = "steps log_every validate_every checkpoint_every device precision graph out data wm"
 RESUMABLE = (*RESUMABLE.split(), "learning_rate", "actor_lr", "critic_lr")
-
-# Fields of older checkpoints: their new names, and the value that today's code has (None: any).
-RENAMED = {"harden": "sample_anneal", "shorter": "length_curriculum", "cells": "spatial_latents"}
-RETIRED = {
-    "proprioception": True, "reward_on": "s", "clone_imagined": False, "binary_gripper": False,
-    "critic_weight_decay": None, "critic_sees_plan": None, "mask_padding": None, "replan": None,
-    "forget": None,
-}  # fmt: skip
 # Types of a checkpoint's entries.
 KINDS = {"config": dict, "model": dict, "meta": dict, "run": dict, "step": int}
 KINDS |= {"seconds": int | float, "text_encoder": str | None}
@@ -154,23 +146,12 @@ def fitting(path, file: str):
     return D.naming(path, f"{what}; train it again, or use the code that it was trained with")
 
 
-def todays(config: dict) -> dict:
-    """A checkpoint's configuration in today's names; ValueError where today's code differs."""
-    config = {RENAMED.get(k, k): value for k, value in config.items()}
-    for name, value in RETIRED.items():
-        was = config.pop(name, value)
-        if value is not None and was != value:
-            raise ValueError(f"{name} {was!r} is no more, {value!r} is what the code does")
-    return config
-
-
 def load_world_model(checkpoint: dict, device: str) -> W.WorldModel:
     """The frozen world model of a checkpoint of either stage."""
     part = checkpoint if checkpoint["stage"] == "wm" else checkpoint["world_model"]
     with fitting(checkpoint["path"], "world_model.py"):
-        config = todays(part["config"])
-        kind = W.SimWorldModelConfig if "spatial_latents" in config else W.WorldModelConfig
-        world = W.make_world_model(kind(**config)).to(device)
+        kind = W.SimWorldModelConfig if "spatial_latents" in part["config"] else W.WorldModelConfig
+        world = W.make_world_model(kind(**part["config"])).to(device)
         world.load_state_dict(part["model"])
     return world.eval().requires_grad_(False)
 
@@ -188,12 +169,10 @@ def load_agent(path, device: str = "cpu", sample: bool = True, **policy):
     if c["stage"] == "agent":
         world = load_world_model(c, device)
         with fitting(path, "agent.py"):
-            agent = A.Agent(A.AgentConfig(**todays(c["config"])), world.config.latent).to(device)
+            agent = A.Agent(A.AgentConfig(**c["config"]), world.config.latent).to(device)
             del agent.critic, agent.slow_critic  # acting needs neither
             agent.load_state_dict({k: x for k, x in weights.items() if "critic" not in k})
-            old = {"replan": "replan", "reset_on_replan": "forget"}  # were in the configuration
-            old = {k: c["config"].get(name) for k, name in old.items()}
-            acts = A.Policy(world, agent, skip, sample, **c.get("policy", old) | policy)
+            acts = A.Policy(world, agent, skip, sample, **c["policy"] | policy)
     else:
         if "reset_on_replan" in policy:
             raise ValueError(f"{path} is a baseline: --reset_on_replan is for LUMOS alone")
@@ -486,7 +465,7 @@ class Run:
             what = f"{path} was published without its optimiser, or is damaged"
             raise ValueError(f"{what}: it cannot be trained on. Give another --out.")
         here = self.settings | self.data.meta | {"frames": len(self.data)}
-        there = c["run"] | todays(c["config"]) | c["meta"] | {"frames": c.get("frames")}
+        there = c["run"] | c["config"] | c["meta"] | {"frames": c.get("frames")}
         names = [k for k in here | c["meta"] if k not in RESUMABLE]
         changed = [k for k in names if there.get(k) != here.get(k)]
         if changed:

@@ -347,7 +347,6 @@ DAMAGE = {
     "stage": (edited(lambda c: c.update(stage="wm")), "holds stage 'wm'"),
     "nan": (edited(lambda c: c["model"][BIAS].fill_(torch.nan)), f"{BIAS} is not finite.*again"),
     "field": (edited(lambda c: c["config"].update(colour="red")), r"colour.*of agent\.py.*again"),
-    "retired": (edited(lambda c: c["config"].update(reward_on="h")), "reward_on 'h' is no more"),
     "gone": (edited(lambda c: c["model"].pop(BIAS)), rf"{BIAS}.*of agent\.py"),
     "shape": (edited(lambda c: c["model"].update({BIAS: torch.zeros(3)})), r"of agent\.py"),
     "size": (edited(lambda c: c["world_model"]["config"].update(deterministic=32)), "of world_mod"),
@@ -364,12 +363,13 @@ def test_a_checkpoint_that_cannot_be_used_is_told_by_name(case, trained, tmp_pat
         train.load_agent(tmp_path / "agent.pt")
 
 
-def test_the_older_published_checkpoint_still_loads_as_it_was_trained():
-    policy, about = train.load_agent(Path(train.__file__).parent / "assets/sim.pt")
+def test_the_published_policy_is_preset_sims():
+    published = Path(train.__file__).parent / "assets/sim.pt"
+    policy, about = train.load_agent(published)
     assert (policy.replan, policy.reset_on_replan, policy.skip) == (15, True, 2)
-    assert policy.world.config.spatial_latents and about["meta"]["source"] == "sim"
-    policy, _ = train.load_agent(Path(train.__file__).parent / "assets/sim.pt", replan=7)
-    assert policy.replan == 7
+    assert about["config"] == dataclasses.asdict(A.PRESETS["sim"])
+    assert policy.world.config == W.PRESETS["sim"] and about["meta"]["source"] == "sim"
+    assert train.load_agent(published, replan=7)[0].replan == 7
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
