@@ -225,6 +225,7 @@ def outcomes(state: State, task: str) -> tuple[State, ...]:
     return tuple(state._replace(**change) for change in changes)
 
 
+@functools.cache
 def category(task: str) -> str:
     """The five tasks of a chain are of five different categories, out of eleven."""
     kind, *_, last = task.split("_")
