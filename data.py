@@ -608,9 +608,10 @@ class PlayData:
         """Copies what `frames` reads to a device that has `free` bytes, if half of them suffice:
         from then on batches are made there, no frame is read or sent. Returns whether it did."""
         arrays = {k: getattr(self, k) for k in (*CAMERAS, "robot_obs", "actions", "is_start")}
-        if sum(x.nbytes for x in arrays.values()) <= free / 2:
-            self.kept = {k: torch.tensor(np.asarray(x), device=device) for k, x in arrays.items()}
-        return bool(self.kept)
+        if sum(x.nbytes for x in arrays.values()) > free / 2:
+            return False
+        self.kept = {k: torch.tensor(np.asarray(x), device=device) for k, x in arrays.items()}
+        return True
 
     def rows(self, name: str, index: np.ndarray) -> Tensor:
         """Rows of one array, from where it is kept."""

@@ -98,8 +98,8 @@ def check_device(device: str) -> None:
 
 
 def load_checkpoint(path: Path, stage: str | None, device: str) -> dict:
-    """A plain dict of a stage (None: any; wm: also an agent's, which holds its world model), and
-    its path. ValueError, DataError: file and remedy."""
+    """A plain dict of a stage (None: any), and its path. wm: of an agent's file, too, with its
+    world model's entries in the place of its own. ValueError, DataError: file and remedy."""
     command = f".venv/bin/python train.py --stage {stage or '|'.join(STAGES)}"
     if not Path(path).exists():
         raise ValueError(f"{path} does not exist; make it with: {command}")
@@ -127,7 +127,8 @@ def load_checkpoint(path: Path, stage: str | None, device: str) -> dict:
         bad = [name for name, x in weights.items() if not (x.float().abs() <= 1e6).all()]
     if bad:
         raise ValueError(f"{path}: {bad[0]} is not finite, or beyond 1e6; {remedy}")
-    return c | {"path": str(path)}
+    part = c["world_model"] if stage == "wm" and got == "agent" else {}
+    return c | part | {"path": str(path)}
 
 
 def same_kind(checkpoint: dict, meta: dict, name) -> None:
@@ -147,12 +148,12 @@ def fitting(path, file: str):
 
 
 def load_world_model(checkpoint: dict, device: str) -> W.WorldModel:
-    """The frozen world model of a checkpoint of either stage."""
-    part = checkpoint if checkpoint["stage"] == "wm" else checkpoint["world_model"]
+    """The frozen world model of a checkpoint, as load_checkpoint gives it for stage wm."""
     with fitting(checkpoint["path"], "world_model.py"):
-        kind = W.SimWorldModelConfig if "spatial_latents" in part["config"] else W.WorldModelConfig
-        world = W.make_world_model(kind(**part["config"])).to(device)
-        world.load_state_dict(part["model"])
+        config, sim = checkpoint["config"], "spatial_latents" in checkpoint["config"]
+        config = (W.SimWorldModelConfig if sim else W.WorldModelConfig)(**config)
+        world = W.make_world_model(config).to(device)
+        world.load_state_dict(checkpoint["model"])
     return world.eval().requires_grad_(False)
 
 
@@ -167,7 +168,7 @@ def load_agent(path, device: str = "cpu", sample: bool = True, **policy):
         raise ValueError(f"{path} holds stage 'wm', which does not act; give it --stage agent's")
     weights, skip = c.pop("model"), c["meta"]["skip"]
     if c["stage"] == "agent":
-        world = load_world_model(c, device)
+        world = load_world_model(c | c["world_model"], device)
         with fitting(path, "agent.py"):
             agent = A.Agent(A.AgentConfig(**c["config"]), world.config.latent).to(device)
             del agent.critic, agent.slow_critic  # acting needs neither
@@ -397,13 +398,13 @@ class Run:
 
     # ------------------------------------------------------------------ checkpoints
     def world_model(self, path: Path) -> dict:
-        """The checkpoint of a world model, or of an agent with its world model's part instead."""
+        """A world model's checkpoint, of this data's kind; says so where it is unfinished."""
         c = load_checkpoint(path, "wm", "cpu")
         same_kind(c, self.data.meta, self.config.data)
         planned = c["run"]["steps"] or STEPS[c["run"]["preset"]][c["stage"]]
         if c["stage"] == "wm" and c["step"] < planned and self.rank == 0:
             print(f"note: {path} is of step {c['step']}; its training was not finished")
-        return c | c.get("world_model", {})
+        return c
 
     def save(self, step: int, model: torch.nn.Module, optimizers: dict, **more) -> None:
         if self.rank:
