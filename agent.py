@@ -77,14 +77,14 @@ class AgentConfig:
     # ------------------------------------------------------------------ App. B
     perceptual_hidden: int = 1024  # width of the perceptual encoder
     plan_hidden: int = 2048  # of plan proposal
+    transformer_hidden: int = 2048  # of plan recognition's feed-forward layers
     actor_layers: int = 8  # hidden layers of the actor
     actor_hidden: int = 256  # their width
     critic_layers: int = 8  # hidden layers of the critic
     critic_hidden: int = 1024  # their width
     # ------------------------------------------------------------------ not in the paper
     goal_hidden: int = 2048  # width of the goal encoders [D7]
-    transformer_hidden: int = 2048  # width of its feed-forward layers [D7]
-    transformer_features: int = 4096  # length of what it says of the window [D7]
+    transformer_features: int = 4096  # F, length of plan recognition's features of a window [D7]
     gradient_clip: float = 100.0  # largest norm of the gradient [D7]
     anneal: float = 0.0  # last part of the steps, over which both learning rates fall to 0 [D25]
     critic_gradient: bool = True  # the actor's gradient passes through the critic, too [D28]
@@ -211,7 +211,7 @@ class Critic(nn.Module):
         super().__init__()
         self.net = nn.Sequential(layers(n_in, hidden, count), P.Float32Linear(hidden, 1))
         with torch.no_grad():
-            self.net[1].weight.mul_(0.01)  # first values: close to the mean
+            self.net[1].weight.mul_(0.01)  # first values: close to the mean [D7]
         for name, value in (("mean", 0.0), ("deviation", 1.0), ("updates", 0.0)):
             self.register_buffer(name, torch.tensor(value))
 
@@ -232,7 +232,7 @@ class Critic(nn.Module):
         centred = v_lambda - self.mean
         means = [x.mean() for x in (r, centred, centred.square())]
         r_mean, v_mean, v_square = P.all_gather(torch.stack(means)[None]).mean(0)
-        self.updates += 1
+        self.updates.add_(1).clamp_(max=1000)  # more is not asked for
         rate = self.updates.reciprocal().clamp_min(0.01)  # at first, the mean of all so far
         self.mean.lerp_(r_mean / (1 - gamma), rate)
         # The first batch's V^λ bootstrap from values around 0: only its rewards mean something.
@@ -385,8 +385,8 @@ class Agent(nn.Module):
         return loss_actor, loss_critic, {k: x.detach() for k, x in figures.items()}
 
     def clone_loss(self, batch: Batch, g: Tensor, plan: Tensor, terms: Batch):
-        """No DITTO (Table I): the squared error of actions on the expert's latents takes -V_λ's
-        place in Eq. 6, and nothing is imagined [D15]. Returns as `losses`, with L(ψ) = 0."""
+        """No DITTO (Table I): the squared error of sampled actions on the expert's latents takes
+        -V_λ's place in Eq. 6, and nothing is imagined [D15]. Returns as `losses`, with L(ψ) = 0."""
         c, s_E = self.config, batch["s_E"]
         context = torch.cat([g, plan], -1).expand(len(s_E) - 1, -1, -1)
         a = self.actor(torch.cat([s_E[:-1], context], -1))
@@ -444,7 +444,7 @@ class Policy:
             return torch.as_tensor(x, dtype=dtype, device=self.a_prev.device)[None]
 
         new_plan = self.steps % self.replan == 0
-        if new_plan and self.reset_on_replan and obs is not None:  # a dream has nothing but s
+        if new_plan and self.reset_on_replan and obs is not None:  # a dream has no image
             self.forget()
         if obs is None:
             self.state = self.world.imagine_step(*self.state, self.a_prev[0])

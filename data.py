@@ -793,18 +793,13 @@ def make_latents(world, data: PlayData, folder: Path, precision) -> None:
     for t in tqdm(range(-warm, length, L), desc=f"latents of {data.path.name}", unit="block"):
         frames = (starts + t + np.arange(min(L, length - t))[:, None]) % N  # (L, stretches)
         batch = to_device(data.frames(frames), world.device)
-        if t == -warm:
-            batch["reset"][0] = True
         with precision:
             e = world.encode(world.see(batch))
             h, z, _ = world.observe(e, batch["a_prev"], batch["reset"], state)
             state = (h[-1], z[-1])
-            # Each frame as if it was the first one: a batch of as many sequences of one step.
-            alone = e.flatten(0, 1)[None]
-            no_action = torch.tensor(NO_ACTION, device=e.device).expand(*alone.shape[:2], 7)
-            reset = torch.ones(alone.shape[:2], dtype=torch.bool, device=e.device)
-            initial = world.initial(alone.shape[1])
-            z_reset = world.observe(alone, no_action, reset, initial)[1].view_as(z)
+            # z_reset: each frame as if it was the first one; h is then one constant vector.
+            h_reset = world.recurrent(*world.initial(1), torch.tensor([NO_ACTION], device=e.device))
+            z_reset, _ = world.represent(h_reset, e)
         if t >= 0:
             kept = (np.arange(len(frames)) + t)[:, None] < np.minimum(N - starts, length)
             made = {"h": h, "z": world.classes_of(z), "z_reset": world.classes_of(z_reset)}
@@ -839,9 +834,9 @@ class WindowBatches:
 
     @torch.no_grad()
     def states(self, windows: dict, reset_start: float | None = None) -> dict[str, Tensor]:
-        """One of `read`'s, on the device -> a batch; reset_start overrides [D8]'s chance. h is made
-        anew from the first state on: after a reset it knows no more of the past than the agent's
-        [D8]. A short window's end is held [D14]."""
+        """One of `read`'s, on the device -> a batch; reset_start overrides [D8]'s chance. The
+        expert's h is computed again from the window's first state: where that is a reset, it knows
+        no more of the past than the agent's [D8]. A short window's end is held [D14]."""
         world, robot_obs, a = self.world, windows["robot_obs"], windows["a"]
         z = world.latent_z(windows["z"], robot_obs)
         z_reset = world.latent_z(windows["z_reset"], robot_obs[0])

@@ -242,7 +242,7 @@ def safe_target(c: RobotConfig, T, action, M, q) -> tuple[np.ndarray, list[str]]
         notes.append("leash")
     w = limited(dR.as_rotvec(), c.max_turn / c.hz, "turn")
 
-    # Rotations are composed [D20]. They are not convex: all of the step, else a part, else none.
+    # Rotations are composed [D21]. They are not convex: all of the step, else a part, else none.
     for share in (1.0, 0.5, 0.25, 0.0):
         R_goal = Rotation.from_rotvec(share * w) * R
         lead = (R_goal * R_m.inv()).magnitude()

@@ -98,8 +98,8 @@ def check_device(device: str) -> None:
 
 
 def load_checkpoint(path: Path, stage: str | None, device: str) -> dict:
-    """A plain dict of a stage (None: any), and its path. wm: of an agent's file, too, with its
-    world model's entries in the place of its own. ValueError, DataError: file and remedy."""
+    """A plain dict of a stage (None: any), and its path. Stage wm takes an agent's file, too, and
+    gives the entries of the world model in it. ValueError, DataError: file and remedy."""
     command = f".venv/bin/python train.py --stage {stage or '|'.join(STAGES)}"
     if not Path(path).exists():
         raise ValueError(f"{path} does not exist; make it with: {command}")
@@ -122,7 +122,7 @@ def load_checkpoint(path: Path, stage: str | None, device: str) -> dict:
         replan = c.get("policy", {}).get("replan", 1)
         if not 0 <= c["step"] < 10**9 or not (isinstance(replan, int) and replan >= 1):
             raise ValueError(f"step {c['step']}, replan {replan}")
-        STEPS[c["run"]["preset"]], c["run"]["steps"] + c["run"]["seed"]
+        STEPS[c["run"]["preset"]], c["run"]["steps"] + c["run"]["seed"]  # or an error
         weights = c["model"] | c.get("world_model", {"model": {}})["model"]
         bad = [name for name, x in weights.items() if not (x.float().abs() <= 1e6).all()]
     if bad:
@@ -206,7 +206,7 @@ def identity(weights: dict[str, Tensor]) -> str:
 
 # ---------------------------------------------------------------------------- a run
 class Losses(torch.nn.Module):
-    """A module whose forward is its loss function, for DistributedDataParallel hooks on forward."""
+    """A module whose forward is its loss function: DistributedDataParallel only hooks forward."""
 
     def __init__(self, module: torch.nn.Module, loss):
         super().__init__()
@@ -216,7 +216,7 @@ class Losses(torch.nn.Module):
 class Captured:
     """An update of the weights as a CUDA graph: its kernels, some 10,000, are launched as one.
 
-    The first calls run as they are, for libraries and optimisers allocate then. The next one is
+    The first calls run as they are, because libraries and optimisers allocate then. The next one is
     recorded, and from then on replayed. A record reads tensors and numbers where they were copied
     to, and overwrites its last results; where a shape changes, all begins anew.
     """

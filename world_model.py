@@ -4,7 +4,7 @@
     x_t       x           per camera (T, B, 3, 64, 64), images in [-1, 1]                Sec. IV-A
     e_t       e           (T, B, hidden)   both images, encoded, fused, ready for q      App. A
     a_{t-1}   a_prev      (T, B, 7)        the action that led to x_t                    App. D
-              reset       (T, B) bool      x_t has no past: an episode's start           App. A
+              reset       (T, B) bool      h, z are forgotten: x_t is a start, or by ζ    App. A
     h_t       h           (T, B, H)        deterministic recurrent state                 Eq. 1
     z_t       z           (T, B, Z)        C one-hot categoricals of K classes, flat     Eq. 1
     s_t       s           (T, B, k)        latent state (h_t, z_t), k = H + Z            Eq. 1
@@ -275,7 +275,7 @@ class WorldModel(nn.Module):
     def recurrent(self, h: Tensor, z: Tensor, a: Tensor) -> Tensor:
         """h_{t-1} (B, H), z_{t-1} (B, Z), a_{t-1} (B, 7) -> h_t = f_φ(ŝ_{t-1}, a_{t-1}) (B, H)."""
         x = self.recurrent_in(z, self.recurrent_in.inputs[1](a))
-        # Under autocast the cell computes in bf16, and h is kept in fp32.
+        # Under autocast the cell rounds h to bf16; it is handed on as fp32.
         return self.gru(x, h.to(x.dtype)).float()  # Eq. 1: recurrent state
 
     def posterior(self, h: Tensor, e: Tensor) -> Tensor:
@@ -343,7 +343,8 @@ class WorldModel(nn.Module):
     def predict(self, batch: Batch, context: int) -> tuple[Batch, Batch]:
         """Open-loop prediction (Fig. 3): filters `context` frames, then sees only the actions.
 
-        Returns `show` of every frame's posterior, and of the prediction, the same in the context.
+        Returns `show` twice: of each frame's posterior, and of the prediction, which is that
+        posterior for the first `context` frames.
         """
         h, z, _ = self.filter(batch, self.initial(batch["reset"].shape[1]))
         states = list(zip(h[:context], z[:context], strict=True))
@@ -380,7 +381,7 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).movedim(-3, -1).to(torch.uint8)
 
 
-# ---------------------------------------------------------------------------- preset sim's
+# ---------------------------------------------------------------------------- presets sim and tiny
 # [D5] Of robot_obs, z_t takes in: tcp position, finger width, joints. The euler angles jump by 2π,
 # and follow from the joints. σ: how exactly that is predicted, in the training set's deviations.
 POSE, POSE_SIGMA = (0, 1, 2, 6, 7, 8, 9, 10, 11, 12, 13), 0.03
@@ -388,11 +389,11 @@ POSE, POSE_SIGMA = (0, 1, 2, 6, 7, 8, 9, 10, 11, 12, 13), 0.03
 
 @dataclass(frozen=True)
 class SimWorldModelConfig(WorldModelConfig):
-    """What an hour on two CPU cores needs beside the paper; the schedules are train.py's."""
+    """What presets `sim` and `tiny` need beside the paper; the schedules are train.py's."""
 
     carry_state: bool = False  # as the paper says [D10]
     spatial_latents: bool = False  # a categorical for each of 4 x 4 cells of both images [D5]
-    gain: float = 1.0  # at the start, of the weights before and behind the posterior's sample [D25]
+    gain: float = 1.0  # factor on the first weights that make q's logits or read its samples [D25]
     sample_anneal: float = 0.0  # first part of the steps: q's mean turns into samples [D25]
     length_curriculum: int = 1  # first half of the steps: so many times more, shorter pieces [D25]
     decode_every: int = 1  # reconstruct every n-th frame of a training batch [D25]
@@ -434,7 +435,8 @@ class SimWorldModel(WorldModel):
                 self.decoders[k] = ImageDecoder(sizes, [4] * 5, padding=1)
                 self.decoders[k].own = nn.Conv2d(c.classes, 8 * c.depth, 1)
         self.initialise()
-        with torch.no_grad():  # noise at the start hides what is small from the decoder [D25]
+        # Larger logits, less random samples: the decoder sees small things from the start [D25].
+        with torch.no_grad():
             self.posterior_head.out.weight.mul_(c.gain)
             self.decoder_in.weight[:, c.deterministic : c.deterministic + logits].mul_(c.gain)
             for k in CAMERAS if c.spatial_latents else ():
@@ -496,7 +498,7 @@ class SimWorldModel(WorldModel):
     def loss(self, batch: Batch, state: State, softness: float | Tensor = 0.0, decode_every=1):
         """`WorldModel.loss`, with -log p of the arm's motion, and with two schedules [D25].
 
-        softness: of the posterior's samples; a tensor (), for a CUDA graph would keep a number.
+        softness: of the samples of q; a tensor (), because a CUDA graph would freeze a number.
         decode_every: the sum over t of Eq. 2 is estimated, without bias, from every n-th frame:
         neighbours tell almost the same, and decoding is most of a step's work.
         """

@@ -187,6 +187,9 @@ def test_slow_critic_is_a_hard_copy_that_waits_while_statistics_follow_in_traini
     assert agent.critic.mean == agent.slow_critic.mean != 0  # one mean, but
     assert agent.critic.deviation != agent.slow_critic.deviation == 1
     assert {"critic.mean", "critic.deviation", "critic.updates"} < agent.state_dict().keys()
+    agent.critic.updates.fill_(1000)  # no more: a checkpoint refuses what is beyond 1e6
+    agent.losses(world, *batches)
+    assert agent.critic.updates == 1000
     x = torch.randn(2, agent.critic.net[0][0].in_features)
     assert not torch.allclose(agent.critic(x), agent.slow_critic(x))
     agent.update_slow_critic()
