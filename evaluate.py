@@ -265,6 +265,7 @@ def summarise(records: list[dict]) -> dict:
         "chains": len(records), "avg_len": lengths.mean().item(),
         "success": [float((lengths >= n).mean()) for n in range(1, 6)],
         "tasks": {task: [solved[task], tried[task]] for task in calvin.TASKS if tried[task]},
+        "lengths": lengths.tolist(),  # of each chain: two policies are compared chain by chain
     }  # fmt: skip
 
 

@@ -524,6 +524,7 @@ def test_success_in_a_row_average_length_and_task_rates_by_hand(monkeypatch):
     result = E.summarise([{"solved": n, "tasks": [*tasks]} for n, tasks in records])
     assert result["success"] == [0.75, 0.5, 0.5, 0.25, 0.25]
     assert result["avg_len"] == 2.25 == sum(result["success"])
+    assert result["lengths"] == [5, 1, 0, 3]
     assert result["tasks"] == {"a": [2, 3], "b": [3, 4], "c": [2, 2], "d": [1, 1], "e": [1, 2]}
 
 
