@@ -95,7 +95,7 @@ class AgentConfig:
 PRESETS = {
     "paper": AgentConfig(),
     "sim": AgentConfig(
-        batch_size=144, sequence_length=5, min_window=5, max_window=5, alpha_1=0.01,
+        batch_size=144, sequence_length=5, min_window=5, max_window=5,
         actor_lr=6e-4, critic_lr=6e-4, anneal=0.3, perceptual_hidden=256,
         plan_hidden=256, plan_categoricals=16, plan_classes=16, actor_layers=4, critic_layers=4,
         critic_hidden=256, goal_hidden=256, transformer_hidden=256, transformer_features=256,
