@@ -232,7 +232,7 @@ class Critic(nn.Module):
         centred = v_lambda - self.mean
         means = [x.mean() for x in (r, centred, centred.square())]
         r_mean, v_mean, v_square = P.all_gather(torch.stack(means)[None]).mean(0)
-        self.updates.add_(1).clamp_(max=1000)  # more is not asked for
+        self.updates.add_(1).clamp_(max=1000)  # the rates need no more
         rate = self.updates.reciprocal().clamp_min(0.01)  # at first, the mean of all so far
         self.mean.lerp_(r_mean / (1 - gamma), rate)
         # The first batch's V^λ bootstrap from values around 0: only its rewards mean something.

@@ -774,6 +774,11 @@ def cache_latents(world, data: PlayData, key: str, precision=None) -> Latents:
     return Latents(*arrays)
 
 
+def h_after_reset(world) -> Tensor:
+    """h (1, H) of a frame without a past: one constant vector [D8]."""
+    return world.recurrent(*world.initial(1), torch.tensor([NO_ACTION], device=world.device))
+
+
 @torch.random.fork_rng()  # so that a cache made anew is the same, and training goes on as before
 @torch.no_grad()
 def make_latents(world, data: PlayData, folder: Path, precision) -> None:
@@ -789,6 +794,8 @@ def make_latents(world, data: PlayData, folder: Path, precision) -> None:
     length = math.ceil(N / stretches)  # frames of each
     starts = np.arange(stretches) * length
     state = world.initial(stretches)
+    with precision:
+        h_reset = h_after_reset(world)
     torch.manual_seed(0)
     for t in tqdm(range(-warm, length, L), desc=f"latents of {data.path.name}", unit="block"):
         frames = (starts + t + np.arange(min(L, length - t))[:, None]) % N  # (L, stretches)
@@ -797,9 +804,7 @@ def make_latents(world, data: PlayData, folder: Path, precision) -> None:
             e = world.encode(world.see(batch))
             h, z, _ = world.observe(e, batch["a_prev"], batch["reset"], state)
             state = (h[-1], z[-1])
-            # z_reset: each frame as if it was the first one; h is then one constant vector.
-            h_reset = world.recurrent(*world.initial(1), torch.tensor([NO_ACTION], device=e.device))
-            z_reset, _ = world.represent(h_reset, e)
+            z_reset, _ = world.represent(h_reset, e)  # each frame as if it was the first one
         if t >= 0:
             kept = (np.arange(len(frames)) + t)[:, None] < np.minimum(N - starts, length)
             made = {"h": h, "z": world.classes_of(z), "z_reset": world.classes_of(z_reset)}
@@ -818,9 +823,8 @@ class WindowBatches:
         """c, shard: as in play_and_language."""
         self.data, self.latents, self.world, self.reset_start = data, latents, world, c.reset_start
         self.play, self.language = play_and_language(data, c, seed, shard)
-        no_action = torch.tensor([NO_ACTION], device=world.device)
-        with torch.no_grad():  # after a reset h is one constant vector [D8]
-            self.h_reset = world.recurrent(*world.initial(1), no_action)
+        with torch.no_grad():
+            self.h_reset = h_after_reset(world)
 
     def read(self, step: int) -> tuple[dict, dict]:
         """What the disk knows of a step's windows: no random numbers of torch's, no device."""

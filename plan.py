@@ -5,7 +5,7 @@
     V        V         (T, B, d)    perceptual representation of the window        App. B
     l        emb       (M, 384)     sentence embedding (paraphrase-MiniLM-L3-v2)   App. B
     g        g         (B, g)       latent goal, of a sentence or the last V       Sec. IV-B
-             features  (B, F)       the transformer's features of the window  App. B
+             features  (B, F)       the transformer's features of the window       App. B
              plan      (B, C*K)     latent plan: C one-hot categoricals, flat      Sec. IV-B
     x_i, y_j x, y      (M, 32)      projections of features and of language goals  Eq. 8
     τ        tau       ()           trainable logarithm of 1 / temperature         Eq. 8

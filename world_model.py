@@ -4,7 +4,7 @@
     x_t       x           per camera (T, B, 3, 64, 64), images in [-1, 1]                Sec. IV-A
     e_t       e           (T, B, hidden)   both images, encoded, fused, ready for q      App. A
     a_{t-1}   a_prev      (T, B, 7)        the action that led to x_t                    App. D
-              reset       (T, B) bool      h, z are forgotten: x_t is a start, or by ζ    App. A
+              reset       (T, B) bool      h, z are forgotten: x_t is a start, or by ζ   App. A
     h_t       h           (T, B, H)        deterministic recurrent state                 Eq. 1
     z_t       z           (T, B, Z)        C one-hot categoricals of K classes, flat     Eq. 1
     s_t       s           (T, B, k)        latent state (h_t, z_t), k = H + Z            Eq. 1
