@@ -49,6 +49,7 @@ OPEN, CLOSE = 1, -1
 SPEED, TURN, GAIN = 0.036, 0.1, 0.35  # m, rad and share of the error, per action
 LEASH = 0.05  # m, how far the commanded pose may be ahead of the hand
 GATE = 0.015  # m beside a block at which the fingers close: a third of it is a learner's error
+PRESS = 0.008  # m below the table to which a block is pushed as it is turned
 TABLE_X, TABLE_Y = (0.02, 0.30), (-0.14, -0.07)  # m, where a block may be put down on the table
 SHELVES = {"left": (-0.28, -0.20), "right": (-0.02, 0.09)}  # m, x ranges of the cabinet's halves
 ROOM = np.array([(-0.25, -0.26, 0.45), (0.32, 0.0, 0.58)])  # m, where a burst may lead the hand
@@ -307,12 +308,13 @@ def lift(seen, block):
 
 
 def rotate(seen, block, sign):
-    """Turned where it lies, until the rule is content or the wrist at its limit."""
+    """Turned where it lies, and pressed down by PRESS: an imitator whose hand drifts up must not
+    turn it in the air, where the rule does not count it; until the wrist is at its limit."""
     if held(seen) != block:
         return take(seen, block, 1.27 * sign)
     euler = np.array([np.pi, lean(seen.at[block])[1], seen.euler[2] + 0.3 * sign])
     limit = sign * wrap(seen.euler[2] - 1.5) > 2.6
-    pos = seen.tcp + (0.46 - seen.at[block][2]) * UP
+    pos = seen.tcp + (0.46 - PRESS - seen.at[block][2]) * UP
     return pos, euler, OPEN if limit else CLOSE
 
 
@@ -329,10 +331,13 @@ def push(seen, block, sign):
 
 def push_into_drawer(seen, free):
     """free: the blocks that lay on the table alone at the start: CALVIN's rule counts no others."""
-    ok = [b for b in lying(seen, "table") if b in free and 0.02 < seen.at[b][0] < 0.34]
+    ok = [b for b in lying(seen, "table") if b in free and -0.14 < seen.at[b][0] < 0.34]
     if not ok:
         return rise(seen)
-    block = min(ok, key=lambda b: seen.at[b][1])  # the nearest to it, more so when it is pushed
+    # One beside the drawer comes last; else the nearest to it, which is more so when it is pushed.
+    block = min(ok, key=lambda b: (seen.at[b][0] < 0.05, seen.at[b][1]))
+    if seen.at[block][0] < 0.05:
+        return push(seen, block, 1)
     y = min(seen.at[block][1] + half_size(seen, block, 1) + 0.026, 0.0)
     at = np.array([seen.at[block][0], y, 0.466])
     return stroke(seen, at, np.array([0, -1.0, 0]), UP, clear(seen) - 0.466, DOWN, 0.10)
@@ -490,7 +495,7 @@ def feasible(seen, alone):
         f"turn_{'off' if seen.led else 'on'}_led": True, "unstack_block": bool(top),
         "place_in_slider": in_hand and (ajar["left"] or ajar["right"]),
         "place_in_drawer": in_hand and seen.drawer > 0.17, "stack_block": in_hand and free,
-        "push_into_drawer": seen.drawer > 0.17 and any(0.04 < seen.at[b][0] < 0.32 for b in alone),
+        "push_into_drawer": seen.drawer > 0.17 and any(-0.08 < seen.at[b][0] < 0.32 for b in alone),
     }  # fmt: skip
     for b in BLOCKS:
         name, where, x = b[6:], place_of(seen, b), seen.at[b][0]
@@ -542,10 +547,10 @@ def random_scene(rng, task=None):
             if kind == "top":
                 at, yaw = put[low[0]] + 0.041 * UP, scene[11 + 6 * BLOCKS.index(low[0])]
             elif kind == "drawer":
-                x, y = rng.uniform(0.06, 0.30), rng.uniform(-0.11 - scene[1], -0.23)
+                x, y = rng.uniform(0.05, 0.31), rng.uniform(-0.11 - scene[1], -0.23)
                 at = np.array([x, y, 0.363])
-            elif kind != "table":  # turned no more than the operator, or the benchmark, puts it
-                at = np.array([rng.uniform(*SHELVES[kind]), rng.uniform(0.08, 0.095), 0.462])
+            elif kind != "table":  # turned as the operator or the benchmark puts it; or pushed in
+                at = np.array([rng.uniform(*SHELVES[kind]), rng.uniform(0.08, 0.125), 0.462])
                 yaw = np.pi / 2 + rng.uniform(-1, 1) * np.pi / 8
             elif rng.random() < 0.5:  # the benchmark's two places, roughly
                 x = rng.choice([0.05, 0.23]) + rng.uniform(-0.02, 0.02)
@@ -553,7 +558,7 @@ def random_scene(rng, task=None):
             else:
                 at = np.array([rng.uniform(*TABLE_X), rng.uniform(*TABLE_Y), 0.46])
             others = [p for b, p in put.items() if not (kind == "top" and b == low[0])]
-            if all(np.linalg.norm((at - p)[:2]) > 0.095 for p in others):
+            if all(np.linalg.norm((at - p)[:2]) > 0.08 for p in others):
                 break
             if put or not task:
                 kind = str(rng.choice(["table", "left", "right"]))
@@ -835,7 +840,7 @@ class Recorder:
             off = rng.normal(size=6) * [0.03, 0.03, 0.015, 0.1, 0.1, 0.4]  # m, rad
             if kind == "astray":
                 off = np.append(rng.uniform(*ROOM), [0.1, 0.1, 0.5] * rng.normal(size=3))
-            first = rng.integers(0, 15)
+            first = rng.integers(0, 25)
             out |= dict.fromkeys(range(first, first + rng.integers(1, longest)), (kind, off))
         return out
 
