@@ -55,7 +55,8 @@ class RunConfig:
     preset: Literal["paper", "sim", "tiny"] = "paper"  # sizes; sim: the play table, tiny: tests
     data: str = "data/play"  # folder made by data.py pack
     out: str = "runs/lumos"  # folder of checkpoints, log and pictures
-    wm: str = ""  # a world model to practise in (empty: OUT/wm.pt), or to begin with (stage wm)
+    wm: str = ""  # stage agent: the world model to practise in; empty: OUT/wm.pt
+    begin: str = ""  # a file with this stage's first weights; empty: random ones
     steps: int = 0  # updates of the weights; 0: the preset's
     seed: int = 0  # of weights, batches and samples
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
@@ -74,7 +75,7 @@ STEPS = {
 }
 # What may change when a run goes on. Its schedules are shares of its steps [D7, D25].
 RESUMABLE = "steps log_every validate_every checkpoint_every device precision graph out data wm"
-RESUMABLE = (*RESUMABLE.split(), "learning_rate", "actor_lr", "critic_lr")
+RESUMABLE = (*RESUMABLE.split(), "begin", "learning_rate", "actor_lr", "critic_lr")
 # Types of a checkpoint's entries.
 KINDS = {"config": dict, "model": dict, "meta": dict, "run": dict, "step": int}
 KINDS |= {"seconds": int | float, "text_encoder": str | None}
@@ -191,7 +192,7 @@ def publish(checkpoint, path) -> None:
     c = load_checkpoint(Path(checkpoint), "agent", "cpu")
     for part in (c, c["world_model"]):
         part["model"] = {k: x.half() for k, x in part["model"].items() if "critic" not in k}
-    c["run"] |= {"data": RunConfig.data, "out": RunConfig.out, "wm": RunConfig.wm}
+    c["run"] |= {k: getattr(RunConfig, k) for k in ("data", "out", "wm", "begin")}
     c = {k: x for k, x in c.items() if k not in ("optimizer", "random", "path")}
     D.write(Path(path), lambda file: torch.save(c, file))
 
@@ -432,6 +433,8 @@ class Run:
             self.refuse_another(c)
         self.log.cut(c.get("step", 0))  # of what comes after, for those steps are done again
         if not c:
+            if self.config.begin:
+                self.load_first_weights(model)
             return 0, {}
         with fitting(c["path"], "its model, or in another world model"):
             model.load_state_dict(c["model"])
@@ -446,6 +449,16 @@ class Run:
         if self.rank == 0:
             print(f"going on from step {c['step']} of {c['path']}")
         return c["step"], c
+
+    def load_first_weights(self, model: torch.nn.Module) -> None:
+        """Those of --begin."""
+        c = load_checkpoint(Path(self.config.begin), self.config.stage, "cpu")
+        same_kind(c, self.data.meta, self.config.data)
+        try:
+            model.load_state_dict(model.state_dict() | c["model"])  # published: without critics
+        except RuntimeError:
+            what = f"{c['path']} holds a model of another size"
+            raise ValueError(f"{what}: give the options that it was trained with") from None
 
     def last_checkpoint(self) -> dict:
         """The last one; the one before it where that is damaged; or nothing."""
@@ -565,13 +578,6 @@ def train_world_model(run: Run) -> None:
         fused=True,
     )  # fmt: skip
     start, checkpoint = run.resume(world, {"world": optimizer})
-    if run.config.wm and not checkpoint:
-        wm = run.world_model(Path(run.config.wm))
-        try:
-            world.load_state_dict(wm["model"])
-        except RuntimeError:
-            what = f"{wm['path']} holds a world model of another size"
-            raise ValueError(f"{what}: give the options that it was trained with") from None
 
     # Sequences; in the first half of the steps, n times as many, n times shorter [D25].
     B, L, n = c.batch_size, c.sequence_length, c.length_curriculum

@@ -408,19 +408,22 @@ def test_a_published_checkpoint_acts_alike_from_fewer_bytes_and_is_not_trained_o
         train.main([*AGENT, "--data", packed, "--out", str(tmp_path), "--steps", "9"])
 
 
-def test_training_begins_with_a_published_world_model(trained, run, out, tmp_path):
-    theirs = tmp_path / "published.pt"
+def test_training_begins_with_published_weights(trained, run, out, tmp_path):
+    """A world model's and an agent's, of one file; the agent practises in its world model."""
+    theirs, still = tmp_path / "published.pt", "1e-9"
     train.publish(f"{trained}/agent.pt", theirs)
-    world, theirs = world_weights(theirs), ["--wm", str(theirs)]
-    run(AGENT, *theirs, "--steps", "1")
-    assert equal(world_weights(out / "agent.pt"), world)
-    run(WM, *theirs, "--steps", "1", "--learning_rate", "1e-9")
+    begin, world = ["--begin", str(theirs)], world_weights(theirs)
+    run(WM, *begin, "--steps", "1", "--learning_rate", still)
     ours = weights(out / "wm.pt")
     assert all(torch.allclose(ours[k], x.float(), atol=1e-6) for k, x in world.items())
-    run(WM, *theirs, "--steps", "2", "--learning_rate", "1e-3")  # goes on with its own weights
+    run(WM, *begin, "--steps", "2", "--learning_rate", "1e-3")  # goes on with its own weights
     assert not equal(weights(out / "wm.pt"), ours)
+    run(AGENT, *begin, "--wm", str(theirs), "--steps", "1", "--actor_lr", still)
+    assert equal(world_weights(out / "agent.pt"), world)
+    ours = weights(out / "agent.pt")
+    assert all(torch.allclose(ours[k], x.float(), atol=1e-6) for k, x in weights(theirs).items())
     with pytest.raises(SystemExit, match=r"published\.pt holds .* another size: give the options"):
-        run(WM, *theirs, "--steps", "1", "--hidden", "7", out=tmp_path / "other")
+        run(WM, *begin, "--steps", "1", "--hidden", "7", out=tmp_path / "other")
 
 
 # ------------------------------------------------------------------ latents and windows
