@@ -331,13 +331,14 @@ def push(seen, block, sign):
 
 def push_into_drawer(seen, free):
     """free: the blocks that lay on the table alone at the start: CALVIN's rule counts no others."""
-    ok = [b for b in lying(seen, "table") if b in free and -0.14 < seen.at[b][0] < 0.34]
+    aside = {b: int(x < 0.05) - int(x > 0.32) for b, (x, _, _) in seen.at.items()}  # 1: on the left
+    ok = [b for b in lying(seen, "table") if b in free and -0.14 < seen.at[b][0] < 0.40]
     if not ok:
         return rise(seen)
     # One beside the drawer comes last; else the nearest to it, which is more so when it is pushed.
-    block = min(ok, key=lambda b: (seen.at[b][0] < 0.05, seen.at[b][1]))
-    if seen.at[block][0] < 0.05:
-        return push(seen, block, 1)
+    block = min(ok, key=lambda b: (abs(aside[b]), seen.at[b][1]))
+    if aside[block]:
+        return push(seen, block, aside[block])
     y = min(seen.at[block][1] + half_size(seen, block, 1) + 0.026, 0.0)
     at = np.array([seen.at[block][0], y, 0.466])
     return stroke(seen, at, np.array([0, -1.0, 0]), UP, clear(seen) - 0.466, DOWN, 0.10)
@@ -495,7 +496,7 @@ def feasible(seen, alone):
         f"turn_{'off' if seen.led else 'on'}_led": True, "unstack_block": bool(top),
         "place_in_slider": in_hand and (ajar["left"] or ajar["right"]),
         "place_in_drawer": in_hand and seen.drawer > 0.17, "stack_block": in_hand and free,
-        "push_into_drawer": seen.drawer > 0.17 and any(-0.08 < seen.at[b][0] < 0.32 for b in alone),
+        "push_into_drawer": seen.drawer > 0.17 and any(-0.08 < seen.at[b][0] < 0.37 for b in alone),
     }  # fmt: skip
     for b in BLOCKS:
         name, where, x = b[6:], place_of(seen, b), seen.at[b][0]

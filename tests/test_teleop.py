@@ -104,6 +104,17 @@ def test_what_the_hand_held_at_the_start_is_not_pushed_into_the_drawer(env):
     assert "block_red" not in teleop.free_blocks(env.get_info())
 
 
+@pytest.mark.parametrize("x", [-0.06, 0.34])  # where pushing to the left or right leaves a block
+def test_a_block_beside_the_drawer_is_pushed_in_front_of_it_first(env, x):
+    state = scene(drawer=0.22)
+    state[6:12] = x, -0.12, 0.46, 0, 0, 1.57
+    state[12:15] = 0.07, 0.092, 0.461  # the blue one is in the cabinet, as the pink one
+    env.reset(sim.ROBOT_OBS0, state)
+    free = teleop.free_blocks(env.get_info())
+    assert "push_into_drawer" in teleop.feasible(teleop.see(env, env.get_obs()), free)
+    assert teleop.attempt(env, sim.oracle, "push_into_drawer", 128)[0]
+
+
 def test_a_stack_beside_the_way_stays_where_it_is(env):
     state = scene()
     state[6:9], state[11] = (0.113, -0.108, 0.46), 1.9
