@@ -785,6 +785,8 @@ def parse(arguments: list[str] | None = None) -> tuple[RunConfig, object]:
         zero = name in ("steps", "seed", "shift")  # may be 0; shift: of a baseline's images
         if number and (value < 0 or (value == 0 and not zero)):
             raise ValueError(f"--{name} {value}: {'0 or more' if zero else 'above 0'}")
+    if options.run.wm and run.stage != "agent":
+        raise ValueError("--wm is where stage agent practises; first weights are --begin's")
     return options.run, options.model
 
 

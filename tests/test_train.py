@@ -430,6 +430,8 @@ def test_training_begins_with_published_weights(trained, run, out, tmp_path):
     assert all(torch.allclose(ours[k], x.float(), atol=1e-6) for k, x in weights(theirs).items())
     with pytest.raises(SystemExit, match=r"published\.pt holds .* another size: give the options"):
         run(WM, *begin, "--steps", "1", "--hidden", "7", out=tmp_path / "other")
+    with pytest.raises(SystemExit, match="first weights are --begin's"):
+        run(WM, "--wm", str(theirs))
 
 
 # ------------------------------------------------------------------ latents and windows
