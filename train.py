@@ -398,11 +398,11 @@ class Run:
         return [D.cache_latents(world, x, key, self.precision) for x in (self.data, self.held_out)]
 
     # ------------------------------------------------------------------ checkpoints
-    def world_model(self, path: Path) -> dict:
-        """A world model's checkpoint, of this data's kind; says so where it is unfinished."""
-        c = load_checkpoint(path, "wm", "cpu")
+    def checkpoint_of(self, stage: str, path: Path) -> dict:
+        """Another run's, of this data's kind; says so where a world model is unfinished."""
+        c = load_checkpoint(path, stage, "cpu")
         same_kind(c, self.data.meta, self.config.data)
-        planned = c["run"]["steps"] or STEPS[c["run"]["preset"]][c["stage"]]
+        planned = c["run"]["steps"] or STEPS[c["run"]["preset"]]["wm"]
         if c["stage"] == "wm" and c["step"] < planned and self.rank == 0:
             print(f"note: {path} is of step {c['step']}; its training was not finished")
         return c
@@ -452,8 +452,7 @@ class Run:
 
     def load_first_weights(self, model: torch.nn.Module) -> None:
         """Those of --begin."""
-        c = load_checkpoint(Path(self.config.begin), self.config.stage, "cpu")
-        same_kind(c, self.data.meta, self.config.data)
+        c = self.checkpoint_of(self.config.stage, Path(self.config.begin))
         try:
             model.load_state_dict(model.state_dict() | c["model"])  # published: without critics
         except RuntimeError:
@@ -671,7 +670,7 @@ def agent_update(run: Run, agent: A.Agent, windows: D.WindowBatches, optimizers:
 def train_agent(run: Run) -> None:
     """Phase two, Sec. IV-B: Eqs. 5 and 6 by Adam (Table IV) inside the frozen world model."""
     c, data, device = run.model_config, run.data, run.device
-    wm = run.world_model(Path(run.config.wm or run.out / "wm.pt"))
+    wm = run.checkpoint_of("wm", Path(run.config.wm or run.out / "wm.pt"))
     D.same_text_encoder(wm["text_encoder"], data.meta["text_encoder"], run.out)
     world = load_world_model(wm, device)
     latents = run.latents(world)
