@@ -58,6 +58,7 @@ EPISODE = 200, 600  # steps, then a new scene: what a world model finds hard is 
 SPAN = 64  # steps that an annotated span has at most, as CALVIN's
 PATIENCE = 180  # steps, then a skill has failed
 PLACES = (0.40, 0.13, 0.13, 0.22, 0.12)  # a block on the table, left, right, in the drawer, on top
+OFTEN = {"stack_block": 2}  # played, and told, so much more often than the others: what is hardest
 
 
 # ------------------------------------------------------------------------------------ what is seen
@@ -810,7 +811,9 @@ class Recorder:
         if held(seen) and rng.random() < 0.7:  # mostly it is put somewhere
             tasks = [t for t in tasks if t.startswith(("place", "stack"))] or tasks
         task = self.choose(tasks)
-        self.count[task] += 1  # whatever comes of it: what fails is not tried again and again
+        self.count[task] += 1 / OFTEN.get(
+            task, 1
+        )  # whatever comes of it: else failures would repeat
         self.pairs[self.last, task] += 1
         self.last = task.rsplit("_", 1)[0]
         begin, bursts = self.t, self.bursts()
@@ -850,6 +853,8 @@ class Recorder:
         seen = self.seen
         if kind == "belief":
             wrong = {"tcp": seen.tcp + off[:3], "euler": seen.euler + off[3:]}
+            if block := held(seen):  # and what it holds with it: it is let go of at the wrong place
+                wrong["at"] = seen.at | {block: seen.at[block] + off[:3]}
             seen = seen._replace(**wrong, target=seen.target + off[:3])
         if kind == "astray":
             grip = CLOSE if off[0] > 0 and not held(seen) else seen.grip
@@ -992,15 +997,16 @@ def finish(place, skip, pictures, seed, tasks):
 
 def annotations(place, parts, wanted, seed):
     """Writes CALVIN's language files. Returns spans [start, end) and their tasks: at most `wanted`,
-    about one per hundred steps, in turn one of each task, as long as there are any."""
+    about one per hundred steps, in turn one of each task (OFTEN: more), while there are any."""
     rng, folder = np.random.default_rng([seed, 99]), place / data.LANGUAGE
     pool = {t: [s[1:] for p in parts for s in p["spans"] if s[0] == t] for t in sim.TASKS}
     chosen = []
     for spans in pool.values():
         rng.shuffle(spans)
     while len(chosen) < wanted and any(pool.values()):
-        for task in rng.permutation([t for t in pool if pool[t]]):
-            chosen.append((*pool[task].pop(), str(task)))
+        for task in rng.permutation([t for t in pool for _ in range(OFTEN.get(t, 1))]):
+            if pool[task]:
+                chosen.append((*pool[task].pop(), str(task)))
     chosen = sorted(chosen[:wanted])
     spans, tasks = [(a, b + 1) for a, b, _ in chosen], [task for *_, task in chosen]
     phrases = {t: told[1:] for t, told in calvin.sentences().items()}

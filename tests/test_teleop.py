@@ -92,6 +92,18 @@ def test_an_action_depends_on_what_is_seen_alone_and_is_always_legal():
         teleop.act("open_the_window", seen)
 
 
+def test_a_burst_lets_go_of_a_block_beside_where_it_should_be():
+    """Who believes the hand elsewhere believes its block there, too."""
+    state, beside = scene(), np.array([0.03, -0.02, 0.0])
+    state[12:15] = (0.2, -0.1, 0.46)  # blue, and red held just above a place 3.6 cm beside it
+    state[6:9] = state[12:15] - beside + [0, 0, 0.044]
+    seen = seen_at(state, tcp=state[6:9], target=state[6:9], euler=teleop.DOWN, width=0.05, grip=-1)
+    assert teleop.held(seen) == "block_red" and teleop.act("stack_block", seen)[6] == teleop.CLOSE
+    off, player = np.append(beside, [0, 0, 0]), SimpleNamespace(seen=seen, skip=SKIP)
+    burst = teleop.Recorder.stray(player, "stack_block", teleop.BLOCKS, "belief", off)
+    assert burst[6] == teleop.OPEN
+
+
 def test_what_the_hand_held_at_the_start_is_not_pushed_into_the_drawer(env):
     """CALVIN's rule does not count it, so the operator takes another block, or none."""
     seen = seen_at(scene(drawer=0.22))
