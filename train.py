@@ -453,6 +453,8 @@ class Run:
     def load_first_weights(self, model: torch.nn.Module) -> None:
         """Those of --begin."""
         c = self.checkpoint_of(self.config.stage, Path(self.config.begin))
+        if self.config.stage != "wm":  # which sees no sentences
+            D.same_text_encoder(c["text_encoder"], self.data.meta["text_encoder"], c["path"])
         try:
             model.load_state_dict(model.state_dict() | c["model"])  # published: without critics
         except RuntimeError:
@@ -671,7 +673,6 @@ def train_agent(run: Run) -> None:
     """Phase two, Sec. IV-B: Eqs. 5 and 6 by Adam (Table IV) inside the frozen world model."""
     c, data, device = run.model_config, run.data, run.device
     wm = run.checkpoint_of("wm", Path(run.config.wm or run.out / "wm.pt"))
-    D.same_text_encoder(wm["text_encoder"], data.meta["text_encoder"], run.out)
     world = load_world_model(wm, device)
     latents = run.latents(world)
 

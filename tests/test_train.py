@@ -432,6 +432,10 @@ def test_training_begins_with_published_weights(trained, run, out, tmp_path):
         run(WM, *begin, "--steps", "1", "--hidden", "7", out=tmp_path / "other")
     with pytest.raises(SystemExit, match="first weights are --begin's"):
         run(WM, "--wm", str(theirs))
+    torch.save(torch.load(theirs, weights_only=True) | {"text_encoder": "other"}, theirs)
+    run(WM, *begin, "--steps", "1", out=tmp_path / "wm")  # a world model sees no sentences
+    with pytest.raises(SystemExit, match="text encoder is 'other', expected"):
+        run(AGENT, *begin, "--wm", str(theirs), "--steps", "1", out=tmp_path / "agent")
 
 
 # ------------------------------------------------------------------ latents and windows
