@@ -25,6 +25,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import zlib
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import suppress
@@ -49,16 +50,17 @@ OPEN, CLOSE = 1, -1
 SPEED, TURN, GAIN = 0.036, 0.1, 0.35  # m, rad and share of the error, per action
 LEASH = 0.05  # m, how far the commanded pose may be ahead of the hand
 GATE = 0.015  # m beside a block at which the fingers close: a third of it is a learner's error
-PRESS = 0.008  # m below the table to which a block is pushed as it is turned
+PRESS = 0.008  # m below its resting height to which a block is sent as it is turned
 TABLE_X, TABLE_Y = (0.02, 0.30), (-0.14, -0.07)  # m, where a block may be put down on the table
 SHELVES = {"left": (-0.28, -0.20), "right": (-0.02, 0.09)}  # m, x ranges of the cabinet's halves
+FRONT = (0.05, 0.32)  # m, x of a block that is pushed straight into the drawer
 ROOM = np.array([(-0.25, -0.26, 0.45), (0.32, 0.0, 0.58)])  # m, where a burst may lead the hand
 BURSTS = ("push", 6), ("fingers", 6), ("belief", 15), ("astray", 12)  # most frames of each
 EPISODE = 200, 600  # steps, then a new scene: what a world model finds hard is scenes, not motion
 SPAN = 64  # steps that an annotated span has at most, as CALVIN's
 PATIENCE = 180  # steps, then a skill has failed
 PLACES = (0.40, 0.13, 0.13, 0.22, 0.12)  # a block on the table, left, right, in the drawer, on top
-OFTEN = {"stack_block": 2}  # played, and told, so much more often than the others: what is hardest
+OFTEN = {"stack_block": 2}  # what is hardest is tried, and told, up to twice as often
 
 
 # ------------------------------------------------------------------------------------ what is seen
@@ -309,8 +311,8 @@ def lift(seen, block):
 
 
 def rotate(seen, block, sign):
-    """Turned where it lies, and pressed down by PRESS: an imitator whose hand drifts up must not
-    turn it in the air, where the rule does not count it; until the wrist is at its limit."""
+    """Turns a block where it lies, until the wrist is at its limit; presses it down by PRESS, for
+    an imitator's hand drifts up, and a turn in the air does not count."""
     if held(seen) != block:
         return take(seen, block, 1.27 * sign)
     euler = np.array([np.pi, lean(seen.at[block])[1], seen.euler[2] + 0.3 * sign])
@@ -332,14 +334,15 @@ def push(seen, block, sign):
 
 def push_into_drawer(seen, free):
     """free: the blocks that lay on the table alone at the start: CALVIN's rule counts no others."""
-    aside = {b: int(x < 0.05) - int(x > 0.32) for b, (x, _, _) in seen.at.items()}  # 1: on the left
     ok = [b for b in lying(seen, "table") if b in free and -0.14 < seen.at[b][0] < 0.40]
     if not ok:
         return rise(seen)
-    # One beside the drawer comes last; else the nearest to it, which is more so when it is pushed.
-    block = min(ok, key=lambda b: (abs(aside[b]), seen.at[b][1]))
-    if aside[block]:
-        return push(seen, block, aside[block])
+    # Those in front of the drawer first, the nearest first; to push it keeps it the nearest.
+    left, right = FRONT
+    block = min(ok, key=lambda b: (not left <= seen.at[b][0] <= right, seen.at[b][1]))
+    x = seen.at[block][0]
+    if not left <= x <= right:  # beside the drawer; at the left this may press the led's button
+        return push(seen, block, 1 if x < left else -1)
     y = min(seen.at[block][1] + half_size(seen, block, 1) + 0.026, 0.0)
     at = np.array([seen.at[block][0], y, 0.466])
     return stroke(seen, at, np.array([0, -1.0, 0]), UP, clear(seen) - 0.466, DOWN, 0.10)
@@ -551,8 +554,10 @@ def random_scene(rng, task=None):
             elif kind == "drawer":
                 x, y = rng.uniform(0.05, 0.31), rng.uniform(-0.11 - scene[1], -0.23)
                 at = np.array([x, y, 0.363])
-            elif kind != "table":  # turned as the operator or the benchmark puts it; or pushed in
-                at = np.array([rng.uniform(*SHELVES[kind]), rng.uniform(0.08, 0.125), 0.462])
+            elif kind != "table":  # turned as the operator or the benchmark leaves it
+                deep = 0.158 - np.hypot(*SIZES[block][:2]) / 2  # the wall is at 0.16
+                y = rng.uniform(0.08, min(deep, 0.125))
+                at = np.array([rng.uniform(*SHELVES[kind]), y, 0.462])
                 yaw = np.pi / 2 + rng.uniform(-1, 1) * np.pi / 8
             elif rng.random() < 0.5:  # the benchmark's two places, roughly
                 x = rng.choice([0.05, 0.23]) + rng.uniform(-0.02, 0.02)
@@ -811,9 +816,8 @@ class Recorder:
         if held(seen) and rng.random() < 0.7:  # mostly it is put somewhere
             tasks = [t for t in tasks if t.startswith(("place", "stack"))] or tasks
         task = self.choose(tasks)
-        self.count[task] += 1 / OFTEN.get(
-            task, 1
-        )  # whatever comes of it: else failures would repeat
+        # Whatever comes of it: else what fails would be tried again and again.
+        self.count[task] += 1 / OFTEN.get(task, 1)
         self.pairs[self.last, task] += 1
         self.last = task.rsplit("_", 1)[0]
         begin, bursts = self.t, self.bursts()
@@ -835,9 +839,9 @@ class Recorder:
         return True
 
     def bursts(self):
-        """{frame of the skill: (kind, numbers)}, none in 45 %. What imitators do: the arm is pushed
-        (push), the fingers go wrong (fingers), the hand is believed to be elsewhere (belief), or it
-        goes to some other place (astray)."""
+        """{frame of the skill: (kind, numbers)}, none in 45 %; the skill may end before they come.
+        What imitators do: the arm is pushed (push), the fingers go wrong (fingers), the hand is
+        believed to be elsewhere (belief), or it goes to some other place (astray)."""
         rng, out = self.rng, {}
         for _ in range(rng.choice([0, 1, 2], p=[0.45, 0.45, 0.1])):
             kind, longest = BURSTS[rng.choice(4, p=[0.2, 0.15, 0.3, 0.35])]
@@ -852,10 +856,12 @@ class Recorder:
         """What the operator does in a burst."""
         seen = self.seen
         if kind == "belief":
-            wrong = {"tcp": seen.tcp + off[:3], "euler": seen.euler + off[3:]}
-            if block := held(seen):  # and what it holds with it: it is let go of at the wrong place
-                wrong["at"] = seen.at | {block: seen.at[block] + off[:3]}
-            seen = seen._replace(**wrong, target=seen.target + off[:3])
+            at, block = seen.at, held(seen)
+            if block:  # and its block, too, which it then lets go of beside the right place
+                off = off * [1, 1, 0, 1, 1, 1]
+                at = at | {block: at[block] + off[:3]}
+            tcp, euler, target = seen.tcp + off[:3], seen.euler + off[3:], seen.target + off[:3]
+            seen = seen._replace(tcp=tcp, euler=euler, target=target, at=at)
         if kind == "astray":
             grip = CLOSE if off[0] > 0 and not held(seen) else seen.grip
             return towards(seen, off[:3], DOWN + off[3:], grip, self.skip)
@@ -936,6 +942,7 @@ def claim(place, about, n, seed, pictures, tasks):
     file = place / "recording.json"
     about = about | {"text_encoder": data.TEXT_ENCODER, "frames": n, "seed": seed}
     about |= {"pictures": pictures, "tasks": [*tasks], "rolls": True}
+    about["recorder"] = zlib.crc32(Path(__file__).read_bytes())  # another one plays in another way
     place.mkdir(parents=True, exist_ok=True)
     # Files that a kill left half written do not count.
     if not all(p.name.startswith("part_") for p in place.iterdir()):

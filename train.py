@@ -399,12 +399,14 @@ class Run:
 
     # ------------------------------------------------------------------ checkpoints
     def checkpoint_of(self, stage: str, path: Path) -> dict:
-        """Another run's, of this data's kind; says so where a world model is unfinished."""
+        """Another run's. ValueError: its data are not of this data's kind. A note: its world model
+        is unfinished."""
         c = load_checkpoint(path, stage, "cpu")
         same_kind(c, self.data.meta, self.config.data)
-        planned = c["run"]["steps"] or STEPS[c["run"]["preset"]]["wm"]
-        if c["stage"] == "wm" and c["step"] < planned and self.rank == 0:
-            print(f"note: {path} is of step {c['step']}; its training was not finished")
+        if c["stage"] == "wm":
+            planned = c["run"]["steps"] or STEPS[c["run"]["preset"]]["wm"]
+            if c["step"] < planned and self.rank == 0:
+                print(f"note: {path} is of step {c['step']}; its training was not finished")
         return c
 
     def save(self, step: int, model: torch.nn.Module, optimizers: dict, **more) -> None:
@@ -431,6 +433,10 @@ class Run:
         self.began = time.monotonic() - c.get("seconds", 0.0)
         if c:
             self.refuse_another(c)
+            begin = c["run"].get("begin", "")  # it stays what these weights began with
+            if self.config.begin not in ("", begin) and self.rank == 0:
+                print(f"note: --begin is for new runs; {c['path']} goes on with its own weights")
+            self.config = dataclasses.replace(self.config, begin=begin)
         self.log.cut(c.get("step", 0))  # of what comes after, for those steps are done again
         if not c:
             if self.config.begin:
@@ -455,11 +461,14 @@ class Run:
         c = self.checkpoint_of(self.config.stage, Path(self.config.begin))
         if self.config.stage != "wm":  # which sees no sentences
             D.same_text_encoder(c["text_encoder"], self.data.meta["text_encoder"], c["path"])
-        try:
-            model.load_state_dict(model.state_dict() | c["model"])  # published: without critics
-        except RuntimeError:
-            what = f"{c['path']} holds a model of another size"
-            raise ValueError(f"{what}: give the options that it was trained with") from None
+        own = model.state_dict()
+        # Published agents have no critic: theirs begins with random weights.
+        missing = {k for k in own.keys() - c["model"].keys() if "critic" not in k}
+        other = [k for k, x in c["model"].items() if k not in own or own[k].shape != x.shape]
+        if missing or other:
+            what = f"{c['path']} holds a model of another size or method"
+            raise ValueError(f"{what}: give the options that it was trained with")
+        model.load_state_dict(own | c["model"])
 
     def last_checkpoint(self) -> dict:
         """The last one; the one before it where that is damaged; or nothing."""
@@ -786,7 +795,7 @@ def parse(arguments: list[str] | None = None) -> tuple[RunConfig, object]:
         if number and (value < 0 or (value == 0 and not zero)):
             raise ValueError(f"--{name} {value}: {'0 or more' if zero else 'above 0'}")
     if options.run.wm and run.stage != "agent":
-        raise ValueError("--wm is where stage agent practises; first weights are --begin's")
+        raise ValueError("--wm is where stage agent practises; first weights: --begin FILE")
     return options.run, options.model
 
 

@@ -182,6 +182,16 @@ def test_a_hand_that_is_pushed_aside_comes_back(env, task):
     assert teleop.attempt(env, from_the_start, task, 90)[0]
 
 
+def test_blocks_in_the_cabinet_begin_in_front_of_its_back_wall():
+    """The wall is at y = 0.16 m, a block up to 0.08 m long and turned."""
+    rng, deepest = np.random.default_rng(0), 0
+    for _ in range(300):
+        seen = seen_at(teleop.random_scene(rng))
+        for b in teleop.lying(seen, "left", "right"):
+            deepest = max(deepest, seen.at[b][1] + teleop.half_size(seen, b, 1))
+    assert 0.15 < deepest < 0.16
+
+
 def test_every_task_can_be_prepared_and_is_then_called_feasible(env):
     rng = np.random.default_rng(0)
     for task in sim.TASKS:
@@ -275,6 +285,15 @@ def test_replaying_the_actions_from_an_episodes_first_frame_reproduces_it_and_it
     assert np.mean(own) > 0.9
 
 
+def test_what_is_hardest_is_told_twice_as_often_as_long_as_there_is_enough_of_it(tmp_path):
+    tasks = ["stack_block", "open_drawer", "close_drawer"]
+    parts = [{"spans": [(task, t, t + 9) for t in range(10) for task in tasks]}]
+    for wanted, stacks in ((8, 4), (30, 10)):
+        told = teleop.annotations(tmp_path, parts, wanted, seed=0)[1]
+        assert len(told) == wanted and told.count("stack_block") == stacks
+        assert told.count("open_drawer") == told.count("close_drawer")
+
+
 def test_sentences_are_training_phrasings_in_training_and_the_held_out_one_in_validation(recording):
     for split in ("training", "validation"):
         lang, held_out = language(recording, split)["language"], split == "validation"
@@ -304,11 +323,17 @@ def test_resume_after_a_crash_gives_the_same_files_and_a_finished_block_is_not_r
     assert (broken / first).stat().st_mtime_ns == mark
 
 
-def test_another_recording_in_the_folder_or_an_impossible_number_is_refused(recording, tmp_path):
+def test_another_recording_in_the_folder_or_an_impossible_number_is_refused(
+    recording, tmp_path, monkeypatch
+):
     others = {"seed": SEED + 1}, {"pictures": False}, {"tasks": ("open_drawer",)}
     for other in ({"seed": SEED} | other for other in others):
         with pytest.raises(data.DataError, match="Choose another folder"):
             teleop.record(recording, FRAMES, VAL, skip=SKIP, **other)
+    with monkeypatch.context() as changed:
+        changed.setattr(teleop, "__file__", __file__)  # another version of the operator
+        with pytest.raises(data.DataError, match=r"recorder \d+, not \d+. Choose another folder"):
+            teleop.record(recording, FRAMES, VAL, skip=SKIP, seed=SEED)
     (tmp_path / "training").mkdir()
     (tmp_path / "training" / "thesis.txt").write_text("do not touch")
     with pytest.raises(data.DataError, match="Choose another folder"):

@@ -414,7 +414,7 @@ def test_a_published_checkpoint_acts_alike_from_fewer_bytes_and_is_not_trained_o
         train.main([*AGENT, "--data", packed, "--out", str(tmp_path), "--steps", "9"])
 
 
-def test_training_begins_with_published_weights(trained, run, out, tmp_path):
+def test_training_begins_with_published_weights(trained, run, out, tmp_path, capsys):
     """A world model's and an agent's, of one file; the agent practises in its world model."""
     theirs, still = tmp_path / "published.pt", "1e-9"
     train.publish(f"{trained}/agent.pt", theirs)
@@ -422,15 +422,22 @@ def test_training_begins_with_published_weights(trained, run, out, tmp_path):
     run(WM, *begin, "--steps", "1", "--learning_rate", still)
     ours = weights(out / "wm.pt")
     assert all(torch.allclose(ours[k], x.float(), atol=1e-6) for k, x in world.items())
-    run(WM, *begin, "--steps", "2", "--learning_rate", "1e-3")  # goes on with its own weights
+    run(WM, "--steps", "2", "--learning_rate", "1e-3")  # goes on with its own weights
     assert not equal(weights(out / "wm.pt"), ours)
+    assert torch.load(out / "wm.pt")["run"]["begin"] == str(theirs)
+    run(WM, "--begin", "elsewhere.pt", "--steps", "2")
+    assert "--begin is for new runs" in capsys.readouterr().out
     run(AGENT, *begin, "--wm", str(theirs), "--steps", "1", "--actor_lr", still)
     assert equal(world_weights(out / "agent.pt"), world)
     ours = weights(out / "agent.pt")
     assert all(torch.allclose(ours[k], x.float(), atol=1e-6) for k, x in weights(theirs).items())
-    with pytest.raises(SystemExit, match=r"published\.pt holds .* another size: give the options"):
+    with pytest.raises(SystemExit, match=r"published\.pt holds .* another size or method: give"):
         run(WM, *begin, "--steps", "1", "--hidden", "7", out=tmp_path / "other")
-    with pytest.raises(SystemExit, match="first weights are --begin's"):
+    with pytest.raises(SystemExit, match="of another size or method"):
+        run(
+            AGENT, *begin, "--wm", str(theirs), "--method", "no_latent_plan", out=tmp_path / "other"
+        )
+    with pytest.raises(SystemExit, match="first weights: --begin FILE"):
         run(WM, "--wm", str(theirs))
     torch.save(torch.load(theirs, weights_only=True) | {"text_encoder": "other"}, theirs)
     run(WM, *begin, "--steps", "1", out=tmp_path / "wm")  # a world model sees no sentences
