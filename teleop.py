@@ -832,11 +832,9 @@ class Recorder:
             return False
         solved = self.annotate(task, begin)
         # The motion that succeeded goes on for a while: it does not end at the rule's threshold.
-        # Not told of a stack: an empty hand above it looks like one above a block that fell beside.
-        told = solved and task != "stack_block"
         for _ in range(int(rng.integers(0, 6)) if rng.random() < 0.5 else 0):
             self.tick(act(task, self.seen, free, self.skip))
-            if told and self.annotate(task, begin):
+            if solved and self.annotate(task, begin):
                 del self.spans[-2]
         return True
 
