@@ -25,7 +25,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import zlib
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import suppress
@@ -942,7 +941,7 @@ def claim(place, about, n, seed, pictures, tasks):
     file = place / "recording.json"
     about = about | {"text_encoder": data.TEXT_ENCODER, "frames": n, "seed": seed}
     about |= {"pictures": pictures, "tasks": [*tasks], "rolls": True}
-    about["recorder"] = zlib.crc32(Path(__file__).read_bytes())  # another one plays in another way
+    about["recorder"] = data.checksum(Path(__file__).read_text("utf-8"))  # another plays otherwise
     place.mkdir(parents=True, exist_ok=True)
     # Files that a kill left half written do not count.
     if not all(p.name.startswith("part_") for p in place.iterdir()):
