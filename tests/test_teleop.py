@@ -104,6 +104,34 @@ def test_a_burst_lets_go_of_a_block_beside_where_it_should_be():
     assert burst[6] == teleop.OPEN
 
 
+def test_the_largest_block_is_stacked_on_wherever_the_hand_is():
+    """A choice of the nearest would flip midway; an empty hand takes another, too."""
+    state = scene()
+    state[18:21] = (0.14, -0.1, 0.46)  # pink, between red and blue
+    for block, (x, y) in (("red", (0.05, -0.12)), ("blue", (0.23, -0.1))):
+        i = 6 + 6 * ("red", "blue").index(block)
+        for hand in (state[i : i + 3], np.array([0.1, -0.1, 0.56]), np.array([0.18, -0.1, 0.56])):
+            state[i : i + 3] = hand
+            seen = seen_at(state, tcp=hand, target=hand, euler=teleop.DOWN, width=0.05, grip=-1)
+            assert teleop.held(seen) == f"block_{block}"
+            pos, *_ = teleop.stack(seen)
+            assert np.abs(pos[0] - 0.14) <= np.abs(hand[0] - 0.14), "towards pink"
+        state[i : i + 3] = x, y, 0.46
+    above_pink = np.array([0.13, -0.1, 0.52])
+    pos, *_ = teleop.stack(seen_at(state, tcp=above_pink, target=above_pink, grip=1, width=0.08))
+    assert pos[0] < 0.13, "towards red, the nearer of the others"
+
+
+def test_stacking_is_also_told_from_where_the_block_has_fallen(env):
+    tasks = ("stack_block", LIFT, LIFT.replace("red", "blue"))
+    rng = np.random.default_rng(1)
+    play = teleop.Recorder(env, sim.oracle, None, 0, 1500, rng, SKIP, pictures=False, tasks=tasks)
+    part, states = play.play()
+    first = [states["robot_obs"][t] for task, t, _ in part["spans"] if task == "stack_block"]
+    fallen = sum(robot[14] == teleop.OPEN for robot in first)
+    assert 2 <= fallen <= len(first) - 2, "from an empty hand, and from one that holds a block"
+
+
 def test_what_the_hand_held_at_the_start_is_not_pushed_into_the_drawer(env):
     """CALVIN's rule does not count it, so the operator takes another block, or none."""
     seen = seen_at(scene(drawer=0.22))
@@ -380,7 +408,8 @@ def test_the_same_seed_gives_the_same_play_in_any_process_with_pictures_or_witho
 
 
 @pytest.mark.parametrize(
-    "seen_from, begin, span", [(0, 80, 80), (60, 80, 80), (60, 20, 69), (101, 20, None)]
+    "seen_from, begin, span",
+    [(0, 80, 80), (60, 80, 80), (60, 20, 69), (75, 20, 75), (101, 20, None)],
 )
 def test_a_span_has_64_steps_at_most_and_the_oracle_agrees_with_it(env, seen_from, begin, span):
     """As CALVIN's spans; of a skill of which the oracle saw too little there is none."""
