@@ -891,10 +891,11 @@ class Recorder:
         """A span from `begin`, behind the last burst, to this success, of at most 64 steps: the
         longest that the oracle agrees with (a dropped block may lean on another at first)."""
         earliest, end = max(self.t - (SPAN - 1) // self.skip, begin), self.infos[self.t]
-        spans = ((task, t, self.t) for t in range(earliest, self.t))
-        span = next((s for s in spans if self.oracle(self.infos[s[1]], end, task)), None)
-        self.spans += [span] * bool(span)
-        return bool(span)
+        for first in range(earliest, self.t):
+            if self.oracle(self.infos[first], end, task):
+                self.spans.append((task, first, self.t))
+                return True
+        return False
 
 
 def _part(path):
