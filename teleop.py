@@ -411,7 +411,8 @@ def bare(seen):
 
 
 def stack(seen):
-    """On the largest block, wherever the hand is: a choice that a small error does not change."""
+    """On the largest block, wherever the hand is: the nearest would change midway between two. An
+    empty hand takes another, also when it was the largest that it has dropped."""
     block = held(seen)
     base = max(bare(seen), key=lambda b: SIZES[b][0], default=None)
     if not block or not base:
@@ -826,15 +827,17 @@ class Recorder:
         self.count[task] += 1 / OFTEN.get(task, 1)
         self.pairs[self.last, task] += 1
         self.last = task.rsplit("_", 1)[0]
-        begin, bursts = self.t, self.bursts(task)
+        drops = task == "stack_block" and rng.random() < 0.5
+        begin, bursts = self.t, self.bursts(drops)
         for frame in range(PATIENCE // self.skip):
-            if frame in bursts:
-                a, begin = self.stray(task, free, *bursts[frame]), self.t + 1
-                if task == "stack_block" and held(self.seen) and a[6] == OPEN:  # now comes a retry
-                    bursts = {frame + 1 + k: burst for k, burst in self.bursts().items()}
+            burst = bursts.get(frame)
+            if burst:
+                a, begin = self.stray(task, free, *burst), self.t + 1
+                if drops and held(self.seen) and a[6] == OPEN:  # beside; now it tries again
+                    drops, bursts = False, {frame + 1 + k: b for k, b in self.bursts().items()}
             else:
                 a = act(task, self.seen, free, self.skip)
-            if self.tick(a, start, task, frame in bursts):
+            if self.tick(a, start, task, burst is not None):
                 break
         else:
             return False
@@ -848,17 +851,17 @@ class Recorder:
                 del self.spans[-2]
         return True
 
-    def bursts(self, task=""):
+    def bursts(self, drops=False):
         """{frame of the skill: (kind, numbers)}, none in 45 %; the skill may end before they come.
         What imitators do: the arm is pushed (push), the fingers go wrong (fingers), the hand is
-        believed to be elsewhere (belief), or it goes to some other place (astray). In half of all
-        stacking the first burst lasts until the block has been let go of beside the other."""
+        believed to be elsewhere (belief), or it goes to some other place (astray).
+        drops: one burst, long enough for a block to be let go of beside the one below, mostly
+        along x, for the table's edge is near."""
         rng, out = self.rng, {}
-        if task == "stack_block" and rng.random() < 0.5:
-            way = rng.normal(size=2)
+        if drops:
+            way, first = rng.normal(size=2) * [1, 0.3], rng.integers(0, 8)
             off = np.append(rng.uniform(0.03, 0.06) * way / np.linalg.norm(way), np.zeros(4))
-            frames = range(rng.integers(0, 8), PATIENCE // self.skip)
-            return dict.fromkeys(frames, ("belief", off))
+            return dict.fromkeys(range(first, first + 45), ("belief", off))
         for _ in range(rng.choice([0, 1, 2], p=[0.45, 0.45, 0.1])):
             kind, longest = BURSTS[rng.choice(4, p=[0.2, 0.15, 0.3, 0.35])]
             off = rng.normal(size=6) * [0.03, 0.03, 0.015, 0.1, 0.1, 0.4]  # m, rad

@@ -104,22 +104,19 @@ def test_a_burst_lets_go_of_a_block_beside_where_it_should_be():
     assert burst[6] == teleop.OPEN
 
 
-def test_the_largest_block_is_stacked_on_wherever_the_hand_is():
-    """A choice of the nearest would flip midway; an empty hand takes another, too."""
-    state = scene()
-    state[18:21] = (0.14, -0.1, 0.46)  # pink, between red and blue
-    for block, (x, y) in (("red", (0.05, -0.12)), ("blue", (0.23, -0.1))):
-        i = 6 + 6 * ("red", "blue").index(block)
-        for hand in (state[i : i + 3], np.array([0.1, -0.1, 0.56]), np.array([0.18, -0.1, 0.56])):
-            state[i : i + 3] = hand
-            seen = seen_at(state, tcp=hand, target=hand, euler=teleop.DOWN, width=0.05, grip=-1)
-            assert teleop.held(seen) == f"block_{block}"
-            pos, *_ = teleop.stack(seen)
-            assert np.abs(pos[0] - 0.14) <= np.abs(hand[0] - 0.14), "towards pink"
-        state[i : i + 3] = x, y, 0.46
+@pytest.mark.parametrize("block, x, towards", [("red", 0.2, -1), ("blue", 0.08, 1)])
+def test_the_largest_block_is_stacked_on_wherever_the_hand_is(block, x, towards):
+    """Pink is, though another is nearer; an empty hand leaves it, too."""
+    state, i, hand = scene(), teleop.BLOCKS.index(f"block_{block}"), np.array([x, -0.1, 0.56])
+    state[18:21] = (0.14, -0.1, 0.46)  # pink, between red at 0.05 and blue at 0.23
+    state[6 + 6 * i : 9 + 6 * i] = hand
+    seen = seen_at(state, tcp=hand, target=hand, euler=teleop.DOWN, width=0.05, grip=-1)
+    assert teleop.held(seen) == f"block_{block}"
+    assert towards * (teleop.stack(seen)[0][0] - x) > 0.01
     above_pink = np.array([0.13, -0.1, 0.52])
-    pos, *_ = teleop.stack(seen_at(state, tcp=above_pink, target=above_pink, grip=1, width=0.08))
-    assert pos[0] < 0.13, "towards red, the nearer of the others"
+    seen = seen_at(scene(), tcp=above_pink, target=above_pink, grip=1, width=0.08)
+    seen.at["block_pink"] = np.array([0.14, -0.1, 0.46])
+    assert teleop.stack(seen)[0][0] < 0.13, "towards red, the nearer of the others"
 
 
 def test_stacking_is_also_told_from_where_the_block_has_fallen(env):
@@ -127,9 +124,13 @@ def test_stacking_is_also_told_from_where_the_block_has_fallen(env):
     rng = np.random.default_rng(1)
     play = teleop.Recorder(env, sim.oracle, None, 0, 1500, rng, SKIP, pictures=False, tasks=tasks)
     part, states = play.play()
-    first = [states["robot_obs"][t] for task, t, _ in part["spans"] if task == "stack_block"]
-    fallen = sum(robot[14] == teleop.OPEN for robot in first)
-    assert 2 <= fallen <= len(first) - 2, "from an empty hand, and from one that holds a block"
+    first = [t for task, t, _ in part["spans"] if task == "stack_block"]
+    heights, grip = states["scene_obs"][:, 8::6], states["robot_obs"][:, 14]
+    fallen = [t for t in first if grip[t] == teleop.OPEN and heights[t].max() < 0.485]
+    assert 2 <= len(fallen) <= len(first) - 2, "from an empty hand, and from one that holds a block"
+    let_go = np.flatnonzero(np.diff(grip) == teleop.OPEN - teleop.CLOSE)  # rows of the action
+    beside = [t for t in let_go if t - 1 in part["disturbed"] and heights[t].max() > 0.485]
+    assert beside and set(beside) <= set(part["disturbed"]), "the one that lets go, too"
 
 
 def test_what_the_hand_held_at_the_start_is_not_pushed_into_the_drawer(env):
