@@ -10,16 +10,12 @@ needed: the tactile camera is left out.
 Copy this file alone. Needs: numpy, scipy; for Table also calvin_env and what that needs (INSTALL).
 """
 
-import ctypes
 import difflib
 import functools
 import importlib
 import importlib.util
 import itertools
 import json
-import multiprocessing
-import os
-import signal
 import sys
 from collections import namedtuple
 from pathlib import Path
@@ -54,7 +50,6 @@ INSTALL = """To install it (docs/calvin.md):
 SCENE = "calvin_scene_D_eval"  # environment D; every reset places doors, lights and blocks anyway
 RENDERERS = ("egl", "tiny")  # the dataset's, on a GPU or by Mesa; Bullet's own, with other shadows
 CAMERAS = ("static", "gripper")
-RESETS = 100  # of a process under EGL
 
 
 # ------------------------------------------------------------------ the 34 tasks
@@ -166,19 +161,6 @@ def oracle(start_info, info, task):
     check(task)
     rule, *arguments = _RULES[task]
     return bool(rule(facts(start_info), facts(info), *arguments))
-
-
-def is_so(info, task) -> bool:
-    """Whether a door, by half its way, or a light is already where `task` would bring it."""
-    rule, *arguments = _RULES[task]
-    if rule is slid:
-        door, metres = arguments
-        middle = {SLIDE: 0.14, DRAWER: 0.11}[door]
-        return (info["scene_info"]["doors"][door]["current_state"] - middle) * metres > 0
-    if rule is switched:
-        light, state = arguments
-        return info["scene_info"]["lights"][light]["logical_state"] == state
-    return False
 
 
 # ------------------------------------------------------------------ the benchmark's 1000 chains
@@ -350,12 +332,9 @@ def check_targets(config, where, root: Path) -> None:
 def configuration(root: Path, scene):
     """Of PlayTableSimEnv and what it is made of, with static and gripper camera. Raises ValueError.
     scene: a folder of CALVIN's dataset (task_D_D, or its training or validation folder), for the
-    configuration it was rendered with; or of a recording of ours, for its scene; or a name in
-    calvin_env's conf/scene."""
-    omegaconf, where = needed("omegaconf").OmegaConf, scene
-    load, recorded = omegaconf.load, validation(scene) / "recording.json"
-    if recorded.exists():  # of a twin: environment D
-        scene = json.loads(recorded.read_text()).get("scene", SCENE)
+    configuration it was rendered with; or a name in calvin_env's conf/scene."""
+    omegaconf = needed("omegaconf").OmegaConf
+    load = omegaconf.load
     if Path(scene).is_dir():
         found = [x / ".hydra/merged_config.yaml" for x in (Path(scene), validation(scene))]
         if not any(file.exists() for file in found):
@@ -373,7 +352,7 @@ def configuration(root: Path, scene):
         config.env = load(conf / "env/play_table_env.yaml")
     for name in set(config.cameras) - set(CAMERAS):
         del config.cameras[name]
-    check_targets(omegaconf.to_container(config, resolve=False), where, root)
+    check_targets(omegaconf.to_container(config, resolve=False), scene, root)
     return config
 
 
@@ -463,102 +442,3 @@ class Table:
         if self.env.cid >= 0:
             self.env.p.disconnect(physicsClientId=self.env.cid)
             self.env.cid = -1
-
-
-def egl_device(cuda: int, library=None) -> int | None:
-    """EGL's number of a GPU that CUDA numbers `cuda`; None where EGL does not say. The two number
-    them in different orders. library: libEGL, or one like it."""
-    try:
-        library = library or ctypes.CDLL("libEGL.so.1")
-        library.eglGetProcAddress.restype = ctypes.c_void_p
-        devices, n, value = (ctypes.c_void_p * 64)(), ctypes.c_int(), ctypes.c_ssize_t()
-        names = b"eglQueryDevicesEXT", b"eglQueryDeviceAttribEXT"
-        query, attribute = map(library.eglGetProcAddress, names)
-        kind = ctypes.CFUNCTYPE(ctypes.c_uint, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
-        kind(query)(64, devices, ctypes.byref(n))
-        kind = ctypes.CFUNCTYPE(ctypes.c_uint, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
-        for i in range(n.value):  # 0x323A: EGL_CUDA_DEVICE_NV
-            if kind(attribute)(devices[i], 0x323A, ctypes.byref(value)) and value.value == cuda:
-                return i
-    except (OSError, AttributeError, TypeError, ValueError):
-        pass  # no EGL, or one without these functions
-    return None
-
-
-def _serve(make, gpu: int, pipe) -> None:
-    """A process of Restarted's: answers to what its parent asks of the table, until that ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    device = egl_device(gpu)
-    if device is not None:
-        os.environ.setdefault("EGL_VISIBLE_DEVICES", str(device))  # Bullet's renderer reads it
-    try:
-        table = make()
-        pipe.send((True, None))
-        while True:
-            name, arguments, options = pipe.recv()
-            try:
-                value = getattr(table, name)
-                pipe.send((True, value(*arguments, **options) if callable(value) else value))
-            except ValueError as error:
-                pipe.send((False, error))
-    except EOFError:
-        pass
-    except Exception as error:
-        pipe.send((False, error))
-
-
-class Restarted:
-    """A Table in a process of its own, and after RESETS resets in a new one: a reset under EGL
-    keeps 12.5 MB. Every reset loads the scene, so the play is the same, bit for bit."""
-
-    def __init__(self, make, gpu: int = 0):
-        """make() -> Table, picklable. gpu: CUDA's number of the one to draw on."""
-        self.make, self.gpu, self.left, self.process = make, gpu, 0, None
-        self.start()
-
-    def start(self) -> None:
-        self.close()
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        arguments = self.make, self.gpu, theirs
-        self.process = context.Process(target=_serve, args=arguments, daemon=True)
-        self.process.start()
-        theirs.close()
-        self.ask()
-        self.left = RESETS
-
-    def ask(self, *question, **options):
-        """Of the table: a method's name and arguments, or a property's name. Of nothing: whether
-        the process has begun. RuntimeError: the process is gone."""
-        try:
-            if question:
-                self.pipe.send((question[0], question[1:], options))
-            good, value = self.pipe.recv()
-        except (EOFError, ConnectionError):
-            raise RuntimeError("the simulator's process ended; the same command goes on") from None
-        if not good:
-            raise value
-        return value
-
-    def reset(self, robot_obs=None, scene_obs=None):
-        if self.left == 0:
-            self.start()
-        self.left -= 1
-        return self.ask("reset", robot_obs, scene_obs)
-
-    def __getattr__(self, name):
-        """A method of the Table's, or the value of one of its properties."""
-        method = callable(getattr(Table, name))
-        return functools.partial(self.ask, name) if method else self.ask(name)
-
-    def close(self) -> None:
-        if self.process:
-            self.pipe.close()
-            self.process.join()
-            self.process = None
-
-
-def make_table(scene, renderer: str, cameras: bool, path=None, shrink=None, gpu: int = 0):
-    """A Table, or one that is Restarted where EGL draws. Arguments: as theirs."""
-    make = functools.partial(Table, scene, renderer, cameras, path, shrink)
-    return Restarted(make, gpu) if cameras and renderer == "egl" else make()

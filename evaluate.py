@@ -95,7 +95,7 @@ def make_environment(args, cameras: bool, renderer: str):
         static, gripper = (64, 64) if small else (200, 84)
         return sim.PlayTable(static, gripper, cameras), sim.oracle
     shrink = data.resize_area if small else None
-    table = calvin.make_table(args.scene, renderer, cameras, args.calvin_env, shrink, gpu())
+    table = calvin.Table(args.scene, renderer, cameras, args.calvin_env, shrink)
     return table, calvin.make_oracle(args.calvin_env)
 
 

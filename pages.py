@@ -363,8 +363,6 @@ class Robot:
             self.words = self.worker.words[sentence] = self.worker.embed(sentence)
         except (ValueError, D.DataError) as error:
             return self.show(state="refused", message=str(error))
-        if self.task and calvin.is_so(self.env.get_info(), self.task):
-            return self.show(state="refused", message="It is so already.")
         self.t, self.due = 0, time.monotonic()
         name = sentence if self.worker.policy else self.task
         done, _ = self.attempt(name, self.worker.args.limit)

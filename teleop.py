@@ -458,16 +458,12 @@ def act(task, seen, free=BLOCKS, skip=2):
 
 
 def towards(seen, pos, euler, grip, skip, speed=SPEED):
-    """The action that brings the hand nearer, by a share of the way."""
+    """The action that brings the hand nearer, by a share of the way; the target stays on its
+    leash."""
     move = pos - seen.tcp
     far = np.linalg.norm(move)
     move = move * min(GAIN, speed / max(far, 1e-9))
     turn = np.clip(GAIN * wrap(euler - seen.euler), -TURN, TURN)
-    return action(seen, move, turn, grip, skip)
-
-
-def action(seen, move, turn, grip, skip):
-    """move (3,) m and turn (3,) rad in `skip` steps -> (7,); the target stays on its leash."""
     lead = seen.target + move - seen.tcp
     length = np.linalg.norm(lead)
     if length > LEASH:
@@ -596,7 +592,7 @@ class Where:
         """(environment, oracle)."""
         if self.env == "sim":
             return sim.PlayTable(render=cameras), sim.oracle
-        table = calvin.make_table(self.scene, self.renderer, cameras, self.calvin_env)
+        table = calvin.Table(self.scene, self.renderer, cameras, self.calvin_env)
         return table, calvin.make_oracle(self.calvin_env)
 
     def about(self, skip):
@@ -631,21 +627,24 @@ def _work(function, job):
 
 def in_parallel(function, jobs, procs, where, cameras):
     """Yields function(env, oracle, *job) of every job as it is done, in `procs` processes, each
-    with an environment of its own."""
+    with an environment of its own. Under EGL, which keeps 12.5 MB at each reset, the processes are
+    new after eight jobs each."""
     if procs < 1:
         raise ValueError(f"--procs {procs}: at least 1")
     if where.env == "calvin":
         calvin.home(where.calvin_env)  # an error here is clearer than one of a worker
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(procs, context, _start, (where, cameras)) as pool:
-        try:
-            for future in as_completed([pool.submit(_work, function, job) for job in jobs]):
-                yield future.result()
-        except KeyboardInterrupt:  # to leave the pool is to wait until blocks of frames are full
-            print("\nteleop.py: stopped; to repeat the command of a recording goes on with it")
-            os._exit(130)  # the workers end with their parent
-        finally:
-            pool.shutdown(cancel_futures=True)
+    context, leaks = multiprocessing.get_context("spawn"), cameras and where.renderer == "egl"
+    size = 8 * procs if leaks else max(1, len(jobs))
+    for some in (jobs[i : i + size] for i in range(0, len(jobs), size)):
+        with ProcessPoolExecutor(procs, context, _start, (where, cameras)) as pool:
+            try:
+                for future in as_completed([pool.submit(_work, function, job) for job in some]):
+                    yield future.result()
+            except KeyboardInterrupt:  # to leave the pool is to wait until blocks are full
+                print("\nteleop.py: stopped; to repeat the command of a recording goes on with it")
+                os._exit(130)  # the workers end with their parent
+            finally:
+                pool.shutdown(cancel_futures=True)
 
 
 # -------------------------------------------------------------------------------------------- rates
@@ -722,12 +721,11 @@ class Recorder:
         return see(self.env, self.obs)
 
     def tick(self, action, start=None, task=None, disturbed=False):
-        """Holds an action for one frame and writes it; whether the oracle saw `task` done."""
-        before, solved = self.obs, False
+        """Holds an action for one frame and writes it; whether the oracle sees `task` done."""
+        before = self.obs
         for k in range(self.skip):
             render = self.pictures and k == self.skip - 1
             self.obs, _, _, info = self.env.step(action, render=render)
-            solved = solved or (task is not None and self.oracle(start, info, task))
         row = {"actions": np.append(self.obs["robot_obs"][:6], action[6]), "rel_actions": action}
         state = {key: before[key] for key in ("robot_obs", "scene_obs")}
         self.rows.append(row | state)
@@ -743,7 +741,7 @@ class Recorder:
         self.infos.pop(self.t - SPAN - 1, None)
         if self.t == self.end:
             raise Full
-        return solved
+        return task is not None and self.oracle(start, info, task)
 
     def play(self):
         """Fills the block. Returns what the parent must know about it, as plain numbers."""
@@ -886,8 +884,8 @@ class Recorder:
             return towards(seen, off[:3], DOWN + off[3:], grip, self.skip)
         a = act(task, seen, free, self.skip)
         if kind == "push":
-            inside = np.clip(seen.tcp + off[:3], *ROOM) - seen.tcp
-            return action(seen, inside, 0.2 * off[3:], a[6], self.skip)
+            pos, euler = np.clip(seen.tcp + 3 * off[:3], *ROOM), seen.euler + 0.5 * off[3:]
+            return towards(seen, pos, euler, a[6], self.skip)
         return a * [1, 1, 1, 1, 1, 1, -1] if kind == "fingers" else a
 
     def annotate(self, task, begin):
@@ -936,15 +934,13 @@ def record(
         jobs, done, how = [], 0, (skip, pictures, seed, tasks)
         for split, n in splits.items():
             claim(folder / split, where.about(skip), n, seed, pictures, tasks)
-            blocks = max(1, round(n / 2000))  # of 1000 to 3000 frames
-            shares = np.random.default_rng([seed, n]).uniform(0.5, 1.5, blocks)
-            ends = np.round(np.cumsum(shares) / shares.sum() * n).astype(int).tolist()
-            for k, (first, end) in enumerate(pairwise([0, *ends])):
+            ends = np.linspace(0, n, max(1, round(n / 2000)) + 1).astype(int).tolist()
+            for k, (first, end) in enumerate(pairwise(ends)):
                 if (folder / split / f"parts/{k:05d}.json").exists():
                     done += end - first
                 else:
                     jobs.append((folder / split, k, first, end - first, *how))
-        work = in_parallel(_block, jobs, procs, where, pictures) if jobs else []
+        work = in_parallel(_block, jobs, procs, where, pictures)
         with tqdm(desc="recording", total=frames + val_frames, initial=done, mininterval=1) as bar:
             for length in work:
                 bar.update(length)
@@ -962,7 +958,7 @@ def claim(place, about, n, seed, pictures, tasks):
         raise ValueError(f"{place}: {n} frames are too few, a span alone may have {SPAN}")
     file = place / "recording.json"
     about = about | {"text_encoder": data.TEXT_ENCODER, "frames": n, "seed": seed}
-    about |= {"pictures": pictures, "tasks": [*tasks], "rolls": True}
+    about |= {"pictures": pictures, "tasks": [*tasks]}
     about["recorder"] = data.checksum(Path(__file__).read_text("utf-8"))  # another plays otherwise
     place.mkdir(parents=True, exist_ok=True)
     # Files that a kill left half written do not count.

@@ -27,7 +27,7 @@ import timeit
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -318,7 +318,6 @@ class Run:
     # ------------------------------------------------------------------ steps
     def progress(self, start: int):
         """Steps from `start` on; at the last number, self.steps, only validation is left to do."""
-        self.start, self.loop_began = start, time.monotonic()
         handler = signal.getsignal(signal.SIGINT)
         if self.ranks == 1:
             signal.signal(signal.SIGINT, self.interrupt)
@@ -375,7 +374,7 @@ class Run:
         checks them, and logs their means."""
         self.figures.append(torch.stack([x.float().to(self.device) for x in figures.values()]))
         logs = self.due(done, self.config.log_every)
-        if logs or self.saves(done) or done == self.start + 10:
+        if logs or self.saves(done):
             table = torch.stack(self.figures)  # (steps, figures)
             bad = (~table.isfinite()).nonzero().tolist()
             if bad:
@@ -388,9 +387,6 @@ class Run:
             means = dict(zip(figures, mean.tolist(), strict=True))
             self.log.write("train", done, means, self.seconds())
             self.figures = []
-        if done == self.start + 10 and self.rank == 0:
-            per_step = (time.monotonic() - self.loop_began) / 10
-            tqdm.write(forecast(per_step, self.steps - done), file=sys.stdout)
 
     def latents(self, world: W.WorldModel) -> list[D.Latents]:
         """Those of both splits in this precision. One process makes them, the others wait."""
@@ -497,16 +493,6 @@ class Run:
             what = f"{path} was trained with another configuration or on other data"
             remedy = "Give the same to go on with it, or another --out."
             raise ValueError("\n".join([f"{what}:", *lines, remedy]))
-
-
-def forecast(per_step: float, steps: int) -> str:
-    """What so many steps of so many seconds mean."""
-    rest = timedelta(seconds=round(per_step * steps))
-    end = f"{datetime.now() + rest:%Y-%m-%d %H:%M}"
-    text = f"{per_step:.3g} s per step: the end in {rest}, at {end}"
-    if rest.days >= 2:
-        text += f"\nnote: that is {rest.days} days. On a CPU, --preset sim takes an hour or two."
-    return text
 
 
 def bf16_is_faster(device: str) -> bool:

@@ -4,7 +4,6 @@ Where calvin_env is not found, CALVIN_ENV names its clone; else the tests of it 
 names a clone of mees/calvin, whose own evaluation one test runs."""
 
 import ast
-import ctypes
 import hashlib
 import json
 import os
@@ -12,7 +11,6 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -104,14 +102,6 @@ def test_a_light_or_a_door_says_nothing_about_the_other():
     end["scene_info"]["doors"]["base__slide"] = {"current_state": 0.2}
     done = [task for task in calvin.TASKS if calvin.oracle(start, end, task)]
     assert done == ["move_slider_left", "turn_on_lightbulb"]
-
-
-def test_a_door_past_its_middle_and_a_light_are_so_already():
-    scene = made()
-    scene["scene_info"]["doors"] = {calvin.DRAWER: {"current_state": 0.12}}
-    scene["scene_info"]["doors"][calvin.SLIDE] = {"current_state": 0.1}
-    so = [task for task in calvin.TASKS if calvin.is_so(scene, task)]
-    assert so == ["move_slider_right", "open_drawer", "turn_off_lightbulb", "turn_off_led"]
 
 
 def test_an_unknown_task_is_an_error_that_names_the_nearest():
@@ -217,62 +207,6 @@ def test_its_absence_says_what_to_install_and_how_to_say_where_it_is(tmp_path):
         teleop.main(["rates", *command[2:]])
 
 
-class Counting:
-    """In the place of a Table: it answers with the process that it lives in."""
-
-    def __init__(self):
-        self.resets, self.target_pos = 0, np.zeros(3)
-
-    def reset(self, robot_obs=None, scene_obs=None):
-        self.resets += 1
-        return os.getpid(), self.resets, robot_obs
-
-    def step(self, action, render=True):
-        if action is None:
-            raise ValueError("no action")
-        return os.getpid(), render
-
-
-def test_a_table_under_egl_gets_a_new_process_after_some_resets(monkeypatch):
-    monkeypatch.setattr(calvin, "RESETS", 2)
-    table = calvin.Restarted(Counting)
-    first, second, third = (table.reset(k) for k in range(3))
-    assert first[0] == second[0] != third[0] != os.getpid()
-    assert [x[1:] for x in (first, second, third)] == [(1, 0), (2, 1), (1, 2)]
-    assert table.step(0, render=False) == (third[0], False) and table.target_pos.tolist() == [0] * 3
-    with pytest.raises(ValueError, match="no action"):
-        table.step(None)
-    os.kill(third[0], 9)
-    with pytest.raises(RuntimeError, match="same command goes on"):
-        table.reset()
-    table.close()
-
-
-def test_egls_number_of_a_gpu_is_found_by_cudas():
-    """A library with three devices: CUDA's 1, one that is no GPU, CUDA's 0."""
-    pointer, whole = ctypes.c_void_p, ctypes.c_int
-
-    def devices(_, found, n):
-        found[0], found[1], found[2], n[0] = 11, 12, 13, 3
-        return 1
-
-    def attribute(device, name, value):
-        value[0] = {11: 1, 13: 0}.get(device, -1)
-        return name == 0x323A and device != 12
-
-    kinds = whole, ctypes.POINTER(pointer), ctypes.POINTER(whole)
-    functions = {b"eglQueryDevicesEXT": ctypes.CFUNCTYPE(whole, *kinds)(devices)}
-    kinds = pointer, whole, ctypes.POINTER(ctypes.c_ssize_t)
-    functions[b"eglQueryDeviceAttribEXT"] = ctypes.CFUNCTYPE(whole, *kinds)(attribute)
-
-    class Library:
-        @staticmethod
-        def eglGetProcAddress(name):
-            return ctypes.cast(functions[name], pointer).value
-
-    assert [calvin.egl_device(k, Library) for k in range(3)] == [2, 0, None]
-
-
 def test_a_configuration_that_would_run_other_code_is_refused(tmp_path):
     (tmp_path / "calvin_env/envs").mkdir(parents=True)
     (tmp_path / "calvin_env/envs/play_table_env.py").write_text("")
@@ -281,18 +215,6 @@ def test_a_configuration_that_would_run_other_code_is_refused(tmp_path):
     for bad in ("os.system", "calvin_env.envs.play_table_env.os.system", "calvin_env.Popen", 3):
         with pytest.raises(ValueError, match=rf"task_D_D: it asks for {bad}"):
             calvin.check_targets(fine | {"more": [{"_target_": bad}]}, "task_D_D", tmp_path)
-
-
-@pytest.mark.parametrize("about", [{"scene": "calvin_scene_B"}, {}])
-def test_a_recording_of_ours_names_its_scene(about, tmp_path, monkeypatch):
-    """Asked for in a clone that has no scenes, the message says which it is."""
-    monkeypatch.setattr(calvin, "needed", lambda _: mock.MagicMock())
-    (tmp_path / "validation").mkdir()
-    (tmp_path / "validation/recording.json").write_text(json.dumps(about))
-    named = about.get("scene", calvin.SCENE)
-    for folder in (tmp_path, tmp_path / "validation"):
-        with pytest.raises(ValueError, match=f"--scene {named}: neither a folder nor one of"):
-            calvin.configuration(tmp_path, folder)
 
 
 @pytest.fixture(scope="module")
