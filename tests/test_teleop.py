@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import shutil
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -372,6 +374,28 @@ def test_another_recording_in_the_folder_or_an_impossible_number_is_refused(
     for option in ("--procs", "--n"):
         with pytest.raises(SystemExit, match=f"{option} 0: at least 1"):
             teleop.main(["rates", option, "0"])
+
+
+class Leaking:
+    """In the place of teleop.Where: a simulator that EGL draws."""
+
+    env, renderer = "sim", "egl"
+
+    def make(self, cameras):
+        return "table", "oracle"
+
+
+def _process(env, oracle, k):
+    return os.getpid(), (env, oracle)
+
+
+def test_under_egl_a_process_does_eight_jobs_and_not_more():
+    jobs = [(k,) for k in range(17)]
+    for cameras, wanted in ((True, [1, 8, 8]), (False, [17])):
+        done = Counter(teleop.in_parallel(_process, jobs, 1, Leaking(), cameras))
+        assert sorted(done.values()) == wanted and {made for _, made in done} == {
+            ("table", "oracle")
+        }
 
 
 def test_a_recording_killed_at_its_very_beginning_goes_on_and_two_at_once_are_refused(tmp_path):
