@@ -77,7 +77,7 @@ def contrastive_loss(x: Tensor, y: Tensor, tau: Tensor, mask: Tensor) -> tuple[T
 def sample_straight_through(logits: Tensor) -> Tensor:
     """One-hot samples (..., C*K) of the logits (..., C, K), with the gradient of the probabilities.
 
-    As in world_model.py, without its softness; a test compares the two.
+    As in world_model.py; a test compares the two.
     """
     probabilities = logits.float().softmax(-1)
     u = torch.rand_like(probabilities[..., :1])  # inverse of the cumulative distribution

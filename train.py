@@ -76,6 +76,8 @@ STEPS = {
 # What may change when a run goes on. Its schedules are shares of its steps [D7, D25].
 RESUMABLE = "steps log_every validate_every checkpoint_every device precision graph out data wm"
 RESUMABLE = (*RESUMABLE.split(), "begin", "learning_rate", "actor_lr", "critic_lr")
+# Of how older world models were trained, the published one among them.
+RETIRED = "gain", "sample_anneal"
 # Types of a checkpoint's entries.
 KINDS = {"config": dict, "model": dict, "meta": dict, "run": dict, "step": int}
 KINDS |= {"seconds": int | float, "text_encoder": str | None}
@@ -151,7 +153,8 @@ def fitting(path, file: str):
 def load_world_model(checkpoint: dict, device: str) -> W.WorldModel:
     """The frozen world model of a checkpoint, as load_checkpoint gives it for stage wm."""
     with fitting(checkpoint["path"], "world_model.py"):
-        config, sim = checkpoint["config"], "spatial_latents" in checkpoint["config"]
+        config = {k: x for k, x in checkpoint["config"].items() if k not in RETIRED}
+        sim = "spatial_latents" in config
         config = (W.SimWorldModelConfig if sim else W.WorldModelConfig)(**config)
         world = W.make_world_model(config).to(device)
         world.load_state_dict(checkpoint["model"])
@@ -546,16 +549,13 @@ def take_step(optimizer: torch.optim.Optimizer, rate: float | Tensor, clip: floa
 
 # ---------------------------------------------------------------------------- stage wm
 def world_model_update(run: Run, world: W.WorldModel, optimizer):
-    """update(batch, state, rate, softness) -> Eq. 2's terms, the last state: one step."""
+    """update(batch, state, rate) -> Eq. 2's terms, the last state: one step."""
     c, losses = run.model_config, run.parallel(world, world.loss)
 
-    def update(batch: dict, state: W.State, rate, softness: Tensor) -> tuple[dict, W.State]:
-        schedules = {}
-        if isinstance(c, W.SimWorldModelConfig):
-            schedules = {"softness": softness, "decode_every": c.decode_every}
+    def update(batch: dict, state: W.State, rate) -> tuple[dict, W.State]:
         # Eq. 2, over B sequences of L frames, and its gradient
         with run.precision:
-            loss, terms, state = losses(batch, state, **schedules)
+            loss, terms, state = losses(batch, state)
         optimizer.zero_grad()
         loss.backward()
         return terms | {"gradient": take_step(optimizer, rate, c.gradient_clip)}, state
@@ -588,7 +588,7 @@ def train_world_model(run: Run) -> None:
 
     with fitting(checkpoint.get("path"), "train.py"):
         state = [x[run.shard(B)].to(device) for x in checkpoint.get("state") or world.initial(B)]
-    update, softness = world_model_update(run, world, optimizer), torch.zeros((), device=device)
+    update = world_model_update(run, world, optimizer)
     world.train()
     for step in run.progress(start):
         if run.validates(step):
@@ -607,14 +607,11 @@ def train_world_model(run: Run) -> None:
         if step == run.steps:
             break
 
-        # Schedules [D25]: the learning rate falls to 0; the posterior's mean turns into samples.
-        rate = c.learning_rate * left(step, run.steps, c.anneal)
-        softness.fill_(max(0.0, 1 - (step + 1) / max(1.0, c.sample_anneal * run.steps)))
-
+        rate = c.learning_rate * left(step, run.steps, c.anneal)  # it falls to 0 [D25]
         (batch,) = next(batches)
         if not c.carry_state:
             state = world.initial(batch["reset"].shape[1])
-        figures, state = update(batch, state, rate, softness)
+        figures, state = update(batch, state, rate)
 
         run.record(step + 1, figures)
         if run.saves(step + 1):

@@ -69,7 +69,6 @@ class WorldModelConfig:
 
     # train.py's schedules; the paper has none, and only SimWorldModelConfig sets them [D25]
     anneal: ClassVar[float] = 0.0
-    sample_anneal: ClassVar[float] = 0.0
     length_curriculum: ClassVar[int] = 1
 
     @property
@@ -102,18 +101,16 @@ def kl_balanced(q: Tensor, p: Tensor, delta: float) -> Tensor:
     return (1 - delta) * kl(q, p.detach()) + delta * kl(q.detach(), p)
 
 
-def sample_straight_through(logits: Tensor, softness: float | Tensor = 0.0) -> Tensor:
+def sample_straight_through(logits: Tensor) -> Tensor:
     """One-hot samples (..., C*K) of the logits (..., C, K), with the gradient of the probabilities.
 
     Straight-through estimation (the paper's reference 26): forward the sample, backward as if it
     were softmax(logits).
-    softness: forward, (1 - softness) * sample + softness * probabilities [D25]; 0 in the paper.
     """
     probabilities = logits.float().softmax(-1)
     u = torch.rand_like(probabilities[..., :1])  # inverse of the cumulative distribution
     index = (probabilities.cumsum(-1) < u).sum(-1).clamp_max(logits.shape[-1] - 1)
-    one_hot = F.one_hot(index, logits.shape[-1]).to(probabilities.dtype)
-    sample = torch.lerp(one_hot, probabilities.detach(), softness)
+    sample = F.one_hot(index, logits.shape[-1]).to(probabilities.dtype)
     return (sample + probabilities - probabilities.detach()).flatten(-2)
 
 
@@ -297,17 +294,17 @@ class WorldModel(nn.Module):
         return {k: self.decoders[k](x).unflatten(0, h.shape[:2]) for k in CAMERAS}
 
     # ------------------------------------------------------------------ observing and imagining
-    def observe(self, e: Tensor, a_prev: Tensor, reset: Tensor, state: State, **how):
+    def observe(self, e: Tensor, a_prev: Tensor, reset: Tensor, state: State):
         """Filters T observations: e (T, B, hidden), a_prev (T, B, 7), reset (T, B) bool.
 
-        state: before them; where reset is true, it is forgotten (h = z = 0). how: see `represent`.
+        state: before them; where reset is true, it is forgotten (h = z = 0).
         Returns h (T, B, H), z (T, B, Z), q's logits (T, B, C, K).
         """
         h, z = state
         keep, steps = (~reset)[..., None].float(), []
         for t in range(len(e)):  # a reset forgets h and z, not a_prev [D10]
             h = self.recurrent(h * keep[t], z * keep[t], a_prev[t])  # what is known before x_t
-            z, q = self.represent(h, e[t], **how)  # and what x_t adds
+            z, q = self.represent(h, e[t])  # and what x_t adds
             steps.append((h, z, q))
         return tuple(torch.stack(x) for x in zip(*steps, strict=True))
 
@@ -393,8 +390,6 @@ class SimWorldModelConfig(WorldModelConfig):
 
     carry_state: bool = False  # as the paper says [D10]
     spatial_latents: bool = False  # a categorical for each of 4 x 4 cells of both images [D5]
-    gain: float = 1.0  # factor on the first weights that make q's logits or read its samples [D25]
-    sample_anneal: float = 0.0  # first part of the steps: q's mean turns into samples [D25]
     length_curriculum: int = 1  # first half of the steps: so many times more, shorter pieces [D25]
     decode_every: int = 1  # reconstruct every n-th frame of a training batch [D25]
     anneal: float = 0.0  # last part of the steps, over which the learning rate falls to 0 [D25]
@@ -435,13 +430,6 @@ class SimWorldModel(WorldModel):
                 self.decoders[k] = ImageDecoder(sizes, [4] * 5, padding=1)
                 self.decoders[k].own = nn.Conv2d(c.classes, 8 * c.depth, 1)
         self.initialise()
-        # Larger logits, less random samples: the decoder sees small things from the start [D25].
-        with torch.no_grad():
-            self.posterior_head.out.weight.mul_(c.gain)
-            self.decoder_in.weight[:, c.deterministic : c.deterministic + logits].mul_(c.gain)
-            for k in CAMERAS if c.spatial_latents else ():
-                self.own[k].weight.mul_(c.gain)
-                self.decoders[k].own.weight.mul_(c.gain)
 
     def set_statistics(self, robot_mean: Tensor, robot_std: Tensor) -> None:
         """robot_obs is measured in the training set's deviations (15,) from its mean (15,)."""
@@ -473,10 +461,10 @@ class SimWorldModel(WorldModel):
         q = super().posterior(h, e)
         return q + cells.unflatten(-1, q.shape[-2:]) if self.config.spatial_latents else q
 
-    def represent(self, h: Tensor, e: Tensor, softness: float | Tensor = 0.0):
-        """z_t ends with p_t, as it is observed. softness: of the samples [D25]."""
-        q = self.posterior(h, e)
-        return torch.cat([sample_straight_through(q, softness), e[..., : len(POSE)]], -1), q
+    def represent(self, h: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
+        """z_t ends with p_t, as it is observed."""
+        one_hots, q = super().represent(h, e)
+        return torch.cat([one_hots, e[..., : len(POSE)]], -1), q
 
     def imagine_step(self, h: Tensor, z: Tensor, a: Tensor) -> State:
         """ẑ_{t+1} ends with p_t and the motion that h_{t+1} and a_t tell."""
@@ -495,16 +483,16 @@ class SimWorldModel(WorldModel):
             images[k] = self.decoders[k](x, self.decoders[k].own(own)).unflatten(0, h.shape[:2])
         return images
 
-    def loss(self, batch: Batch, state: State, softness: float | Tensor = 0.0, decode_every=1):
-        """`WorldModel.loss`, with -log p of the arm's motion, and with two schedules [D25].
+    def loss(self, batch: Batch, state: State) -> tuple[Tensor, Batch, State]:
+        """`WorldModel.loss`, with -log p of the arm's motion.
 
-        softness: of the samples of q; a tensor (), because a CUDA graph would freeze a number.
-        decode_every: the sum over t of Eq. 2 is estimated, without bias, from every n-th frame:
-        neighbours tell almost the same, and decoding is most of a step's work.
+        In training the sum over t of Eq. 2 is estimated, without bias, from every n-th frame:
+        neighbours tell almost the same, and decoding is most of a step's work [D25].
         """
         c, x, reset = self.config, self.see(batch), self.reset_some(batch["reset"])
+        decode_every = c.decode_every if self.training else 1
         e, a_prev = self.encode(x), batch["a_prev"]
-        h, z, q = self.observe(e, a_prev, reset, state, softness=softness)
+        h, z, q = self.observe(e, a_prev, reset, state)
         some = torch.arange(0, len(h), decode_every, device=h.device)
         if decode_every > 1:  # from a random one on
             some = some + torch.randint(decode_every, (), device=h.device)
@@ -538,8 +526,7 @@ PRESETS = {
     "paper": WorldModelConfig(),
     "sim": SimWorldModelConfig(
         batch_size=8, sequence_length=32, deterministic=512, learning_rate=8e-4, hidden=512,
-        depth=16, spatial_latents=True, gain=3.0, sample_anneal=0.15, length_curriculum=4,
-        decode_every=4, anneal=0.6,
+        depth=16, spatial_latents=True, length_curriculum=4, decode_every=4, anneal=0.6,
     ),
     "tiny": SimWorldModelConfig(
         batch_size=8, sequence_length=16, deterministic=64, categoricals=8, classes=8,

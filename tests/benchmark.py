@@ -122,11 +122,10 @@ def stages(args: argparse.Namespace, folder: Path):
     batch, step = D.to_device(load[few].batch(0), run.device), iter(range(10**9))
     moved = sum(x.nbytes for x in batch.values())
     update = T.world_model_update(run, world, optimizer)
-    softness = torch.zeros((), device=run.device)
 
     def world_step():
         world.train()
-        update(batch, world.initial(B), c.learning_rate, softness)
+        update(batch, world.initial(B), c.learning_rate)
         optimizer.zero_grad()  # a call leaves nothing behind that `peak` would miss
 
     yield "load", lambda: load[few].batch(next(step)), moved, shape

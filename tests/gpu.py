@@ -68,7 +68,7 @@ class Report:
 def same_draws():
     """Draws that are alike on all devices. Samples are their means, for rounding flips samples."""
 
-    def mean(logits, softness=0.0):
+    def mean(logits):
         return logits.float().softmax(-1).flatten(-2)
 
     def full(*size, device=None):

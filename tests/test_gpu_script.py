@@ -19,7 +19,7 @@ import world_model as W
 # Rates that fp32 has exactly, for a graph reads them from tensors.
 RATES = {"wm": ["--learning_rate", str(2**-10)]}
 RATES["agent"] = ["--actor_lr", str(2**-10), "--critic_lr", str(2**-10)]
-PIECES = "--batch_size 2 --carry_state false --length_curriculum 2 --sample_anneal 0.75".split()
+PIECES = "--batch_size 2 --carry_state false --length_curriculum 2".split()
 
 
 def run(stage, packed, trained, out, *more):

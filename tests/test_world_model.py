@@ -272,36 +272,21 @@ def test_the_arms_pose_is_part_of_z_and_its_motion_is_predicted():
     assert torch.allclose(z_1[:, -11:], z[2, :, -11:] + 0.5, atol=1e-5)
 
 
-def test_softness_draws_the_losss_samples_towards_the_probabilities(monkeypatch):
-    """[D25] Nothing else is softened: the agent is trained on one-hot latents."""
-    logits, sample, asked = torch.randn(1, 8).expand(20000, 1, 8), W.sample_straight_through, []
-    mean = logits.softmax(-1).flatten(-2)
-    assert torch.allclose(sample(logits, softness=1.0), mean)
-    assert torch.allclose(sample(logits, softness=0.5).mean(0), mean[0], atol=0.015)
-
-    def spy(q, softness=0.0):
-        asked.append(float(softness))
-        return sample(q, softness)
-
-    monkeypatch.setattr(W, "sample_straight_through", spy)
-    world, batch = W.make_world_model(TINY), sequences(T=2)
-    world.loss(batch, world.initial(3), softness=torch.tensor(0.5))
-    h, z, _ = world.filter(batch, world.initial(3))
-    world.imagine_step(h[-1], z[-1], torch.zeros(3, 7))
-    assert asked == [0.5, 0.5, 0, 0, 0]
-
-
 def test_every_nth_frame_estimates_the_reconstruction_without_bias(monkeypatch):
-    """[D25]: the n equally likely choices of decoded frames average to Eq. 2 over all of them."""
+    """[D25]: the n equally likely choices of decoded frames average to Eq. 2 over all of them;
+    validation decodes all."""
     world, batch, n = W.make_world_model(TINY), sequences(T=16, B=2), 4
     starts = iter(range(n))
     monkeypatch.setattr(W.torch, "randint", lambda *_, **__: torch.tensor(next(starts)))
 
     def loss(every):
-        return world.loss(batch, world.initial(2), decode_every=every)[0]
+        world.config = replace(TINY, decode_every=every)
+        return world.loss(batch, world.initial(2))[0]
 
     *some, everything = drawn_alike(loss, n, n, n, n, 1)
     assert torch.allclose(sum(some) / n, everything, rtol=1e-5)
+    world.eval()
+    assert torch.equal(*drawn_alike(loss, n, 1))
 
 
 def test_a_cell_has_its_own_way_into_and_out_of_its_own_categorical():
