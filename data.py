@@ -361,21 +361,22 @@ def annotate(folder: Path, spans: Path, encoder: str = TEXT_ENCODER) -> None:
 
 
 # ---------------------------------------------------------------------------- packing
-def read_frame(folder: Path, i: int, names) -> dict:
-    """Frame i: its arrays of these names, checked; its images shrunk to 64 x 64."""
+def read_frame(folder: Path, i: int, shapes: dict[str, tuple | None]) -> dict:
+    """Frame i, checked: arrays of these names and shapes; an image of None may have any size."""
     path, frame = folder / f"episode_{i:07d}.npz", {}
     with naming(path, "Copy or record it again"), np.load(path, allow_pickle=False) as z:
         if sum(member.file_size for member in z.zip.infolist()) > LARGEST:
             raise ValueError(f"it would inflate to more than {LARGEST} bytes")
-        for k in names:
+        for k, want in shapes.items():
             name = "rel_actions" if k == "actions" else k
-            x = z[name]
+            x = frame[k] = z[name]
             if k in CAMERAS:
-                x = resize_area(x)
-            elif x.dtype.kind != "f" or x.shape != SHAPES[k] or not (np.abs(x) <= ABSURD).all():
-                what = f"expected finite floats {SHAPES[k]}"
-                raise ValueError(f"{name} is {x.dtype} {x.shape}, {what}")
-            frame[k] = x
+                kind, ok = "uint8", x.dtype == np.uint8
+                want = want or (*(max(n, SIZE) for n in x.shape[:2]), 3)  # it is never enlarged
+            else:
+                kind, ok = "finite floats", x.dtype.kind == "f" and (np.abs(x) <= ABSURD).all()
+            if not ok or x.shape != want:
+                raise ValueError(f"{name} is {x.dtype} {x.shape}, expected {kind} {want}")
         a = frame["actions"]
         if np.abs(a).max() > 1.001 or abs(a[6]) < 0.999:
             raise ValueError(f"rel_actions {a} not in [-1, 1], or their gripper not -1 or +1")
@@ -451,8 +452,10 @@ def pack_split(src: Path, dst: Path, skip: int, meta: dict, lang_folder: str, pr
             if x.dtype != bool or x.ndim != 1:
                 raise TypeError(f"it is {x.dtype} {x.shape}, expected bool (N,)")
             disturbed = x[kept].any(1)
-    # A real scene has no scene_obs: zeros stand for it.
-    names = [k for k in SHAPES if k != "scene_obs" or meta["source"] != "robot"]
+    shapes = SHAPES | dict.fromkeys(CAMERAS)  # of the first frame's, whatever size they are
+    if meta["source"] == "robot":
+        del shapes["scene_obs"]  # a real scene has none: zeros stand for it
+    shapes = {k: x.shape for k, x in read_frame(src, ids[0, 0], shapes).items()}
     dst.mkdir(exist_ok=True)
     files, progress = {k: dst / f"{k}.npy" for k in SHAPES}, dst / "packing.json"
     state = {"source": str(src), "meta": meta, "digest": digest, "done": 0}  # rows
@@ -468,13 +471,12 @@ def pack_split(src: Path, dst: Path, skip: int, meta: dict, lang_folder: str, pr
     arrays = {k: np.load(path, mmap_mode="r+") for k, path in files.items()}
 
     def pack_row(row: int) -> None:  # one step at 1/skip of the recording's rate
-        frame, *others = (
-            read_frame(src, i, ["actions"] if n else names) for n, i in enumerate(kept[row])
-        )
+        frame, actions = read_frame(src, kept[row, 0], shapes), {"actions": shapes["actions"]}
+        skipped = [read_frame(src, i, actions) for i in kept[row, 1:]]
         # What is seen first, the mean arm action, held for `skip` steps, and the last gripper.
-        a = np.stack([step["actions"] for step in (frame, *others)])
+        a = np.stack([step["actions"] for step in (frame, *skipped)])
         for k, x in (frame | {"actions": np.append(a[:, :6].mean(0), a[-1, 6])}).items():
-            arrays[k][row] = x
+            arrays[k][row] = resize_area(x) if k in CAMERAS else x
 
     pool = ThreadPoolExecutor(procs)  # the work is in numpy, which lets others run
     with pool, tqdm(total=N, initial=state["done"], desc=src.name, unit=" frames") as bar:

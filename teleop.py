@@ -634,7 +634,7 @@ def in_parallel(function, jobs, procs, where, cameras):
     if where.env == "calvin":
         calvin.home(where.calvin_env)  # an error here is clearer than one of a worker
     context, leaks = multiprocessing.get_context("spawn"), cameras and where.renderer == "egl"
-    size = 8 * procs if leaks else max(1, len(jobs))
+    size = 8 * procs if leaks else len(jobs)
     for some in (jobs[i : i + size] for i in range(0, len(jobs), size)):
         with ProcessPoolExecutor(procs, context, _start, (where, cameras)) as pool:
             try:
@@ -940,7 +940,7 @@ def record(
                     done += end - first
                 else:
                     jobs.append((folder / split, k, first, end - first, *how))
-        work = in_parallel(_block, jobs, procs, where, pictures)
+        work = in_parallel(_block, jobs, procs, where, pictures) if jobs else []
         with tqdm(desc="recording", total=frames + val_frames, initial=done, mininterval=1) as bar:
             for length in work:
                 bar.update(length)

@@ -202,6 +202,7 @@ DAMAGE = {
     "no key": (E7, lambda p: replace(p, rel_actions=None), "rel_actions"),
     "shape": (E7, lambda p: replace(p, rel_actions=np.ones(6)), r"rel_actions is float64 \(6,\)"),
     "dtype": (E7, lambda p: replace(p, rgb_static=np.zeros((200, 200, 3))), "expected uint8"),
+    "size": (E7, lambda p: replace(p, rgb_static=np.zeros((99, 99, 3), "u1")), r"\(200, 200, 3\)"),
     "bomb": (E7, lambda p: replace(p, rgb_tactile=np.zeros(2**26, "u1")), "would inflate"),
     "nan": (E7, lambda p: replace(p, robot_obs=np.full(15, np.nan)), "robot_obs .* finite"),
     "range": (E7, lambda p: replace(p, rel_actions=np.full(7, 2.0)), r"not in \[-1, 1\]"),
